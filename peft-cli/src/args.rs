@@ -1,0 +1,202 @@
+//! The command line.
+
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+
+/// Parameter-efficient fine-tuning of Hugging Face checkpoints, without Python.
+#[derive(Parser)]
+#[command(name = "peft", version, propagate_version = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// Exit codes: 0 done, 2 bad input (one clear error on stderr), 1 anything else.
+#[derive(Subcommand)]
+pub enum Command {
+    /// Run a recipe: adapt a base model to data.
+    Train(TrainArgs),
+    /// Loss, perplexity, token accuracy and exact match on a data file.
+    #[command(alias = "eval")]
+    Evaluate(EvaluateArgs),
+    /// Continue a prompt, or chat.
+    #[command(alias = "chat")]
+    Generate(GenerateArgs),
+    /// Fold one adapter into its base and write an ordinary checkpoint.
+    #[command(aliases = ["fuse", "fold"])]
+    Merge(MergeArgs),
+    /// Show what is in a checkpoint, an adapter or a data file.
+    Inspect(InspectArgs),
+}
+
+/// `peft train`.
+#[derive(Args)]
+pub struct TrainArgs {
+    /// The recipe, a YAML file.
+    pub recipe: PathBuf,
+    /// Where results go, in place of the recipe's `output_dir`.
+    #[arg(long, value_name = "DIR")]
+    pub output_dir: Option<PathBuf>,
+    /// Continue from the newest checkpoint of the output folder (`auto`, which starts fresh where there is none) or from
+    /// a checkpoint folder.
+    #[arg(long, value_name = "auto|PATH")]
+    pub resume: Option<String>,
+    /// Set a key of the recipe, dots for nesting: `--override method.r=16`. May be repeated.
+    #[arg(long = "override", value_name = "KEY=VALUE", num_args = 1..)]
+    pub overrides: Vec<String>,
+    /// Make no network connection at all.
+    #[arg(long)]
+    pub offline: bool,
+}
+
+/// The model to use.
+#[derive(Args)]
+pub struct ModelArgs {
+    /// A checkpoint folder or a hub id (`org/name`).
+    #[arg(long, value_name = "B")]
+    pub base_model: String,
+    /// An adapter folder or hub id.
+    #[arg(long, value_name = "A")]
+    pub adapter: Option<String>,
+    /// Branch, tag or commit of a hub base.
+    #[arg(long)]
+    pub revision: Option<String>,
+    /// `auto`, `cpu`, `cuda` or `cuda:N`.
+    #[arg(long, default_value = "auto")]
+    pub device: String,
+    /// Type of weights and activations: `auto` (f32 on CPU, bf16 on CUDA), `f32` or `bf16`.
+    #[arg(long, default_value = "auto")]
+    pub dtype: String,
+    /// Make no network connection at all.
+    #[arg(long)]
+    pub offline: bool,
+}
+
+/// How a data file becomes examples.
+#[derive(Args)]
+pub struct DataArgs {
+    /// alpaca, prompt_completion, messages or completion.
+    #[arg(long = "type", value_name = "T", default_value = "alpaca")]
+    pub kind: String,
+    /// Name of a field in the data, `prompt=question`. May be repeated.
+    #[arg(long = "field", value_name = "FIELD=NAME")]
+    pub fields: Vec<String>,
+    /// Split a .txt file at this string instead of at lines.
+    #[arg(long)]
+    pub separator: Option<String>,
+    /// Only the first N records.
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+    /// Longest example in tokens.
+    #[arg(long, default_value_t = 2048)]
+    pub sequence_len: usize,
+    /// What happens to longer ones: error, drop, left, right or split.
+    #[arg(long)]
+    pub on_truncation: Option<String>,
+    /// Count the prompt's tokens too.
+    #[arg(long)]
+    pub train_on_inputs: bool,
+}
+
+/// `peft evaluate`.
+#[derive(Args)]
+pub struct EvaluateArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The data file: json, jsonl, csv, tsv, parquet or txt.
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+    #[command(flatten)]
+    pub format: DataArgs,
+    /// Also answer the first N examples greedily and count exact matches.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub exact_match: usize,
+    /// Examples a batch.
+    #[arg(long, value_name = "N", default_value_t = 8)]
+    pub batch_size: usize,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `peft generate`.
+#[derive(Args)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// The text to continue; with --chat, the user's message.
+    #[arg(long, value_name = "TEXT")]
+    pub prompt: Option<String>,
+    /// Use the model's chat template; without --prompt, converse.
+    #[arg(long)]
+    pub chat: bool,
+    /// System message of a chat.
+    #[arg(long, value_name = "TEXT", requires = "chat")]
+    pub system: Option<String>,
+    /// Most tokens to generate.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub max_new_tokens: usize,
+    /// 0 always takes the most likely token.
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    pub temperature: f64,
+    /// Draw from the K most likely tokens.
+    #[arg(long, value_name = "K")]
+    pub top_k: Option<usize>,
+    /// Draw from the most likely tokens that together have probability P.
+    #[arg(long, value_name = "P")]
+    pub top_p: Option<f64>,
+    /// Seed of the draws.
+    #[arg(long, value_name = "S", default_value_t = 0)]
+    pub seed: u64,
+}
+
+/// `peft merge`.
+#[derive(Args)]
+pub struct MergeArgs {
+    /// A checkpoint folder or a hub id (`org/name`).
+    #[arg(long, value_name = "B")]
+    pub base_model: String,
+    /// An adapter folder or hub id.
+    #[arg(long, value_name = "A")]
+    pub adapter: String,
+    /// A new or empty folder.
+    #[arg(long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Type of the written weights, f32, bf16 or f16; each tensor keeps its own by default.
+    #[arg(long, value_name = "D")]
+    pub dtype: Option<String>,
+    /// Largest weight file, like 5GB or 500MB.
+    #[arg(long, value_name = "S", default_value = "5GB")]
+    pub max_shard_size: String,
+    /// Branch, tag or commit of a hub base.
+    #[arg(long)]
+    pub revision: Option<String>,
+    /// Make no network connection at all.
+    #[arg(long)]
+    pub offline: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `peft inspect`.
+#[derive(Args)]
+pub struct InspectArgs {
+    /// A checkpoint or adapter folder, a hub id, a safetensors file or a data file.
+    pub path: String,
+    /// For a data file: the checkpoint whose tokenizer and template are used.
+    #[arg(long, value_name = "B")]
+    pub base_model: Option<String>,
+    #[command(flatten)]
+    pub format: DataArgs,
+    /// For a data file: how many examples to show.
+    #[arg(long, value_name = "N", default_value_t = 3)]
+    pub examples: usize,
+    /// Make no network connection at all.
+    #[arg(long)]
+    pub offline: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}

@@ -1,0 +1,171 @@
+//! `peft generate`: continue a prompt, or chat. The continuation streams to stdout and nothing else goes there.
+
+use crate::args::GenerateArgs;
+use crate::error::CliError;
+use crate::{device, open};
+use peft_core::model::{Decoder, Sampling, generate};
+use peft_core::text::Tokenizer;
+use serde_json::{Map, Value, json};
+use std::io::{BufRead, IsTerminal, Write};
+
+/// Runs the command.
+pub fn run(args: GenerateArgs) -> Result<(), CliError> {
+    if args.prompt.is_none() && !args.chat {
+        return Err(CliError::flag("--prompt", "give a prompt, or --chat to converse"));
+    }
+    if !args.temperature.is_finite() || args.temperature < 0.0 {
+        return Err(CliError::flag(
+            "--temperature",
+            format!("{} is no temperature", args.temperature),
+        ));
+    }
+    if args.top_k == Some(0) {
+        return Err(CliError::flag("--top-k", "0 tokens leave nothing to draw from"));
+    }
+    if args.top_p.is_some_and(|p| !(p > 0.0 && p <= 1.0)) {
+        return Err(CliError::flag(
+            "--top-p",
+            "expected a probability above 0 and up to 1",
+        ));
+    }
+    let device = device::device(&args.model.device)?;
+    let compute = device::compute_type(&args.model.dtype, &device)?;
+    let hub = open::hub(args.model.revision.as_deref(), args.model.offline);
+    let base = open::base(&args.model.base_model, &hub)?;
+    let model = open::model(
+        &base,
+        args.model.adapter.as_deref(),
+        args.model.offline,
+        &device,
+        compute,
+    )?;
+    let session = Session {
+        model,
+        tokenizer: base.tokenizer,
+        args: &args,
+    };
+
+    match (&args.prompt, args.chat) {
+        (Some(prompt), false) => {
+            let ids = session.tokenizer.encode(prompt, true)?.ids;
+            session.answer(ids)?;
+        }
+        (Some(prompt), true) => {
+            let mut messages = session.opening();
+            messages.push(message("user", prompt));
+            session.reply(&messages)?;
+        }
+        (None, _) => session.converse()?,
+    }
+    Ok(())
+}
+
+fn message(role: &str, content: &str) -> Value {
+    json!({"role": role, "content": content})
+}
+
+struct Session<'a> {
+    model: Decoder,
+    tokenizer: Tokenizer,
+    args: &'a GenerateArgs,
+}
+
+impl Session<'_> {
+    fn opening(&self) -> Vec<Value> {
+        self.args
+            .system
+            .iter()
+            .map(|text| message("system", text))
+            .collect()
+    }
+
+    /// Reads messages from stdin, one a line, until its end.
+    fn converse(&self) -> Result<(), CliError> {
+        let mut messages = self.opening();
+        let interactive = std::io::stdin().is_terminal();
+        loop {
+            if interactive {
+                eprint!("> ");
+            }
+            let mut line = String::new();
+            let read = std::io::stdin().lock().read_line(&mut line);
+            let read = read.map_err(|source| CliError::Io {
+                path: "stdin".into(),
+                source,
+            })?;
+            if read == 0 {
+                return Ok(());
+            }
+            if line.trim().is_empty() {
+                continue;
+            }
+            messages.push(message("user", line.trim()));
+            let reply = self.reply(&messages)?;
+            messages.push(message("assistant", &reply));
+        }
+    }
+
+    fn reply(&self, messages: &[Value]) -> Result<String, CliError> {
+        let text = self
+            .tokenizer
+            .chat_template()?
+            .render(messages, true, &Map::new())?;
+        self.answer(self.tokenizer.encode(&text, true)?.ids)
+    }
+
+    /// Streams the continuation of `ids` and returns it.
+    fn answer(&self, mut ids: Vec<u32>) -> Result<String, CliError> {
+        if ids.is_empty() {
+            // An empty prompt starts where every text starts.
+            ids.extend(self.tokenizer.bos().or(self.tokenizer.eos()));
+        }
+        let vocab_size = self.model.config.vocab_size;
+        if ids.is_empty() {
+            return Err(CliError::flag("--prompt", "the prompt has no tokens"));
+        }
+        if let Some(id) = ids.iter().find(|id| **id as usize >= vocab_size) {
+            let message = format!("token id {id} is outside the model's vocabulary of {vocab_size}");
+            return Err(CliError::flag("--prompt", message));
+        }
+        let sampling = Sampling {
+            temperature: self.args.temperature,
+            top_k: self.args.top_k,
+            top_p: self.args.top_p,
+            seed: self.args.seed,
+        };
+        // The stream hears the prompt too: some decoders drop a space at the start of a text.
+        let mut stream = self.tokenizer.decode_stream(true);
+        for id in &ids {
+            stream.push(*id)?;
+        }
+        let mut text = String::new();
+        let mut failed = None;
+        let emit = |piece: String, text: &mut String| {
+            let mut out = std::io::stdout().lock();
+            let written = out.write_all(piece.as_bytes()).and_then(|()| out.flush());
+            text.push_str(&piece);
+            // A reader that has gone away needs no more tokens.
+            written.is_ok()
+        };
+        generate(
+            &self.model,
+            &ids,
+            self.args.max_new_tokens,
+            self.tokenizer.stop_ids(),
+            &sampling,
+            |token| match stream.push(token) {
+                Ok(piece) => emit(piece, &mut text),
+                Err(error) => {
+                    failed = Some(error);
+                    false
+                }
+            },
+        );
+        if let Some(error) = failed {
+            return Err(error.into());
+        }
+        emit(stream.finish()?, &mut text);
+        println!();
+        Ok(text)
+    }
+}

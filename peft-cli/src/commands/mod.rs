@@ -1,0 +1,9 @@
+//! One command, one file.
+
+pub mod evaluate;
+pub mod generate;
+pub mod inspect;
+pub mod merge;
+pub mod train;
+
+mod data;

@@ -1,0 +1,91 @@
+//! The program's error and its exit code.
+
+use std::path::PathBuf;
+
+/// What ends a command.
+#[derive(Debug, thiserror::Error)]
+pub enum CliError {
+    /// A flag's value makes no sense.
+    #[error("{flag}: {message}")]
+    Flag {
+        /// The flag.
+        flag: String,
+        /// What is wrong.
+        message: String,
+    },
+    /// The recipe cannot be understood.
+    #[error("{path}: {message}")]
+    Recipe {
+        /// The recipe's file.
+        path: PathBuf,
+        /// What is wrong, naming the key.
+        message: String,
+    },
+    /// The path is nothing that can be inspected.
+    #[error("{path}: {message}")]
+    Inspect {
+        /// What was given.
+        path: String,
+        /// What is wrong.
+        message: String,
+    },
+    /// A file of the run cannot be written or read.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// The device is not there.
+    #[error("device `{device}`: {message}")]
+    Device {
+        /// As asked for.
+        device: String,
+        /// Why not.
+        message: String,
+    },
+    /// Anything the toolkit reports.
+    #[error(transparent)]
+    Core(#[from] peft_core::Error),
+}
+
+impl CliError {
+    /// 2 for bad input, 1 for anything else.
+    pub fn exit_code(&self) -> u8 {
+        let bad_input = match self {
+            CliError::Io { .. } => false,
+            CliError::Core(error) => error.is_bad_input(),
+            _ => true,
+        };
+        if bad_input { 2 } else { 1 }
+    }
+
+    /// A flag's error.
+    pub fn flag(flag: &str, message: impl ToString) -> Self {
+        CliError::Flag {
+            flag: flag.to_string(),
+            message: message.to_string(),
+        }
+    }
+}
+
+/// Lets `?` take the parts' errors directly.
+macro_rules! from_core {
+    ($($part:path),*) => {
+        $(impl From<$part> for CliError {
+            fn from(error: $part) -> Self {
+                CliError::Core(error.into())
+            }
+        })*
+    };
+}
+
+from_core!(
+    peft_core::checkpoint::CheckpointError,
+    peft_core::text::TextError,
+    peft_core::data::DataError,
+    peft_core::model::ModelError,
+    peft_core::adapter::AdapterError,
+    peft_core::train::TrainError
+);

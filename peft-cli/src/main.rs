@@ -1,0 +1,34 @@
+//! `peft`: adapts pretrained transformers from recipes, measures them, talks to them, and folds what was trained into
+//! ordinary checkpoints.
+
+mod args;
+mod commands;
+mod device;
+mod error;
+mod open;
+mod recipe;
+mod render;
+
+use clap::Parser;
+use std::process::ExitCode;
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() -> ExitCode {
+    let cli = args::Cli::parse();
+    let result = match cli.command {
+        args::Command::Train(args) => commands::train::run(args),
+        args::Command::Evaluate(args) => commands::evaluate::run(args),
+        args::Command::Generate(args) => commands::generate::run(args),
+        args::Command::Merge(args) => commands::merge::run(args),
+        args::Command::Inspect(args) => commands::inspect::run(args),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            render::error(&error);
+            ExitCode::from(error.exit_code())
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! What can be wrong with an adapter or its targets.
+
+use crate::checkpoint::{CheckpointError, Dtype};
+use std::path::PathBuf;
+
+/// Why an adapter cannot be read, attached, folded or written.
+#[derive(Debug, thiserror::Error)]
+pub enum AdapterError {
+    /// adapter_config.json cannot be understood.
+    #[error("{path}: {message}")]
+    Config {
+        /// adapter_config.json.
+        path: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
+    /// The configuration asks for something that changes the forward in a way this program does not know.
+    #[error("{path}: `{key}` is {value}, which is not supported")]
+    Unsupported {
+        /// adapter_config.json.
+        path: PathBuf,
+        /// The key.
+        key: String,
+        /// Its value.
+        value: String,
+    },
+    /// A target matches no module.
+    #[error(
+        "target_modules: {pattern} matches no linear module of the model{suggestion}; linear modules: {available}"
+    )]
+    NoMatch {
+        /// The name or expression.
+        pattern: String,
+        /// "(did you mean …?)" or nothing.
+        suggestion: String,
+        /// Last names of the linear modules.
+        available: String,
+    },
+    /// A regular expression does not parse.
+    #[error("{key}: `{pattern}` is not a valid regular expression: {message}")]
+    Pattern {
+        /// The key it stands under.
+        key: &'static str,
+        /// The expression.
+        pattern: String,
+        /// The engine's complaint.
+        message: String,
+    },
+    /// `modules_to_save` names a module that cannot be trained whole.
+    #[error("modules_to_save: `{name}` {reason}")]
+    ModulesToSave {
+        /// The name.
+        name: String,
+        /// Why it cannot.
+        reason: String,
+    },
+    /// The adapter lacks tensors that its configuration implies.
+    #[error("{path}: tensor `{key}` is missing{suggestion}{others}")]
+    MissingKey {
+        /// The adapter file.
+        path: PathBuf,
+        /// The first missing key.
+        key: String,
+        /// "(did you mean …?)" or nothing.
+        suggestion: String,
+        /// " (and n more)" or nothing.
+        others: String,
+    },
+    /// The adapter holds tensors that have no place.
+    #[error("{path}: tensor `{key}` has no place in the model{suggestion}{others}")]
+    UnexpectedKey {
+        /// The adapter file.
+        path: PathBuf,
+        /// The first such key.
+        key: String,
+        /// "(did you mean …?)" or nothing.
+        suggestion: String,
+        /// " (and n more)" or nothing.
+        others: String,
+    },
+    /// A tensor has the wrong shape.
+    #[error("{path}: tensor `{key}` has shape {found:?}, expected {expected:?}")]
+    Shape {
+        /// The adapter file.
+        path: PathBuf,
+        /// The tensor.
+        key: String,
+        /// Its shape.
+        found: Vec<usize>,
+        /// What configuration and base imply.
+        expected: Vec<usize>,
+    },
+    /// A tensor or a folded weight is not finite.
+    #[error("{path}: tensor `{key}` holds a non-finite value")]
+    NonFinite {
+        /// The adapter file, or the base.
+        path: PathBuf,
+        /// The tensor.
+        key: String,
+    },
+    /// A new value does not fit the type it is to be stored in.
+    #[error("the new values of tensor `{key}` are not finite in {dtype}; choose a wider --dtype")]
+    NonFiniteResult {
+        /// The tensor.
+        key: String,
+        /// The type.
+        dtype: Dtype,
+    },
+    /// Reading or writing failed.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+}
+
+impl AdapterError {
+    /// Whether the user's files or recipe are wrong (exit code 2).
+    pub fn is_bad_input(&self) -> bool {
+        match self {
+            AdapterError::Checkpoint(error) => error.is_bad_input(),
+            _ => true,
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! A checkpoint written again with some of its tensors changed: one tensor at a time, f32 arithmetic, one rounding.
+
+use super::error::AdapterError;
+use crate::checkpoint::{
+    Checkpoint, CheckpointError, Dtype, LazyTensor, StagedDir, TensorRef, from_f32, require_free,
+    write_sharded,
+};
+use serde_json::Value;
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// Computes a tensor's new values from its old ones, row-major f32.
+pub type TensorChange<'a> = Box<dyn Fn(Vec<f32>) -> Vec<f32> + Send + Sync + 'a>;
+
+/// How the result is stored.
+#[derive(Debug, Clone)]
+pub struct RewriteOptions {
+    /// Type of all floating-point tensors; `None` keeps each tensor's own.
+    pub dtype: Option<Dtype>,
+    /// Largest shard in bytes.
+    pub max_shard_size: u64,
+}
+
+impl RewriteOptions {
+    /// Shards of 5 GB, as transformers has them.
+    pub const DEFAULT_SHARD: u64 = 5_000_000_000;
+}
+
+/// Writes the checkpoint `base` to the folder `output`, with `changes` applied by tensor name. Every other tensor is
+/// copied byte for byte unless the type changes, and the files beside the weights are carried over.
+///
+/// # Errors
+/// An output folder that is not empty, too little free disk, a result that is not finite, a failure to write. Nothing
+/// is left under `output` then.
+pub fn rewrite_checkpoint(
+    base: &Checkpoint,
+    output: &Path,
+    options: &RewriteOptions,
+    changes: &BTreeMap<String, TensorChange>,
+) -> Result<Vec<PathBuf>, AdapterError> {
+    let staged = StagedDir::new(output)?;
+    let files = rewrite_into(base, staged.path(), options, changes)?;
+    staged.commit()?;
+    Ok(files.into_iter().map(|file| output.join(file)).collect())
+}
+
+/// As [`rewrite_checkpoint`], into an existing folder.
+pub fn rewrite_into(
+    base: &Checkpoint,
+    dir: &Path,
+    options: &RewriteOptions,
+    changes: &BTreeMap<String, TensorChange>,
+) -> Result<Vec<String>, AdapterError> {
+    let names: Vec<String> = base.names().map(str::to_string).collect();
+    let mut tensors = Vec::with_capacity(names.len());
+    let mut total = 0u64;
+    for name in &names {
+        let tensor = base.tensor(name)?;
+        let dtype = options
+            .dtype
+            .filter(|_| tensor.dtype.is_float())
+            .unwrap_or(tensor.dtype);
+        total += (tensor.numel() * dtype.size()) as u64;
+        let change = changes.get(name);
+        let bytes = move || new_bytes(tensor, dtype, change);
+        tensors.push(LazyTensor::new(name.clone(), dtype, tensor.shape.to_vec(), bytes));
+    }
+    require_free(dir, total + (1 << 20))?;
+
+    for file in base.side_files()? {
+        let Some(name) = file.file_name() else { continue };
+        if name == "config.json" && options.dtype.is_some() {
+            let text = format!("{:#}\n", with_dtype(base.config(), options.dtype));
+            crate::checkpoint::write_file(&dir.join(name), text.as_bytes())?;
+        } else {
+            let bytes = std::fs::read(&file).map_err(CheckpointError::read(&file))?;
+            crate::checkpoint::write_file(&dir.join(name), &bytes)?;
+        }
+    }
+    let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+    write_sharded(dir, tensors, options.max_shard_size, &metadata)
+}
+
+fn new_bytes<'a>(
+    tensor: TensorRef<'a>,
+    dtype: Dtype,
+    change: Option<&TensorChange>,
+) -> Result<Cow<'a, [u8]>, AdapterError> {
+    let values = match change {
+        None if dtype == tensor.dtype => return Ok(Cow::Borrowed(tensor.bytes)),
+        None => tensor.to_f32()?,
+        Some(change) => change(tensor.to_f32()?),
+    };
+    let overflows = dtype == Dtype::F16
+        && values
+            .iter()
+            .any(|v| v.is_finite() && half::f16::from_f32(*v).is_infinite());
+    if overflows || values.iter().any(|value| !value.is_finite()) {
+        return Err(AdapterError::NonFiniteResult {
+            key: tensor.name.to_string(),
+            dtype,
+        });
+    }
+    Ok(Cow::Owned(
+        from_f32(&values, dtype).map_err(CheckpointError::from)?,
+    ))
+}
+
+/// config.json with the type of the new weights, under the key that it already uses.
+fn with_dtype(config: &Value, dtype: Option<Dtype>) -> Value {
+    let mut config = config.clone();
+    if let (Some(map), Some(dtype)) = (config.as_object_mut(), dtype) {
+        let key = if map.contains_key("dtype") {
+            "dtype"
+        } else {
+            "torch_dtype"
+        };
+        map.insert(key.to_string(), Value::String(dtype.config_name().to_string()));
+    }
+    config
+}

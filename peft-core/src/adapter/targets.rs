@@ -1,0 +1,263 @@
+//! Which modules an adapter touches, by PEFT's rules.
+//!
+//! A list selects modules whose path is an item or ends with `.item`; a string is a regular expression over the whole
+//! path; `all-linear` is every linear module but the output head. `exclude_modules` and `modules_to_save` win over all.
+
+use super::error::AdapterError;
+use crate::nearest::did_you_mean;
+use fancy_regex::Regex;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use std::collections::BTreeSet;
+
+/// Suffixes or a regular expression.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Pattern {
+    /// Paths or suffixes of paths.
+    Names(Vec<String>),
+    /// A regular expression over whole paths.
+    Regex(String),
+}
+
+impl Pattern {
+    /// Parses regular expressions once.
+    fn compile(&self, key: &'static str) -> Result<Matcher<'_>, AdapterError> {
+        match self {
+            Pattern::Names(names) => Ok(Matcher::Names(names)),
+            Pattern::Regex(pattern) => Ok(Matcher::Regex(full_match(
+                key,
+                &format!("(?:{pattern})"),
+                pattern,
+            )?)),
+        }
+    }
+}
+
+/// Where low-rank changes attach.
+#[derive(Debug, Clone, PartialEq)]
+pub enum TargetModules {
+    /// Every linear module but the head.
+    AllLinear,
+    /// Those a pattern selects.
+    Matching(Pattern),
+}
+
+impl Serialize for TargetModules {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        match self {
+            TargetModules::AllLinear => "all-linear".serialize(serializer),
+            TargetModules::Matching(pattern) => pattern.serialize(serializer),
+        }
+    }
+}
+
+impl<'de> Deserialize<'de> for TargetModules {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        Ok(match Pattern::deserialize(deserializer)? {
+            Pattern::Regex(text) if text.eq_ignore_ascii_case("all-linear") => TargetModules::AllLinear,
+            pattern => TargetModules::Matching(pattern),
+        })
+    }
+}
+
+enum Matcher<'a> {
+    Names(&'a [String]),
+    Regex(Regex),
+}
+
+impl Matcher<'_> {
+    fn matches(&self, path: &str) -> bool {
+        match self {
+            Matcher::Names(names) => names.iter().any(|name| is_suffix(path, name)),
+            // A pattern that exceeds the engine's backtracking limit matches nothing.
+            Matcher::Regex(regex) => regex.is_match(path).unwrap_or(false),
+        }
+    }
+}
+
+/// `path` is `name` or ends with `.name`.
+fn is_suffix(path: &str, name: &str) -> bool {
+    path.strip_suffix(name)
+        .is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+}
+
+/// Compiles an expression that must match a whole path.
+fn full_match(key: &'static str, expression: &str, shown: &str) -> Result<Regex, AdapterError> {
+    Regex::new(&format!("^{expression}$")).map_err(|error| AdapterError::Pattern {
+        key,
+        pattern: shown.to_string(),
+        message: error.to_string(),
+    })
+}
+
+/// Compiles a key of `rank_pattern` or `alpha_pattern`: a regular expression for the end of a path.
+pub(super) fn suffix_regex(key: &'static str, pattern: &str) -> Result<Regex, AdapterError> {
+    full_match(key, &format!(r"(.*\.)?({pattern})"), pattern)
+}
+
+/// What may be selected, and from what.
+pub struct Selection<'a> {
+    /// Where changes attach; `None` is the default of these architectures, q and v.
+    pub targets: Option<&'a TargetModules>,
+    /// Modules left out.
+    pub exclude: Option<&'a Pattern>,
+    /// Modules trained whole, left out too.
+    pub saved: &'a [String],
+    /// Whether every listed name must match (a recipe), or only one of them (a file).
+    pub strict: bool,
+}
+
+/// The paths among `linear` that the selection takes, in their order.
+///
+/// # Errors
+/// A name or expression that matches nothing, or an expression that does not parse.
+pub fn select<'p>(selection: &Selection, linear: &[&'p str]) -> Result<Vec<&'p str>, AdapterError> {
+    let default = TargetModules::Matching(Pattern::Names(vec!["q_proj".to_string(), "v_proj".to_string()]));
+    let targets = selection.targets.unwrap_or(&default);
+    let exclude = selection
+        .exclude
+        .map(|pattern| pattern.compile("exclude_modules"))
+        .transpose()?;
+    let allowed = |path: &&str| {
+        !exclude.as_ref().is_some_and(|exclude| exclude.matches(path))
+            && !selection.saved.iter().any(|name| is_suffix(path, name))
+    };
+    let chosen: Vec<&str> = match targets {
+        TargetModules::AllLinear => linear.iter().copied().filter(|path| *path != "lm_head").collect(),
+        TargetModules::Matching(pattern) => {
+            let matcher = pattern.compile("target_modules")?;
+            if let (Pattern::Names(names), true) = (pattern, selection.strict) {
+                let unmatched = names
+                    .iter()
+                    .find(|name| !linear.iter().any(|path| is_suffix(path, name)));
+                if let Some(name) = unmatched {
+                    return Err(no_match(format!("`{name}`"), name, linear));
+                }
+            }
+            linear
+                .iter()
+                .copied()
+                .filter(|path| matcher.matches(path))
+                .collect()
+        }
+    };
+    let chosen: Vec<&str> = chosen.into_iter().filter(allowed).collect();
+    if chosen.is_empty() {
+        let (shown, wanted) = match targets {
+            TargetModules::AllLinear => ("all-linear after exclusions".to_string(), String::new()),
+            TargetModules::Matching(Pattern::Names(names)) => {
+                (format!("{names:?}"), names.first().cloned().unwrap_or_default())
+            }
+            TargetModules::Matching(Pattern::Regex(regex)) => (
+                format!("the regular expression `{regex}` (over whole module paths)"),
+                regex.clone(),
+            ),
+        };
+        return Err(no_match(shown, &wanted, linear));
+    }
+    Ok(chosen)
+}
+
+fn no_match(pattern: String, wanted: &str, linear: &[&str]) -> AdapterError {
+    let last = |path: &&str| path.rsplit('.').next().unwrap_or_default().to_string();
+    let names: BTreeSet<String> = linear.iter().map(last).collect();
+    AdapterError::NoMatch {
+        pattern,
+        suggestion: did_you_mean(wanted, names.iter().map(String::as_str)),
+        available: names.into_iter().collect::<Vec<_>>().join(", "),
+    }
+}
+
+/// The modules among `paths` that `modules_to_save` names.
+///
+/// # Errors
+/// A name that matches nothing, or the embedding or head of a model that ties them.
+pub fn select_saved(names: &[String], paths: &[String], tied: bool) -> Result<Vec<String>, AdapterError> {
+    let mut chosen = Vec::new();
+    for name in names {
+        let matched: Vec<&String> = paths.iter().filter(|path| is_suffix(path, name)).collect();
+        if matched.is_empty() {
+            let last: BTreeSet<&str> = paths.iter().filter_map(|path| path.rsplit('.').next()).collect();
+            return Err(AdapterError::ModulesToSave {
+                name: name.clone(),
+                reason: format!("matches no module of the model{}", did_you_mean(name, last)),
+            });
+        }
+        if tied
+            && matched
+                .iter()
+                .any(|path| *path == "lm_head" || path.ends_with("embed_tokens"))
+        {
+            return Err(AdapterError::ModulesToSave {
+                name: name.clone(),
+                reason:
+                    "shares its weight with the other end of the model (tie_word_embeddings): a trained copy \
+                         of one would silently part from the other"
+                        .to_string(),
+            });
+        }
+        chosen.extend(matched.into_iter().cloned());
+    }
+    Ok(chosen)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+
+    const PATHS: [&str; 4] = [
+        "model.layers.0.self_attn.q_proj",
+        "model.layers.0.mlp.foo_proj",
+        "model.layers.1.self_attn.q_proj",
+        "lm_head",
+    ];
+
+    fn choose(targets: TargetModules, exclude: Option<Pattern>) -> Result<Vec<&'static str>, AdapterError> {
+        let selection = Selection {
+            targets: Some(&targets),
+            exclude: exclude.as_ref(),
+            saved: &[],
+            strict: true,
+        };
+        select(&selection, &PATHS)
+    }
+
+    fn names(names: &[&str]) -> Pattern {
+        Pattern::Names(names.iter().map(|name| name.to_string()).collect())
+    }
+
+    #[test]
+    fn suffixes_end_at_a_dot() {
+        assert_eq!(
+            choose(TargetModules::Matching(names(&["q_proj"])), None).unwrap(),
+            [PATHS[0], PATHS[2]]
+        );
+        assert!(choose(TargetModules::Matching(names(&["o_proj"])), None).is_err());
+    }
+
+    #[test]
+    fn expressions_match_whole_paths_and_may_look_ahead() {
+        let regex = Pattern::Regex(r"(?!.*\.1\.).*q_proj".to_string());
+        assert_eq!(choose(TargetModules::Matching(regex), None).unwrap(), [PATHS[0]]);
+        let part = Pattern::Regex("q_proj".to_string());
+        assert!(choose(TargetModules::Matching(part), None).is_err());
+    }
+
+    #[test]
+    fn all_linear_leaves_the_head_and_exclusions_out() {
+        let exclude = Some(names(&["foo_proj"]));
+        assert_eq!(
+            choose(TargetModules::AllLinear, exclude).unwrap(),
+            [PATHS[0], PATHS[2]]
+        );
+    }
+
+    #[test]
+    fn a_misspelt_target_names_its_neighbour() {
+        let error = choose(TargetModules::Matching(names(&["q_porj"])), None)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("`q_porj`") && error.contains("q_proj`"), "{error}");
+    }
+}

@@ -1,0 +1,80 @@
+//! Adapted linear map: `y = x·Wᵀ + b + s·((x ∘ m)·Aᵀ)·Bᵀ + residual`.
+//!
+//! The low-rank path never builds a weight-shaped temporary, and a frozen `W` gets no gradient: burn's autodiff keeps
+//! `x` only for the factors, which need it, and `W` by reference.
+
+use super::as_dtype;
+use burn::tensor::Tensor;
+
+/// The low-rank term `s·((x ∘ mask)·Aᵀ)·Bᵀ` of an adapted linear map.
+pub struct LowRankTerm {
+    /// `A`, `[rank, in]`.
+    pub a: Tensor<2>,
+    /// `B`, `[out, rank]`.
+    pub b: Tensor<2>,
+    /// `s`.
+    pub scale: f64,
+    /// Dropout mask of the term's input, already divided by the keep probability, `[tokens, in]`.
+    pub mask: Option<Tensor<2>>,
+}
+
+/// Applies a frozen or trained weight with an optional low-rank term.
+///
+/// # Shapes
+/// `x` `[tokens, in]`, `weight` `[out, in]`, `bias` `[1, out]`, `residual` and the result `[tokens, out]`.
+/// Factors are cast to the type of `x`.
+pub fn adapted_linear(
+    x: Tensor<2>,
+    weight: Tensor<2>,
+    bias: Option<Tensor<2>>,
+    term: Option<LowRankTerm>,
+    residual: Option<Tensor<2>>,
+) -> Tensor<2> {
+    let dtype = x.dtype();
+    let mut y = x.clone().matmul(as_dtype(weight, dtype).transpose());
+    if let Some(bias) = bias {
+        y = y + as_dtype(bias, dtype);
+    }
+    if let Some(LowRankTerm { a, b, scale, mask }) = term {
+        let input = match mask {
+            Some(mask) => x * as_dtype(mask, dtype),
+            None => x,
+        };
+        // The scale goes onto the [tokens, rank] product, the smallest tensor on the way.
+        let down = input.matmul(as_dtype(a, dtype).transpose()).mul_scalar(scale);
+        y = y + down.matmul(as_dtype(b, dtype).transpose());
+    }
+    match residual {
+        Some(residual) => y + residual,
+        None => y,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Device;
+
+    #[test]
+    fn hand_computed_low_rank_term() {
+        let device = Device::flex();
+        let matrix = |v: Vec<f32>, r: usize, c: usize| {
+            Tensor::<2>::from_data(burn::tensor::TensorData::new(v, [r, c]), &device)
+        };
+        // x = [1, 2, 3]; W = 0; A = [[3, 4, 5]], B = [[1], [2]], s = 2: x·Aᵀ = 26, so y = 2·26·[1, 2].
+        let y = adapted_linear(
+            matrix(vec![1., 2., 3.], 1, 3),
+            matrix(vec![0.; 6], 2, 3),
+            Some(matrix(vec![0.5, -0.5], 1, 2)),
+            Some(LowRankTerm {
+                a: matrix(vec![3., 4., 5.], 1, 3),
+                b: matrix(vec![1., 2.], 2, 1),
+                scale: 2.0,
+                mask: None,
+            }),
+            Some(matrix(vec![10., 20.], 1, 2)),
+        );
+        let y: Vec<f32> = y.try_into_vec_as().unwrap();
+        assert_eq!(y, vec![62.5, 123.5]);
+    }
+}

@@ -1,0 +1,228 @@
+//! A checkpoint onto a device, tensor by tensor: at most one tensor is held twice at any time.
+
+use super::attention::Attention;
+use super::config::ModelConfig;
+use super::decoder::Decoder;
+use super::error::ModelError;
+use super::layer::Layer;
+use crate::checkpoint::{Checkpoint, Dtype};
+use crate::projection::{Parameter, Projection};
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use rayon::prelude::*;
+use std::cell::RefCell;
+use std::collections::BTreeSet;
+
+/// Type of base weights and activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ComputeType {
+    /// 32-bit floats: the CPU's type.
+    F32,
+    /// bfloat16: the GPU's type.
+    Bf16,
+}
+
+impl ComputeType {
+    /// burn's name of the type.
+    pub fn dtype(self) -> DType {
+        match self {
+            ComputeType::F32 => DType::F32,
+            ComputeType::Bf16 => DType::BF16,
+        }
+    }
+}
+
+/// Loads the checkpoint as a decoder with frozen weights in `compute`.
+///
+/// # Errors
+/// An unsupported configuration; tensors that are missing, superfluous, wrongly shaped or not finite.
+pub fn load(checkpoint: &Checkpoint, device: &Device, compute: ComputeType) -> Result<Decoder, ModelError> {
+    let mut config = ModelConfig::from_json(checkpoint.dir(), checkpoint.config())?;
+    config.tie_word_embeddings &= !has_head_of_its_own(checkpoint)?;
+    let config = config;
+    let loader = Loader {
+        checkpoint,
+        device,
+        compute,
+        taken: RefCell::default(),
+    };
+    let c = &config;
+    let embed_tokens = loader.matrix("model.embed_tokens.weight", [c.vocab_size, c.hidden_size])?;
+    let layers = (0..c.num_hidden_layers)
+        .map(|index| loader.layer(c, index))
+        .collect::<Result<Vec<_>, _>>()?;
+    let norm = loader.vector("model.norm.weight", c.hidden_size)?;
+    let lm_head = match c.tie_word_embeddings {
+        true => None,
+        false => Some(loader.projection("lm_head".to_string(), [c.vocab_size, c.hidden_size], false)?),
+    };
+    loader.refuse_rest(c)?;
+    let dtype = compute.dtype();
+    Ok(Decoder {
+        device: device.clone(),
+        dtype,
+        embed_tokens,
+        layers,
+        norm,
+        lm_head,
+        config,
+    })
+}
+
+/// A head saved beside the embedding counts where the two differ, whatever config.json says about tying them.
+fn has_head_of_its_own(checkpoint: &Checkpoint) -> Result<bool, ModelError> {
+    let (head, embedding) = ("lm_head.weight", "model.embed_tokens.weight");
+    if !checkpoint.contains(head) || !checkpoint.contains(embedding) {
+        return Ok(false);
+    }
+    Ok(checkpoint.tensor(head)?.bytes != checkpoint.tensor(embedding)?.bytes)
+}
+
+struct Loader<'a> {
+    checkpoint: &'a Checkpoint,
+    device: &'a Device,
+    compute: ComputeType,
+    taken: RefCell<BTreeSet<String>>,
+}
+
+impl Loader<'_> {
+    fn layer(&self, c: &ModelConfig, index: usize) -> Result<Layer, ModelError> {
+        let prefix = format!("model.layers.{index}");
+        let attention = format!("{prefix}.self_attn");
+        let (q, kv) = (
+            c.num_attention_heads * c.head_dim,
+            c.num_key_value_heads * c.head_dim,
+        );
+        let qk_norm = match c.qk_norm {
+            true => Some((
+                self.vector(&format!("{attention}.q_norm.weight"), c.head_dim)?,
+                self.vector(&format!("{attention}.k_norm.weight"), c.head_dim)?,
+            )),
+            false => None,
+        };
+        let mlp = |name: &str, dims| self.projection(format!("{prefix}.mlp.{name}"), dims, c.mlp_bias);
+        let up = [c.intermediate_size, c.hidden_size];
+        Ok(Layer {
+            input_norm: self.vector(&format!("{prefix}.input_layernorm.weight"), c.hidden_size)?,
+            attention: Attention {
+                q_proj: self.projection(format!("{attention}.q_proj"), [q, c.hidden_size], c.qkv_bias)?,
+                k_proj: self.projection(format!("{attention}.k_proj"), [kv, c.hidden_size], c.qkv_bias)?,
+                v_proj: self.projection(format!("{attention}.v_proj"), [kv, c.hidden_size], c.qkv_bias)?,
+                o_proj: self.projection(format!("{attention}.o_proj"), [c.hidden_size, q], c.output_bias)?,
+                qk_norm,
+                head_dim: c.head_dim,
+                epsilon: c.rms_norm_eps,
+                rotary: c.rotary[index],
+                window: c.windows[index],
+            },
+            post_attention_norm: self.vector(
+                &format!("{prefix}.post_attention_layernorm.weight"),
+                c.hidden_size,
+            )?,
+            gate_proj: mlp("gate_proj", up)?,
+            up_proj: mlp("up_proj", up)?,
+            down_proj: mlp("down_proj", [c.hidden_size, c.intermediate_size])?,
+            epsilon: c.rms_norm_eps,
+        })
+    }
+
+    fn projection(&self, path: String, dims: [usize; 2], bias: bool) -> Result<Projection, ModelError> {
+        let weight = self.matrix(&format!("{path}.weight"), dims)?;
+        let bias = match bias {
+            true => Some(self.vector(&format!("{path}.bias"), dims[0])?),
+            false => None,
+        };
+        Ok(Projection {
+            path,
+            weight,
+            bias,
+            delta: None,
+        })
+    }
+
+    fn matrix(&self, name: &str, dims: [usize; 2]) -> Result<Parameter, ModelError> {
+        self.parameter(name, dims.to_vec(), dims)
+    }
+
+    fn vector(&self, name: &str, length: usize) -> Result<Parameter, ModelError> {
+        self.parameter(name, vec![length], [1, length])
+    }
+
+    fn parameter(&self, name: &str, shape: Vec<usize>, dims: [usize; 2]) -> Result<Parameter, ModelError> {
+        let tensor = self.checkpoint.tensor(name)?;
+        if tensor.shape != shape {
+            return Err(ModelError::Shape {
+                path: self.checkpoint.dir().to_path_buf(),
+                tensor: name.to_string(),
+                found: tensor.shape.to_vec(),
+                expected: shape,
+            });
+        }
+        let data = match (self.compute, tensor.dtype) {
+            (ComputeType::Bf16, Dtype::BF16) => {
+                self.require_finite(
+                    name,
+                    tensor
+                        .bytes
+                        .par_chunks_exact(2)
+                        .enumerate()
+                        .find_map_first(|(i, b)| {
+                            let value = half::bf16::from_le_bytes([b[0], b[1]]);
+                            (!value.is_finite()).then(|| (i, value.to_f32()))
+                        }),
+                )?;
+                TensorData::from_bytes_vec(tensor.bytes.to_vec(), dims, DType::BF16)
+            }
+            _ => {
+                let values = tensor.to_f32()?;
+                let bad = values
+                    .par_iter()
+                    .enumerate()
+                    .find_map_first(|(i, v)| (!v.is_finite()).then_some((i, *v)));
+                self.require_finite(name, bad)?;
+                TensorData::new(values, dims)
+            }
+        };
+        self.taken.borrow_mut().insert(name.to_string());
+        let value = Tensor::from_data(data, (self.device, self.compute.dtype()));
+        Ok(Parameter {
+            name: name.to_string(),
+            value,
+            shape,
+            trainable: false,
+        })
+    }
+
+    fn require_finite(&self, name: &str, bad: Option<(usize, f32)>) -> Result<(), ModelError> {
+        match bad {
+            None => Ok(()),
+            Some((index, value)) => Err(ModelError::NonFinite {
+                path: self.checkpoint.dir().to_path_buf(),
+                tensor: name.to_string(),
+                value,
+                index,
+            }),
+        }
+    }
+
+    /// A tensor without a place means that the configuration is not the one the weights were made with. Buffers that
+    /// old exports saved, and a head saved beside the embedding it shares, are no weights.
+    fn refuse_rest(&self, config: &ModelConfig) -> Result<(), ModelError> {
+        let taken = self.taken.borrow();
+        let rest: Vec<&str> = self
+            .checkpoint
+            .names()
+            .filter(|name| !taken.contains(*name))
+            .filter(|name| !name.ends_with("rotary_emb.inv_freq"))
+            .filter(|name| !(config.tie_word_embeddings && *name == "lm_head.weight"))
+            .collect();
+        match rest.first() {
+            None => Ok(()),
+            Some(first) => Err(ModelError::UnexpectedTensor {
+                path: self.checkpoint.dir().to_path_buf(),
+                tensor: first.to_string(),
+                others: rest.len() - 1,
+                architecture: config.family.architecture(),
+            }),
+        }
+    }
+}

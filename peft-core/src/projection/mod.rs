@@ -1,0 +1,84 @@
+//! A linear map of a transformer: a base weight plus at most one change on top.
+//!
+//! The base keeps the checkpoint's own layout `[out, in]` (`y = x·Wᵀ + b`). The change, a [`Delta`], is one of a few
+//! algebraic forms, one file each; methods decide where it attaches and with which initial values.
+
+mod low_rank;
+mod parameter;
+mod tape;
+
+pub use low_rank::LowRank;
+pub use parameter::Parameter;
+pub use tape::{DropoutKey, Tape};
+
+use crate::kernels::adapted_linear;
+use burn::tensor::Tensor;
+
+/// The forms that a change of a weight can take.
+#[derive(Debug, Clone)]
+pub enum Delta {
+    /// `s·B·A`.
+    LowRank(LowRank),
+}
+
+impl Delta {
+    /// The trainable parameters, in a fixed order.
+    pub fn parameters(&self) -> Vec<&Parameter> {
+        match self {
+            Delta::LowRank(form) => vec![&form.a, &form.b],
+        }
+    }
+
+    /// The trainable parameters, to be changed.
+    pub fn parameters_mut(&mut self) -> Vec<&mut Parameter> {
+        match self {
+            Delta::LowRank(form) => vec![&mut form.a, &mut form.b],
+        }
+    }
+}
+
+/// A frozen or trained weight `[out, in]` with an optional bias and an optional change.
+#[derive(Debug, Clone)]
+pub struct Projection {
+    /// The module's path in the checkpoint, `model.layers.0.self_attn.q_proj`.
+    pub path: String,
+    /// `W`.
+    pub weight: Parameter,
+    /// `b`, held as `[1, out]`.
+    pub bias: Option<Parameter>,
+    /// The change.
+    pub delta: Option<Delta>,
+}
+
+impl Projection {
+    /// `[out, in]`.
+    pub fn dims(&self) -> [usize; 2] {
+        self.weight.value.dims()
+    }
+
+    /// `x·Wᵀ + b + change(x) + residual`.
+    ///
+    /// # Shapes
+    /// `x` `[tokens, in]`, `residual` and the result `[tokens, out]`.
+    pub fn forward(&self, tape: &Tape, x: Tensor<2>, residual: Option<Tensor<2>>) -> Tensor<2> {
+        let term = self.delta.as_ref().map(|delta| match delta {
+            Delta::LowRank(form) => form.term(tape, &self.path, &x),
+        });
+        let bias = self.bias.as_ref().map(|bias| tape.read(bias));
+        adapted_linear(x, tape.read(&self.weight), bias, term, residual)
+    }
+
+    /// Every parameter of the projection: weight, bias, change.
+    pub fn parameters(&self) -> impl Iterator<Item = &Parameter> {
+        let delta = self.delta.iter().flat_map(|delta| delta.parameters());
+        std::iter::once(&self.weight).chain(&self.bias).chain(delta)
+    }
+
+    /// Every parameter, to be changed.
+    pub fn parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameter> {
+        let delta = self.delta.iter_mut().flat_map(|delta| delta.parameters_mut());
+        std::iter::once(&mut self.weight)
+            .chain(&mut self.bias)
+            .chain(delta)
+    }
+}

@@ -1,0 +1,101 @@
+//! Reading parameters with or without an autodiff graph.
+
+use super::Parameter;
+use crate::random::Stream;
+use burn::tensor::{DType, Device, Gradients, Tensor, TensorData};
+use std::cell::RefCell;
+use std::collections::BTreeMap;
+
+/// Names the dropout streams of one micro-batch: the recomputed forward of a layer draws what the first one drew.
+#[derive(Debug, Clone, Copy)]
+pub struct DropoutKey {
+    /// The run's seed.
+    pub seed: u64,
+    /// Optimizer step.
+    pub step: u64,
+    /// Micro-batch within the step.
+    pub micro_batch: u64,
+}
+
+/// Hands parameters to a forward pass and remembers the leaves whose gradients are wanted.
+pub struct Tape {
+    leaves: Option<RefCell<BTreeMap<String, Tensor<2>>>>,
+    dropout: Option<DropoutKey>,
+}
+
+impl Tape {
+    /// No graph and no dropout: inference.
+    pub fn inference() -> Self {
+        Self {
+            leaves: None,
+            dropout: None,
+        }
+    }
+
+    /// No graph, with the dropout of training: the first pass over layers that are computed again in the backward.
+    pub fn untracked(dropout: DropoutKey) -> Self {
+        Self {
+            leaves: None,
+            dropout: Some(dropout),
+        }
+    }
+
+    /// Trainable parameters become leaves of an autodiff graph.
+    pub fn recording(dropout: DropoutKey) -> Self {
+        Self {
+            leaves: Some(RefCell::default()),
+            dropout: Some(dropout),
+        }
+    }
+
+    /// The parameter's value; on a recording tape, the parameter's leaf if it trains.
+    pub fn read(&self, parameter: &Parameter) -> Tensor<2> {
+        match &self.leaves {
+            Some(leaves) if parameter.trainable => leaves
+                .borrow_mut()
+                .entry(parameter.name.clone())
+                .or_insert_with(|| parameter.value.clone().autodiff().require_grad())
+                .clone(),
+            _ => parameter.value.clone(),
+        }
+    }
+
+    /// The dropout mask of the module at `path`, `[rows, columns]`: 0 with probability `p`, else `1 / (1 − p)`.
+    /// `None` outside training or for `p` = 0.
+    ///
+    /// Drawn on the host, so that every device sees the same mask.
+    pub fn dropout_mask(
+        &self,
+        path: &str,
+        p: f64,
+        [rows, columns]: [usize; 2],
+        device: &Device,
+    ) -> Option<Tensor<2>> {
+        let key = self.dropout.filter(|_| p > 0.0)?;
+        let mut stream = Stream::new(key.seed, "dropout", path, &[key.step, key.micro_batch]);
+        let keep = (1.0 / (1.0 - p)) as f32;
+        let mask: Vec<f32> = (0..rows * columns)
+            .map(|_| {
+                if f64::from(stream.uniform_f32()) < p {
+                    0.0
+                } else {
+                    keep
+                }
+            })
+            .collect();
+        Some(Tensor::from_data(
+            TensorData::new(mask, [rows, columns]),
+            (device, DType::F32),
+        ))
+    }
+
+    /// Takes the gradients of all leaves read so far, by parameter name. A leaf that the result did not depend on has
+    /// none.
+    pub fn gradients(self, gradients: &mut Gradients) -> BTreeMap<String, Tensor<2>> {
+        let leaves = self.leaves.map(RefCell::into_inner).unwrap_or_default();
+        leaves
+            .into_iter()
+            .filter_map(|(name, leaf)| leaf.grad_remove(gradients).map(|gradient| (name, gradient)))
+            .collect()
+    }
+}

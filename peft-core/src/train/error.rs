@@ -1,0 +1,71 @@
+//! What can end a training run.
+
+use crate::adapter::AdapterError;
+use crate::checkpoint::CheckpointError;
+use std::path::PathBuf;
+
+/// Why training cannot start, or stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// No parameter trains.
+    #[error("nothing to train: the method selected no parameter")]
+    NothingToTrain,
+    /// The loss or the gradient is not finite.
+    #[error("step {step}: {what} is {value}; stopped, {saved}")]
+    NonFinite {
+        /// The step.
+        step: u64,
+        /// Loss or gradient norm.
+        what: &'static str,
+        /// Its value.
+        value: f64,
+        /// What is on disk.
+        saved: String,
+    },
+    /// A token id lies outside the embedding.
+    #[error(
+        "{source_name}: token id {id} is outside the model's vocabulary of {vocab_size}; the tokenizer belongs to another model"
+    )]
+    Vocabulary {
+        /// Which data.
+        source_name: &'static str,
+        /// The id.
+        id: i64,
+        /// Rows of the embedding.
+        vocab_size: usize,
+    },
+    /// A saved state does not belong to this run.
+    #[error("{path}: {message}")]
+    State {
+        /// The state's file.
+        path: PathBuf,
+        /// What does not fit.
+        message: String,
+    },
+    /// A file of the run cannot be written or read.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// Saving or loading weights failed.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
+    /// Saving the adapter failed.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+}
+
+impl TrainError {
+    /// Whether the user's files or recipe are wrong (exit code 2).
+    pub fn is_bad_input(&self) -> bool {
+        match self {
+            TrainError::NonFinite { .. } | TrainError::Io { .. } => false,
+            TrainError::Checkpoint(error) => error.is_bad_input(),
+            TrainError::Adapter(error) => error.is_bad_input(),
+            _ => true,
+        }
+    }
+}

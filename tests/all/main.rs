@@ -1,0 +1,9 @@
+//! Whole-program tests, parity with golden values, faults.
+#![allow(clippy::unwrap_used)]
+
+mod adapters;
+mod families;
+mod faults;
+mod program;
+mod rope;
+mod trajectory;
