@@ -6,9 +6,7 @@ use std::sync::OnceLock;
 
 /// The root of the repository.
 pub fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-        .parent()
-        .unwrap_or(Path::new("."))
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap_or(Path::new("."))
 }
 
 /// A file or folder under `tests/golden`.
@@ -22,45 +20,28 @@ pub fn program() -> &'static Path {
     PROGRAM.get_or_init(|| {
         // target/PROFILE/deps/all-HASH → target/PROFILE
         let exe = std::env::current_exe().expect("the test's own path");
-        let dir = exe
-            .ancestors()
-            .nth(2)
-            .expect("tests run from target/PROFILE/deps")
-            .to_path_buf();
+        let dir = exe.ancestors().nth(2).expect("tests run from target/PROFILE/deps").to_path_buf();
         let mut build = Command::new(env!("CARGO"));
-        build
-            .args(["build", "--quiet", "-p", "peft-cli", "--bin", "peft"])
-            .current_dir(root());
+        build.args(["build", "--quiet", "-p", "peft-cli", "--bin", "peft"]).current_dir(root());
         build.env("CARGO_TARGET_DIR", dir.parent().expect("a target folder"));
         if dir.ends_with("release") {
             build.arg("--release");
         }
-        assert!(
-            build.status().expect("cargo runs").success(),
-            "peft does not build"
-        );
+        assert!(build.status().expect("cargo runs").success(), "peft does not build");
         dir.join(format!("peft{}", std::env::consts::EXE_SUFFIX))
     })
 }
 
 /// Runs `peft` in the repository's root and returns what came of it.
 pub fn peft(args: &[&str]) -> Output {
-    Command::new(program())
-        .args(args)
-        .current_dir(root())
-        .output()
-        .expect("peft starts")
+    Command::new(program()).args(args).current_dir(root()).output().expect("peft starts")
 }
 
 /// Runs `peft`, which must succeed; returns its stdout.
 pub fn peft_ok(args: &[&str]) -> String {
     let out = peft(args);
     let stderr = String::from_utf8_lossy(&out.stderr);
-    assert!(
-        out.status.success(),
-        "peft {args:?} failed with {:?}\n{stderr}",
-        out.status.code()
-    );
+    assert!(out.status.success(), "peft {args:?} failed with {:?}\n{stderr}", out.status.code());
     String::from_utf8(out.stdout).expect("stdout is text")
 }
 

@@ -30,9 +30,8 @@ const NAMES: [&str; 40] = [
     "Leo", "Maya", "Oscar", "Hanna", "Felix", "Alma", "Jonas", "Greta", "Simon", "Ida", "Peter", "Olga",
     "Victor",
 ];
-const COLORS: [&str; 10] = [
-    "red", "blue", "green", "yellow", "white", "black", "brown", "pink", "orange", "gray",
-];
+const COLORS: [&str; 10] =
+    ["red", "blue", "green", "yellow", "white", "black", "brown", "pink", "orange", "gray"];
 const ITEMS: [&str; 30] = [
     "apples", "pears", "plums", "lemons", "roses", "tulips", "hats", "scarves", "gloves", "boots", "cups",
     "plates", "bowls", "spoons", "pens", "books", "boxes", "bags", "lamps", "candles", "ropes", "baskets",
@@ -42,18 +41,9 @@ const PLACES: [&str; 16] = [
     "market", "harbor", "station", "garden", "school", "museum", "library", "bakery", "castle", "farm",
     "mill", "bridge", "tower", "square", "park", "inn",
 ];
-const NUMBERS: [&str; 12] = [
-    "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
-];
-const DAYS: [&str; 7] = [
-    "Monday",
-    "Tuesday",
-    "Wednesday",
-    "Thursday",
-    "Friday",
-    "Saturday",
-    "Sunday",
-];
+const NUMBERS: [&str; 12] =
+    ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"];
+const DAYS: [&str; 7] = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"];
 const WEATHER: [&str; 5] = ["sunny", "rainy", "windy", "cloudy", "snowy"];
 /// Past and base form.
 const VERBS: [(&str, &str); 6] = [
@@ -99,15 +89,7 @@ impl Event {
 
     /// One of three ways to say it.
     fn sentence(&self, stream: &mut Stream) -> String {
-        let Event {
-            who,
-            verb: (past, _),
-            color,
-            item,
-            place,
-            day,
-            ..
-        } = self;
+        let Event { who, verb: (past, _), color, item, place, day, .. } = self;
         let number = self.number();
         match stream.below(3) {
             0 => format!("{who} {past} {number} {color} {item} at the {place} on {day}."),
@@ -122,15 +104,7 @@ impl Event {
 fn story(stream: &mut Stream) -> String {
     let event = Event::draw(stream);
     let other = pick(stream, &NAMES);
-    let Event {
-        who,
-        verb: (_, verb),
-        color,
-        item,
-        place,
-        day,
-        ..
-    } = &event;
+    let Event { who, verb: (_, verb), color, item, place, day, .. } = &event;
     let mut lines = vec![event.sentence(stream)];
     lines.push(match stream.below(5) {
         0 => format!("Who was it? It was {who}."),
@@ -145,39 +119,20 @@ fn story(stream: &mut Stream) -> String {
             event.number()
         ),
         1 => format!("\"Where was {who}?\" asked {other}. \"At the {place},\" said {who}."),
-        2 => format!(
-            "{other} asked how many {item} there were. There were {}.",
-            event.number()
-        ),
+        2 => format!("{other} asked how many {item} there were. There were {}.", event.number()),
         3 => format!("The {item} were {color}, and {other} liked the {color} {item}."),
         4 => format!("\"When was that?\" asked {other}. \"On {day},\" said {who}."),
-        5 => format!(
-            "{who} counted: {} {item}, that is {}.",
-            event.number(),
-            event.count
-        ),
+        5 => format!("{who} counted: {} {item}, that is {}.", event.number(), event.count),
         _ => format!("{other} walked to the {place} and met {who} there."),
     });
     lines.push(match stream.below(3) {
-        0 => format!(
-            "\"Tell me more,\" said {other}. \"{}\" said {who}.",
-            event.sentence(stream)
-        ),
+        0 => format!("\"Tell me more,\" said {other}. \"{}\" said {who}.", event.sentence(stream)),
         1 => format!("{other} told it again: {}", event.sentence(stream)),
-        _ => format!(
-            "{other} wrote: {who}, {}, {color}, {item}, {place}, {day}.",
-            event.number()
-        ),
+        _ => format!("{other} wrote: {who}, {}, {color}, {item}, {place}, {day}.", event.number()),
     });
     match stream.below(3) {
-        0 => lines.push(format!(
-            "{}",
-            json!({"day": day, "weather": pick(stream, &WEATHER)})
-        )),
-        1 => lines.push(format!(
-            "{}",
-            json!({"price": stream.below(100), "shop": place, "seller": other})
-        )),
+        0 => lines.push(format!("{}", json!({"day": day, "weather": pick(stream, &WEATHER)}))),
+        1 => lines.push(format!("{}", json!({"price": stream.below(100), "shop": place, "seller": other}))),
         _ => {}
     }
     lines.join(" ")
@@ -208,9 +163,7 @@ fn tokenizer(corpus: &[String]) -> Result<Tokenizer, Box<dyn Error + Send + Sync
         .build();
     let mut tokenizer = Tokenizer::new(BPE::default());
     let bytes = ByteLevel::default().add_prefix_space(false);
-    tokenizer
-        .with_pre_tokenizer(Some(bytes.clone()))
-        .with_decoder(Some(bytes));
+    tokenizer.with_pre_tokenizer(Some(bytes.clone())).with_decoder(Some(bytes));
     let mut trainer = tokenizers::models::TrainerWrapper::from(std::mem::take(&mut trainer));
     tokenizer.train(&mut trainer, corpus.iter())?;
     let template = TemplateProcessing::builder()
@@ -269,18 +222,10 @@ fn checkpoint(dir: &Path) -> Result<(), Box<dyn Error>> {
     let tensors = shapes.into_iter().map(|(name, shape)| {
         let count = shape.iter().product();
         let mut stream = Stream::new(SEED, "initial weights", &name, &[]);
-        let deviation = if shape.len() == 2 {
-            0.5 / (shape[1] as f64).sqrt()
-        } else {
-            0.0
-        };
+        let deviation = if shape.len() == 2 { 0.5 / (shape[1] as f64).sqrt() } else { 0.0 };
         let mean = if shape.len() == 1 { 1.0 } else { 0.0 };
-        let values: Vec<f32> = (0..count)
-            .map(|_| (mean + deviation * stream.normal()) as f32)
-            .collect();
-        LazyTensor::new(name, Dtype::F32, shape, move || {
-            Ok::<_, CheckpointError>(f32_bytes(&values).into())
-        })
+        let values: Vec<f32> = (0..count).map(|_| (mean + deviation * stream.normal()) as f32).collect();
+        LazyTensor::new(name, Dtype::F32, shape, move || Ok::<_, CheckpointError>(f32_bytes(&values).into()))
     });
     let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
     write_safetensors(&dir.join("model.safetensors"), tensors.collect(), &metadata)?;
@@ -288,15 +233,11 @@ fn checkpoint(dir: &Path) -> Result<(), Box<dyn Error>> {
 }
 
 fn main() -> Result<(), Box<dyn Error + Send + Sync>> {
-    let out = std::env::args()
-        .nth(1)
-        .map(PathBuf::from)
-        .ok_or("usage: quickstart_world FOLDER")?;
+    let out = std::env::args().nth(1).map(PathBuf::from).ok_or("usage: quickstart_world FOLDER")?;
     let base = out.join("base");
     std::fs::create_dir_all(&base)?;
-    let corpus: Vec<String> = (0..STORIES)
-        .map(|n| story(&mut Stream::new(SEED, "story", "", &[n])))
-        .collect();
+    let corpus: Vec<String> =
+        (0..STORIES).map(|n| story(&mut Stream::new(SEED, "story", "", &[n]))).collect();
     let text = |story: &String| json!({ "text": story });
     write_lines(&out.join("corpus.jsonl"), corpus.iter().map(text)).map_err(|error| error.to_string())?;
     let task = |n: u64| example(&mut Stream::new(SEED, "example", "", &[n]));

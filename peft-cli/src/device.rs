@@ -6,10 +6,7 @@ use peft_core::model::ComputeType;
 
 /// The device of that name. `auto` is the first GPU of a program built with CUDA where there is one, else the CPU.
 pub fn device(name: &str) -> Result<Device, CliError> {
-    let wrong = |message: &str| CliError::Device {
-        device: name.to_string(),
-        message: message.to_string(),
-    };
+    let wrong = |message: &str| CliError::Device { device: name.to_string(), message: message.to_string() };
     match name {
         "cpu" => Ok(Device::flex()),
         "auto" => Ok(cuda(0).unwrap_or_else(Device::flex)),
@@ -21,9 +18,7 @@ pub fn device(name: &str) -> Result<Device, CliError> {
             };
             let index = index.ok_or_else(|| wrong("expected auto, cpu, cuda or cuda:N"))?;
             if !cfg!(feature = "cuda") {
-                return Err(wrong(
-                    "this program was built without CUDA (cargo build --features cuda)",
-                ));
+                return Err(wrong("this program was built without CUDA (cargo build --features cuda)"));
             }
             cuda(index).ok_or_else(|| wrong("no such CUDA device on this machine"))
         }
@@ -49,9 +44,6 @@ pub fn compute_type(name: &str, device: &Device) -> Result<ComputeType, CliError
         "auto" if cpu => Ok(ComputeType::F32),
         "auto" | "bf16" | "bfloat16" => Ok(ComputeType::Bf16),
         "f32" | "float32" => Ok(ComputeType::F32),
-        other => Err(CliError::flag(
-            "dtype",
-            format!("`{other}` is none of auto, f32, bf16"),
-        )),
+        other => Err(CliError::flag("dtype", format!("`{other}` is none of auto, f32, bf16"))),
     }
 }

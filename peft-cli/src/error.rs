@@ -63,10 +63,7 @@ impl CliError {
 
     /// A flag's error.
     pub fn flag(flag: &str, message: impl ToString) -> Self {
-        CliError::Flag {
-            flag: flag.to_string(),
-            message: message.to_string(),
-        }
+        CliError::Flag { flag: flag.to_string(), message: message.to_string() }
     }
 }
 

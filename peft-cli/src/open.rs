@@ -28,9 +28,7 @@ pub fn hub(revision: Option<&str>, offline: bool) -> HubOptions {
 /// The folder that a name means, downloaded first if it must be.
 pub fn folder(name: &str, hub: &HubOptions) -> Result<PathBuf, CliError> {
     let mut downloads = render::Downloads::default();
-    Ok(resolve_with_progress(name, hub, &mut |progress| {
-        downloads.show(&progress)
-    })?)
+    Ok(resolve_with_progress(name, hub, &mut |progress| downloads.show(&progress))?)
 }
 
 /// Opens a base by folder or hub id.
@@ -38,10 +36,7 @@ pub fn base(name: &str, hub: &HubOptions) -> Result<Base, CliError> {
     let dir = folder(name, hub)?;
     let checkpoint = Checkpoint::open(&dir)?;
     let tokenizer = Tokenizer::from_dir(&dir)?;
-    Ok(Base {
-        checkpoint,
-        tokenizer,
-    })
+    Ok(Base { checkpoint, tokenizer })
 }
 
 /// Opens an adapter by folder or hub id. The revision of the base is not the adapter's.

@@ -40,10 +40,7 @@ pub fn did_you_mean<'a>(wanted: &str, candidates: impl IntoIterator<Item = &'a s
 
 /// Whether `long` ends in `short` right after a dot or slash.
 fn is_tail(long: &str, short: &str) -> bool {
-    !short.is_empty()
-        && long
-            .strip_suffix(short)
-            .is_some_and(|head| head.ends_with(['.', '/']))
+    !short.is_empty() && long.strip_suffix(short).is_some_and(|head| head.ends_with(['.', '/']))
 }
 
 #[cfg(test)]

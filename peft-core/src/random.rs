@@ -40,10 +40,7 @@ impl Stream {
         for counter in counters {
             hash.update(counter.to_le_bytes());
         }
-        Self {
-            words: ChaCha8Rng::from_seed(hash.finalize().into()),
-            spare: None,
-        }
+        Self { words: ChaCha8Rng::from_seed(hash.finalize().into()), spare: None }
     }
 
     /// The next 64 random bits.
@@ -117,9 +114,7 @@ fn ln(x: f64) -> f64 {
     // ln m = 2 (z + z³/3 + z⁵/5 + …) with z = (m − 1)/(m + 1), |z| ≤ 0.172.
     let z = (mantissa - 1.0) / (mantissa + 1.0);
     let square = z * z;
-    let series = (0..12)
-        .rev()
-        .fold(0.0, |sum, term| sum * square + 1.0 / f64::from(2 * term + 1));
+    let series = (0..12).rev().fold(0.0, |sum, term| sum * square + 1.0 / f64::from(2 * term + 1));
     exponent as f64 * std::f64::consts::LN_2 + 2.0 * z * series
 }
 
@@ -132,10 +127,7 @@ mod tests {
     fn words_are_those_of_the_reference() {
         let mut stream = Stream::new(42, "adapter", "layers.0.q", &[3, 7]);
         let words: Vec<u64> = (0..41).map(|_| stream.next_u64()).collect();
-        assert_eq!(
-            words[..3],
-            [0x5a9ff81a9f1cab7, 0xfcfcf87c3dc7ada7, 0x749c7dc4d0028195]
-        );
+        assert_eq!(words[..3], [0x5a9ff81a9f1cab7, 0xfcfcf87c3dc7ada7, 0x749c7dc4d0028195]);
         // Past the generator's internal buffer of four blocks (32 values).
         assert_eq!(words[40], 0xa54b4d1554242ce1);
         assert_eq!(Stream::new(0, "", "", &[]).next_u64(), 0x706f78ab00faf775);
@@ -145,14 +137,8 @@ mod tests {
     fn floats_are_those_of_the_reference() {
         let mut stream = Stream::new(1, "uniform", "", &[]);
         let uniform: Vec<f64> = (0..3).map(|_| stream.uniform()).collect();
-        assert_eq!(
-            uniform,
-            [0.42073409377766857, 0.7162658422916885, 0.20811490735641736]
-        );
-        assert_eq!(
-            [stream.uniform_f32(), stream.uniform_f32()],
-            [0.341_827_5, 0.659_821_5]
-        );
+        assert_eq!(uniform, [0.42073409377766857, 0.7162658422916885, 0.20811490735641736]);
+        assert_eq!([stream.uniform_f32(), stream.uniform_f32()], [0.341_827_5, 0.659_821_5]);
     }
 
     #[test]
@@ -188,10 +174,7 @@ mod tests {
     fn own_logarithm_agrees_with_the_platform() {
         for x in [1e-300, 1e-30, 0.3, 0.707, 0.708, 0.9999999, 1.0, 1.5, 7.5] {
             let (own, std) = (ln(x), f64::ln(x));
-            assert!(
-                (own - std).abs() <= 4e-16 * std.abs().max(1e-6),
-                "{x}: {own} {std}"
-            );
+            assert!((own - std).abs() <= 4e-16 * std.abs().max(1e-6), "{x}: {own} {std}");
         }
     }
 
@@ -202,10 +185,7 @@ mod tests {
         assert_eq!(drawn, [2, 2, 9, 8, 0, 8, 9, 9]);
         // A bound just over 2⁶³ rejects almost every other word.
         let bound = (1 << 63) + 1;
-        assert_eq!(
-            [stream.below(bound), stream.below(bound)],
-            [931783155108336307, 5775470635742363632]
-        );
+        assert_eq!([stream.below(bound), stream.below(bound)], [931783155108336307, 5775470635742363632]);
         assert_eq!(stream.below(0), 0);
         let mut items: Vec<u32> = (0..10).collect();
         Stream::new(1, "shuffle", "", &[]).shuffle(&mut items);

@@ -34,10 +34,7 @@ impl Method for Full {
         for parameter in model.parameters() {
             changes.insert(parameter.name.clone(), Box::new(|_| parameter.to_host()));
         }
-        let options = RewriteOptions {
-            dtype: None,
-            max_shard_size: RewriteOptions::DEFAULT_SHARD,
-        };
+        let options = RewriteOptions { dtype: None, max_shard_size: RewriteOptions::DEFAULT_SHARD };
         rewrite_into(&self.base, dir, &options, &changes)?;
         Ok(())
     }

@@ -5,7 +5,8 @@
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use peft_core::adapter::{
-    Adapter, AdapterConfig, AdapterError, InitLoraWeights, Pattern, TargetModules, save, select, select_saved,
+    Adapter, AdapterConfig, AdapterError, InitLoraWeights, Pattern, TargetModules, alpha_pattern,
+    rank_pattern, save, select, select_saved,
 };
 use peft_core::model::Decoder;
 use peft_core::projection::{Delta, LowRank, Parameter};
@@ -76,41 +77,6 @@ impl Lora {
         revision: Option<String>,
         start: Option<PathBuf>,
     ) -> Result<Self, String> {
-        if config.r == 0 || config.r > 1 << 16 {
-            return Err(format!("r is {}, expected a rank from 1 to 65536", config.r));
-        }
-        if !(config.lora_alpha.is_finite() && config.lora_alpha > 0.0) {
-            return Err(format!(
-                "lora_alpha is {}, expected a positive number",
-                config.lora_alpha
-            ));
-        }
-        if !(0.0..1.0).contains(&config.lora_dropout) {
-            return Err(format!(
-                "lora_dropout is {}, expected a probability below 1",
-                config.lora_dropout
-            ));
-        }
-        let rank_pattern = config
-            .rank_pattern
-            .into_iter()
-            .map(|(key, value)| match value.as_u64() {
-                Some(rank @ 1..=65536) => Ok((key, rank as usize)),
-                _ => Err(format!(
-                    "rank_pattern.{key} is {value}, expected a rank from 1 to 65536"
-                )),
-            })
-            .collect::<Result<Vec<_>, String>>()?;
-        let alpha_pattern = config
-            .alpha_pattern
-            .into_iter()
-            .map(|(key, value)| match value.as_f64() {
-                Some(alpha) if alpha.is_finite() && alpha > 0.0 => Ok((key, alpha)),
-                _ => Err(format!(
-                    "alpha_pattern.{key} is {value}, expected a positive number"
-                )),
-            })
-            .collect::<Result<Vec<_>, String>>()?;
         let config = AdapterConfig {
             r: config.r,
             lora_alpha: config.lora_alpha,
@@ -118,13 +84,14 @@ impl Lora {
             use_rslora: config.use_rslora,
             target_modules: config.target_modules,
             exclude_modules: config.exclude_modules,
-            rank_pattern,
-            alpha_pattern,
+            rank_pattern: rank_pattern(config.rank_pattern)?,
+            alpha_pattern: alpha_pattern(config.alpha_pattern)?,
             modules_to_save: config.modules_to_save.unwrap_or_default(),
             init_lora_weights: config.init_lora_weights,
             base_model_name_or_path: Some(base.to_string()),
             revision,
         };
+        config.check()?;
         Ok(Self { config, start })
     }
 
@@ -146,12 +113,48 @@ impl Lora {
     }
 }
 
+impl Lora {
+    /// Replaces the fresh factors by those of the adapter in `dir`, which must have the recipe's targets, ranks and scales.
+    fn take_values(
+        &self,
+        dir: &Path,
+        model: &mut Decoder,
+        targets: &BTreeSet<String>,
+    ) -> Result<(), AdapterError> {
+        let start = Adapter::open(dir)?;
+        let differs = |message: String| AdapterError::Config {
+            path: dir.join("adapter_config.json"),
+            message: format!("adapter_name_or_path: {message}"),
+        };
+        for projection in model.projections_mut() {
+            projection.delta = None;
+        }
+        start.attach(model)?;
+        let (there, here) = (start.config.patterns()?, self.config.patterns()?);
+        for projection in model.projections_mut() {
+            let path = &projection.path;
+            if projection.delta.is_some() != targets.contains(path) {
+                return Err(differs(format!(
+                    "that adapter and the recipe disagree on whether `{path}` is a target"
+                )));
+            }
+            let Some(Delta::LowRank(form)) = &mut projection.delta else { continue };
+            let given = (there.rank(path), there.scale(path));
+            let wanted = (here.rank(path), here.scale(path));
+            if given != wanted {
+                let message =
+                    format!("`{path}` has (rank, scale) {given:?} there, the recipe asks for {wanted:?}");
+                return Err(differs(message));
+            }
+            form.dropout = self.config.lora_dropout;
+        }
+        Ok(())
+    }
+}
+
 /// Paths of the modules that a low-rank change can attach to.
 fn linear_paths(model: &Decoder) -> Vec<&str> {
-    model
-        .projections()
-        .map(|projection| projection.path.as_str())
-        .collect()
+    model.projections().map(|projection| projection.path.as_str()).collect()
 }
 
 impl Method for Lora {
@@ -167,26 +170,15 @@ impl Method for Lora {
         let config = &self.config;
         let tied = model.config.tie_word_embeddings;
         let saved = select_saved(&config.modules_to_save, &model.module_paths(), tied)?;
-        let targets: BTreeSet<String> = select(&config.selection(true), &linear_paths(model))?
-            .into_iter()
-            .map(str::to_string)
-            .collect();
+        let targets: BTreeSet<String> =
+            select(&config.selection(true), &linear_paths(model))?.into_iter().map(str::to_string).collect();
         let patterns = config.patterns()?;
         let device = model.device.clone();
-        for projection in model
-            .projections_mut()
-            .filter(|projection| targets.contains(&projection.path))
-        {
+        for projection in model.projections_mut().filter(|projection| targets.contains(&projection.path)) {
             let (rank, scale) = (patterns.rank(&projection.path), patterns.scale(&projection.path));
             let [rows, columns] = projection.dims();
             let name = |factor: &str| format!("{}.{factor}.weight", projection.path);
-            let a = initial_a(
-                config.init_lora_weights,
-                &projection.path,
-                [rank, columns],
-                seed,
-                &device,
-            );
+            let a = initial_a(config.init_lora_weights, &projection.path, [rank, columns], seed, &device);
             let b = Tensor::zeros([rows, rank], (&device, DType::F32));
             projection.delta = Some(Delta::LowRank(LowRank {
                 a: Parameter::matrix(name("lora_A"), a),
@@ -196,56 +188,10 @@ impl Method for Lora {
             }));
         }
         if let Some(dir) = &self.start {
-            let start = Adapter::open(dir)?;
-            let (given, wanted) = (start.config.patterns()?, &patterns);
-            let differs = |path: &&String| {
-                given.rank(path) != wanted.rank(path) || given.scale(path) != wanted.scale(path)
-            };
-            if let Some(path) = targets.iter().find(differs) {
-                let message = format!(
-                    "adapter_name_or_path: `{path}` has rank {} and scale {} there, the recipe asks for {} and {}",
-                    given.rank(path),
-                    given.scale(path),
-                    wanted.rank(path),
-                    wanted.scale(path)
-                );
-                return Err(AdapterError::Config {
-                    path: dir.join("adapter_config.json"),
-                    message,
-                }
-                .into());
-            }
-            for projection in model.projections_mut() {
-                projection.delta = None;
-            }
-            start.attach(model)?;
-            let attached: BTreeSet<String> = model
-                .projections()
-                .filter(|p| p.delta.is_some())
-                .map(|p| p.path.clone())
-                .collect();
-            if let Some(path) = attached.symmetric_difference(&targets).next() {
-                let message = format!(
-                    "adapter_name_or_path: adapter and recipe disagree on whether `{path}` is a target"
-                );
-                return Err(AdapterError::Config {
-                    path: dir.join("adapter_config.json"),
-                    message,
-                }
-                .into());
-            }
-            for projection in model.projections_mut() {
-                if let Some(Delta::LowRank(form)) = &mut projection.delta {
-                    form.dropout = config.lora_dropout;
-                }
-            }
+            self.take_values(dir, model, &targets)?;
         }
         for projection in model.projections_mut() {
-            for parameter in projection
-                .delta
-                .iter_mut()
-                .flat_map(|delta| delta.parameters_mut())
-            {
+            for parameter in projection.delta.iter_mut().flat_map(|delta| delta.parameters_mut()) {
                 parameter.set_trainable();
             }
         }
@@ -285,19 +231,13 @@ mod tests {
     fn initial_values_have_the_distribution_peft_draws_from() {
         let device = Device::flex();
         let moments = |init, dims: [usize; 2]| {
-            let values: Vec<f32> = initial_a(init, "q", dims, 1, &device)
-                .into_data()
-                .iter::<f32>()
-                .collect();
+            let values: Vec<f32> = initial_a(init, "q", dims, 1, &device).into_data().iter::<f32>().collect();
             let n = values.len() as f64;
             let variance = values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / n;
             (variance, values.iter().fold(0f32, |max, v| max.max(v.abs())))
         };
         let (variance, max) = moments(InitLoraWeights::KaimingUniform, [64, 256]);
-        assert!(
-            max <= 1.0 / 16.0 && (variance * 3.0 * 256.0 - 1.0).abs() < 0.05,
-            "{variance} {max}"
-        );
+        assert!(max <= 1.0 / 16.0 && (variance * 3.0 * 256.0 - 1.0).abs() < 0.05, "{variance} {max}");
         let (variance, _) = moments(InitLoraWeights::Gaussian, [64, 256]);
         assert!((variance * 64.0 * 64.0 - 1.0).abs() < 0.05, "{variance}");
     }

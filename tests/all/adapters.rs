@@ -39,20 +39,14 @@ fn logits_equal_pefts_attached_and_folded() {
 
         let mut model = open(&base);
         let plain: Vec<f32> = model.logits(&ids, shape[0]).try_into_vec_as().unwrap();
-        assert!(
-            relative_difference(&plain, &logits) > 1e-2,
-            "{name}: the adapter should matter"
-        );
+        assert!(relative_difference(&plain, &logits) > 1e-2, "{name}: the adapter should matter");
         adapter.attach(&mut model).unwrap();
         let attached: Vec<f32> = model.logits(&ids, shape[0]).try_into_vec_as().unwrap();
         let difference = relative_difference(&attached, &logits);
         assert!(difference < 1e-5, "{name} attached: {difference:.1e}");
 
         let output = out.path().join(&name);
-        let options = RewriteOptions {
-            dtype: None,
-            max_shard_size: RewriteOptions::DEFAULT_SHARD,
-        };
+        let options = RewriteOptions { dtype: None, max_shard_size: RewriteOptions::DEFAULT_SHARD };
         fold(&Checkpoint::open(&base).unwrap(), &adapter, &output, &options).unwrap();
         let folded: Vec<f32> = open(&output).logits(&ids, shape[0]).try_into_vec_as().unwrap();
         let difference = relative_difference(&folded, &logits);
@@ -67,28 +61,16 @@ fn written_again_the_files_are_pefts() {
         let adapter = Adapter::open(&dir).unwrap();
         let mut model = open(&base);
         adapter.attach(&mut model).unwrap();
-        let whole: Vec<String> = adapter
-            .config
-            .modules_to_save
-            .iter()
-            .map(|m| format!("{m}.weight"))
-            .collect();
-        for parameter in model
-            .parameters_mut()
-            .into_iter()
-            .filter(|p| whole.contains(&p.name))
-        {
+        let whole: Vec<String> =
+            adapter.config.modules_to_save.iter().map(|m| format!("{m}.weight")).collect();
+        for parameter in model.parameters_mut().into_iter().filter(|p| whole.contains(&p.name)) {
             parameter.set_trainable();
         }
         save(&model, &adapter.config, out.path()).unwrap();
 
         let bytes = |file: PathBuf| std::fs::read(file).unwrap();
         let written = bytes(out.path().join("adapter_model.safetensors"));
-        assert_eq!(
-            written,
-            bytes(dir.join("adapter_model.safetensors")),
-            "{name}: weights"
-        );
+        assert_eq!(written, bytes(dir.join("adapter_model.safetensors")), "{name}: weights");
         // Lists of names are sets to PEFT, written in no particular order.
         let sorted = |bytes: &[u8]| {
             let mut json: serde_json::Value = serde_json::from_slice(bytes).unwrap();
@@ -100,11 +82,7 @@ fn written_again_the_files_are_pefts() {
             format!("{json:#}")
         };
         let written = sorted(&bytes(out.path().join("adapter_config.json")));
-        assert_eq!(
-            written,
-            sorted(&bytes(dir.join("adapter_config.json"))),
-            "{name}: configuration"
-        );
+        assert_eq!(written, sorted(&bytes(dir.join("adapter_config.json"))), "{name}: configuration");
     }
 }
 

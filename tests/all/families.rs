@@ -12,11 +12,7 @@ pub fn open(dir: &Path) -> Decoder {
 
 pub fn integers(file: &SafetensorsFile, name: &str) -> (Vec<i64>, Vec<usize>) {
     let tensor = file.tensor(name).unwrap();
-    let values = tensor
-        .bytes
-        .chunks_exact(8)
-        .map(|b| i64::from_le_bytes(b.try_into().unwrap()))
-        .collect();
+    let values = tensor.bytes.chunks_exact(8).map(|b| i64::from_le_bytes(b.try_into().unwrap())).collect();
     (values, tensor.shape.to_vec())
 }
 
@@ -24,18 +20,12 @@ pub fn integers(file: &SafetensorsFile, name: &str) -> (Vec<i64>, Vec<usize>) {
 pub fn relative_difference(found: &[f32], expected: &[f32]) -> f32 {
     assert_eq!(found.len(), expected.len());
     let scale = expected.iter().fold(0f32, |max, v| max.max(v.abs()));
-    found
-        .iter()
-        .zip(expected)
-        .fold(0f32, |max, (f, e)| max.max((f - e).abs()))
-        / scale
+    found.iter().zip(expected).fold(0f32, |max, (f, e)| max.max((f - e).abs())) / scale
 }
 
 fn families() -> Vec<PathBuf> {
-    let mut found: Vec<PathBuf> = std::fs::read_dir(golden("families"))
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .collect();
+    let mut found: Vec<PathBuf> =
+        std::fs::read_dir(golden("families")).unwrap().map(|entry| entry.unwrap().path()).collect();
     found.sort();
     assert!(found.len() >= 18, "golden families are missing: {found:?}");
     found
@@ -53,20 +43,11 @@ fn logits_and_greedy_generations_equal_transformers() {
         let (greedy, _) = integers(&expected, "greedy");
         let greedy: Vec<u32> = greedy.into_iter().map(|id| id as u32).collect();
         let (prompt, continuation) = greedy.split_at(6);
-        let generated = generate(
-            &model,
-            prompt,
-            continuation.len(),
-            &[],
-            &Sampling::greedy(),
-            |_| true,
-        );
+        let generated = generate(&model, prompt, continuation.len(), &[], &Sampling::greedy(), |_| true);
         let name = dir.file_name().unwrap().to_string_lossy().into_owned();
         println!("{name:<24} {difference:.1e}");
         if difference > 1e-4 || generated != continuation {
-            failures.push(format!(
-                "{name}: {difference:.1e}, {generated:?} for {continuation:?}"
-            ));
+            failures.push(format!("{name}: {difference:.1e}, {generated:?} for {continuation:?}"));
         }
     }
     assert!(failures.is_empty(), "{failures:#?}");

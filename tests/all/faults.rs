@@ -28,11 +28,7 @@ fn refuses(args: &[&str], expected: &[&str]) {
     for part in expected {
         assert!(stderr.contains(part), "no `{part}` in: {stderr}");
     }
-    assert_eq!(
-        stderr.lines().filter(|line| line.starts_with("error")).count(),
-        1,
-        "{stderr}"
-    );
+    assert_eq!(stderr.lines().filter(|line| line.starts_with("error")).count(), 1, "{stderr}");
 }
 
 fn refuses_base(dir: &Path, expected: &[&str]) {
@@ -44,10 +40,7 @@ fn refuses_base(dir: &Path, expected: &[&str]) {
 fn split(path: &Path) -> (Value, Vec<u8>) {
     let bytes = std::fs::read(path).unwrap();
     let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-    (
-        serde_json::from_slice(&bytes[8..8 + length]).unwrap(),
-        bytes[8 + length..].to_vec(),
-    )
+    (serde_json::from_slice(&bytes[8..8 + length]).unwrap(), bytes[8 + length..].to_vec())
 }
 
 fn join(path: &Path, header: &Value, data: &[u8]) {
@@ -82,19 +75,13 @@ fn damaged_weights() {
     refuses_base(&dir, &["model.safetensors", "header", "100000000"]);
 
     let mut nan = data.clone();
-    let begin = header["model.layers.2.mlp.up_proj.weight"]["data_offsets"][0]
-        .as_u64()
-        .unwrap() as usize;
+    let begin = header["model.layers.2.mlp.up_proj.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
     nan[begin + 40..begin + 44].copy_from_slice(&f32::NAN.to_le_bytes());
     join(&file, &header, &nan);
     refuses_base(&dir, &["model.layers.2.mlp.up_proj.weight", "NaN", "element 10"]);
 
     let mut renamed = header.clone();
-    let entry = renamed
-        .as_object_mut()
-        .unwrap()
-        .remove("model.norm.weight")
-        .unwrap();
+    let entry = renamed.as_object_mut().unwrap().remove("model.norm.weight").unwrap();
     renamed["model.nrom.weight"] = entry;
     join(&file, &renamed, &data);
     refuses_base(&dir, &["`model.norm.weight`", "`model.nrom.weight`"]);
@@ -106,10 +93,7 @@ fn an_index_that_leads_out_of_its_folder() {
     std::fs::remove_file(dir.join("model.safetensors")).unwrap();
     let index = json!({"weight_map": {"model.norm.weight": "../../../etc/passwd.safetensors"}});
     std::fs::write(dir.join("model.safetensors.index.json"), index.to_string()).unwrap();
-    refuses_base(
-        &dir,
-        &["model.safetensors.index.json", "../../../etc/passwd.safetensors"],
-    );
+    refuses_base(&dir, &["model.safetensors.index.json", "../../../etc/passwd.safetensors"]);
 }
 
 #[test]
@@ -123,23 +107,11 @@ fn absurd_and_foreign_configurations() {
         std::fs::write(&path, config.to_string()).unwrap();
         refuses_base(&dir, expected);
     };
-    with(
-        "hidden_size",
-        json!(1u64 << 60),
-        &["config.json", "`hidden_size`", "1048576"],
-    );
+    with("hidden_size", json!(1u64 << 60), &["config.json", "`hidden_size`", "1048576"]);
     with("num_hidden_layers", json!(-3), &["`num_hidden_layers`", "-3"]);
     with("num_hidden_layers", json!(4000), &["model.layers.4."]);
-    with(
-        "num_key_value_heads",
-        json!(3),
-        &["`num_key_value_heads`", "divisor"],
-    );
-    with(
-        "intermediate_size",
-        json!(512),
-        &["mlp.gate_proj.weight", "[256, 96]", "[512, 96]"],
-    );
+    with("num_key_value_heads", json!(3), &["`num_key_value_heads`", "divisor"]);
+    with("intermediate_size", json!(512), &["mlp.gate_proj.weight", "[256, 96]", "[512, 96]"]);
     with(
         "architectures",
         json!(["GPT2LMHeadModel"]),
@@ -160,14 +132,7 @@ fn data_without_anything_to_learn() {
     let recipe = |extra: &[&str]| {
         let path = format!("datasets.0.path={}", file.display());
         let out = dir.path().join("out").display().to_string();
-        let mut args = vec![
-            "train",
-            "recipes/quickstart.yaml",
-            "--output-dir",
-            &out,
-            "--override",
-            &path,
-        ];
+        let mut args = vec!["train", "recipes/quickstart.yaml", "--output-dir", &out, "--override", &path];
         args.extend(extra);
         let stderr = peft_refuses(&args);
         assert!(!dir.path().join("out/adapter").exists());
@@ -184,10 +149,7 @@ fn data_without_anything_to_learn() {
     assert!(stderr.contains("data.jsonl") && stderr.contains("8"), "{stderr}");
     std::fs::write(&file, "{\"prompt\": \"a\", \"completon\": \"b\"}\n").unwrap();
     let stderr = recipe(&[]);
-    assert!(
-        stderr.contains("`completion`") && stderr.contains("`completon`"),
-        "{stderr}"
-    );
+    assert!(stderr.contains("`completion`") && stderr.contains("`completon`"), "{stderr}");
     std::fs::write(&file, "{\"prompt\": \"a\", \n").unwrap();
     assert!(recipe(&[]).contains("1"));
 }
@@ -197,17 +159,7 @@ fn mistaken_recipes() {
     let out = tempfile::tempdir().unwrap();
     let out = out.path().join("out").display().to_string();
     let with = |entry: &str, expected: &[&str]| {
-        refuses(
-            &[
-                "train",
-                "recipes/quickstart.yaml",
-                "--output-dir",
-                &out,
-                "--override",
-                entry,
-            ],
-            expected,
-        );
+        refuses(&["train", "recipes/quickstart.yaml", "--output-dir", &out, "--override", entry], expected);
         assert!(!Path::new(&out).exists(), "{entry} left something behind");
     };
     with("learning_rat=1", &["`learning_rat`", "`learning_rate`"]);
@@ -215,15 +167,9 @@ fn mistaken_recipes() {
     with("datasets.0.tpye=alpaca", &["datasets[0].tpye", "`type`"]);
     with("method.target_modules=[q_porj]", &["q_porj", "`q_proj`"]);
     with("method.target_modules=q_proj", &["q_proj", "regular expression"]);
-    with(
-        "method.target_modules='(q_proj'",
-        &["target_modules", "regular expression"],
-    );
+    with("method.target_modules='(q_proj'", &["target_modules", "regular expression"]);
     with("method.r=0", &["`method`", "r is 0"]);
-    with(
-        "method.modules_to_save=[lm_head]",
-        &["lm_head", "tie_word_embeddings"],
-    );
+    with("method.modules_to_save=[lm_head]", &["lm_head", "tie_word_embeddings"]);
     with("method.type=lorra", &["lorra", "known"]);
     with("learning_rate=-1", &["`learning_rate`", "-1"]);
     with("lr_scheduler=cosin", &["lr_scheduler", "cosin"]);
@@ -231,10 +177,7 @@ fn mistaken_recipes() {
     with("optimizer.type=sgd", &["sgd", "adamw"]);
     with("device=cuda:x", &["cuda:x"]);
     with("base_model=recipes/quickstart/bsae", &["recipes/quickstart/bsae"]);
-    with(
-        "adapter_name_or_path=recipes/nothing/here",
-        &["recipes/nothing/here"],
-    );
+    with("adapter_name_or_path=recipes/nothing/here", &["recipes/nothing/here"]);
 }
 
 #[test]
@@ -243,25 +186,14 @@ fn a_template_that_loops_for_ever() {
     let template = "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}x{% endfor %}{% endfor %}{% endfor %}";
     std::fs::write(dir.join("chat_template.jinja"), template).unwrap();
     let dir = dir.display().to_string();
-    refuses(
-        &["generate", "--base-model", &dir, "--chat", "--prompt", "x"],
-        &["template"],
-    );
+    refuses(&["generate", "--base-model", &dir, "--chat", "--prompt", "x"], &["template"]);
 }
 
 #[test]
 fn adapters_that_do_not_fit() {
     let adapter = golden("adapters/qv").display().to_string();
     refuses(
-        &[
-            "generate",
-            "--base-model",
-            BASE,
-            "--adapter",
-            &adapter,
-            "--prompt",
-            "x",
-        ],
+        &["generate", "--base-model", BASE, "--adapter", &adapter, "--prompt", "x"],
         &["adapter_model.safetensors"],
     );
 
@@ -273,15 +205,7 @@ fn adapters_that_do_not_fit() {
     let base = golden("families/llama_gqa_tied").display().to_string();
     let (path, out) = (dir.path().display().to_string(), dir.path().join("merged"));
     let output = out.display().to_string();
-    let merge = [
-        "merge",
-        "--base-model",
-        &base,
-        "--adapter",
-        &path,
-        "--output",
-        &output,
-    ];
+    let merge = ["merge", "--base-model", &base, "--adapter", &path, "--output", &output];
 
     let mut renamed = header.clone();
     let entry = renamed.as_object_mut().unwrap().remove(key).unwrap();
@@ -315,18 +239,7 @@ fn merge_never_touches_a_folder_that_holds_something() {
     let adapter = golden("adapters/qv").display().to_string();
     let base = golden("families/llama_gqa_tied").display().to_string();
     let output = dir.path().display().to_string();
-    refuses(
-        &[
-            "merge",
-            "--base-model",
-            &base,
-            "--adapter",
-            &adapter,
-            "--output",
-            &output,
-        ],
-        &["not empty"],
-    );
+    refuses(&["merge", "--base-model", &base, "--adapter", &adapter, "--output", &output], &["not empty"]);
     assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
 }
 
@@ -342,32 +255,18 @@ fn a_disk_that_fills_up_leaves_the_previous_state_usable() {
         dir.path().display(),
         SHORT.map(|entry| format!("--override {entry}")).join(" "),
     );
-    let out = Command::new("sh")
-        .args(["-c", &script])
-        .current_dir(root())
-        .output()
-        .unwrap();
+    let out = Command::new("sh").args(["-c", &script]).current_dir(root()).output().unwrap();
     let stderr = String::from_utf8_lossy(&out.stderr);
     assert_eq!(out.status.code(), Some(1), "{stderr}");
-    assert!(
-        stderr.contains("cannot write") && !stderr.contains("panicked"),
-        "{stderr}"
-    );
-    assert_eq!(
-        std::fs::read(dir.path().join("adapter/adapter_model.safetensors")).unwrap(),
-        adapter
-    );
+    assert!(stderr.contains("cannot write") && !stderr.contains("panicked"), "{stderr}");
+    assert_eq!(std::fs::read(dir.path().join("adapter/adapter_model.safetensors")).unwrap(), adapter);
     let left: Vec<String> = std::fs::read_dir(dir.path())
         .unwrap()
         .map(|entry| entry.unwrap().file_name().into_string().unwrap())
         .filter(|name| name.contains("partial"))
         .collect();
     assert!(left.is_empty(), "{left:?}");
-    train(
-        dir.path(),
-        &[&SHORT[..], &["max_steps=8"]].concat(),
-        &["--resume", "auto"],
-    );
+    train(dir.path(), &[&SHORT[..], &["max_steps=8"]].concat(), &["--resume", "auto"]);
 }
 
 #[test]
@@ -375,14 +274,7 @@ fn a_state_of_another_run_is_not_continued() {
     let dir = tempfile::tempdir().unwrap();
     train(dir.path(), &SHORT, &[]);
     let out = dir.path().display().to_string();
-    let mut args = vec![
-        "train",
-        "recipes/quickstart.yaml",
-        "--output-dir",
-        &out,
-        "--resume",
-        "auto",
-    ];
+    let mut args = vec!["train", "recipes/quickstart.yaml", "--output-dir", &out, "--resume", "auto"];
     args.extend(["--override", "seed=1", "--override", "max_steps=9"]);
     refuses(&args, &["seed was 42, is 1"]);
 }
@@ -391,14 +283,7 @@ fn a_state_of_another_run_is_not_continued() {
 fn offline_without_a_cache_names_what_is_missing() {
     let home = tempfile::tempdir().unwrap();
     let out = Command::new(program())
-        .args([
-            "generate",
-            "--base-model",
-            "some-org/some-model",
-            "--prompt",
-            "x",
-            "--offline",
-        ])
+        .args(["generate", "--base-model", "some-org/some-model", "--prompt", "x", "--offline"])
         .env("HF_HOME", home.path())
         .env_remove("HF_HUB_CACHE")
         .output()
@@ -410,19 +295,8 @@ fn offline_without_a_cache_names_what_is_missing() {
 
 #[test]
 fn the_held_out_file_of_another_kind_is_refused_by_name() {
-    let out = peft(&[
-        "evaluate",
-        "--base-model",
-        BASE,
-        "--data",
-        HELD_OUT,
-        "--type",
-        "alpaca",
-    ]);
+    let out = peft(&["evaluate", "--base-model", BASE, "--data", HELD_OUT, "--type", "alpaca"]);
     let stderr = String::from_utf8_lossy(&out.stderr);
     assert_eq!(out.status.code(), Some(2), "{stderr}");
-    assert!(
-        stderr.contains("held_out.jsonl") && stderr.contains("instruction"),
-        "{stderr}"
-    );
+    assert!(stderr.contains("held_out.jsonl") && stderr.contains("instruction"), "{stderr}");
 }

@@ -4,6 +4,7 @@
 mod adapters;
 mod families;
 mod faults;
+mod gradients;
 mod program;
 mod rope;
 mod trajectory;

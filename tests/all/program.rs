@@ -19,36 +19,20 @@ pub fn train(dir: &Path, overrides: &[&str], flags: &[&str]) -> String {
 }
 
 /// A run of a few steps without evaluation.
-pub const SHORT: [&str; 4] = [
-    "max_steps=6",
-    "eval_on_start=false",
-    "eval_generations=0",
-    "lr_scheduler=constant",
-];
+pub const SHORT: [&str; 4] =
+    ["max_steps=6", "eval_on_start=false", "eval_generations=0", "lr_scheduler=constant"];
 
 pub fn metrics(dir: &Path) -> Vec<Value> {
     let text = std::fs::read_to_string(dir.join("metrics.jsonl")).unwrap();
-    text.lines()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect()
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }
 
 pub fn losses(dir: &Path) -> Vec<f64> {
-    metrics(dir)
-        .iter()
-        .filter_map(|line| line["loss"].as_f64())
-        .collect()
+    metrics(dir).iter().filter_map(|line| line["loss"].as_f64()).collect()
 }
 
 fn evaluate(args: &[&str]) -> Value {
-    let mut all = vec![
-        "evaluate",
-        "--data",
-        HELD_OUT,
-        "--type",
-        "prompt_completion",
-        "--json",
-    ];
+    let mut all = vec!["evaluate", "--data", HELD_OUT, "--type", "prompt_completion", "--json"];
     all.extend(args);
     serde_json::from_str(&peft_ok(&all)).unwrap()
 }
@@ -58,10 +42,7 @@ fn the_quickstart_teaches_the_task_and_its_results_agree() {
     let dir = tempfile::tempdir().unwrap();
     let run = dir.path().join("run");
     let stdout = train(&run, &[], &[]);
-    assert!(
-        stdout.contains("exact match") && stdout.contains("peft merge"),
-        "{stdout}"
-    );
+    assert!(stdout.contains("exact match") && stdout.contains("peft merge"), "{stdout}");
 
     let info: Value = serde_json::from_slice(&std::fs::read(run.join("run.json")).unwrap()).unwrap();
     let (before, after) = (&info["result"]["before"], &info["result"]["after"]);
@@ -72,10 +53,7 @@ fn the_quickstart_teaches_the_task_and_its_results_agree() {
         info["trainable_parameters"].as_u64(),
         Some(info["recipe"]["method"]["r"].as_u64().unwrap() * 6912)
     );
-    let steps = metrics(&run)
-        .iter()
-        .filter(|line| line.get("loss").is_some())
-        .count() as u64;
+    let steps = metrics(&run).iter().filter(|line| line.get("loss").is_some()).count() as u64;
     assert_eq!(Some(steps), info["total_steps"].as_u64());
 
     // The adapter attached, and folded into a checkpoint, give what training measured at its end.
@@ -97,10 +75,7 @@ fn the_quickstart_teaches_the_task_and_its_results_agree() {
     let folded = evaluate(&["--base-model", &merged]);
     let loss = |value: &Value| value["loss"].as_f64().unwrap();
     assert!((loss(&attached) - after["eval_loss"].as_f64().unwrap()).abs() < 1e-6);
-    assert!(
-        (loss(&attached) - loss(&folded)).abs() < 1e-5,
-        "{attached} {folded}"
-    );
+    assert!((loss(&attached) - loss(&folded)).abs() < 1e-5, "{attached} {folded}");
 
     let prompt = "On Monday Mia bought seven red apples at the market.\n";
     let generate = |args: &[&str]| {
@@ -109,10 +84,7 @@ fn the_quickstart_teaches_the_task_and_its_results_agree() {
         peft_ok(&all)
     };
     let answer = generate(&["--base-model", BASE, "--adapter", &adapter]);
-    assert_eq!(
-        answer.trim(),
-        r#"{"who":"Mia","count":7,"color":"red","item":"apples","place":"market"}"#
-    );
+    assert_eq!(answer.trim(), r#"{"who":"Mia","count":7,"color":"red","item":"apples","place":"market"}"#);
     assert_eq!(answer, generate(&["--base-model", &merged]));
     let drawn = |seed: &str| generate(&["--base-model", BASE, "--temperature", "1.5", "--seed", seed]);
     assert_eq!(drawn("1"), drawn("1"));
@@ -151,12 +123,8 @@ fn a_resumed_run_ends_as_the_whole_one() {
 fn accumulation_checkpointing_and_chunks_change_nothing_but_rounding() {
     let dir = tempfile::tempdir().unwrap();
     let run = |name: &str, extra: &[&'static str]| {
-        let overrides = [
-            SHORT.to_vec(),
-            vec!["shuffle_data=false", "method.lora_dropout=0"],
-            extra.to_vec(),
-        ]
-        .concat();
+        let overrides =
+            [SHORT.to_vec(), vec!["shuffle_data=false", "method.lora_dropout=0"], extra.to_vec()].concat();
         let path = dir.path().join(name);
         train(&path, &overrides, &[]);
         losses(&path)
@@ -170,10 +138,7 @@ fn accumulation_checkpointing_and_chunks_change_nothing_but_rounding() {
     ];
     for losses in variants {
         for (found, expected) in losses.iter().zip(&reference) {
-            assert!(
-                (found - expected).abs() < 2e-4 * expected,
-                "{losses:?} {reference:?}"
-            );
+            assert!((found - expected).abs() < 2e-4 * expected, "{losses:?} {reference:?}");
         }
     }
 }
@@ -181,11 +146,7 @@ fn accumulation_checkpointing_and_chunks_change_nothing_but_rounding() {
 #[test]
 fn checkpoints_are_kept_up_to_the_limit_and_hold_an_adapter() {
     let dir = tempfile::tempdir().unwrap();
-    let overrides = [
-        SHORT.to_vec(),
-        vec!["save_steps=1", "save_total_limit=2", "eval_steps=3"],
-    ]
-    .concat();
+    let overrides = [SHORT.to_vec(), vec!["save_steps=1", "save_total_limit=2", "eval_steps=3"]].concat();
     train(dir.path(), &overrides, &[]);
     let mut kept: Vec<String> = std::fs::read_dir(dir.path().join("checkpoints"))
         .unwrap()
@@ -193,17 +154,8 @@ fn checkpoints_are_kept_up_to_the_limit_and_hold_an_adapter() {
         .collect();
     kept.sort();
     assert_eq!(kept, ["step-00000005", "step-00000006"]);
-    let adapter = dir
-        .path()
-        .join("checkpoints/step-00000005/adapter")
-        .display()
-        .to_string();
-    assert!(
-        evaluate(&["--base-model", BASE, "--adapter", &adapter])["loss"]
-            .as_f64()
-            .unwrap()
-            > 0.0
-    );
+    let adapter = dir.path().join("checkpoints/step-00000005/adapter").display().to_string();
+    assert!(evaluate(&["--base-model", BASE, "--adapter", &adapter])["loss"].as_f64().unwrap() > 0.0);
     let evaluations: Vec<u64> = metrics(dir.path())
         .iter()
         .filter(|line| line.get("eval_loss").is_some())
@@ -218,14 +170,8 @@ fn full_training_writes_a_checkpoint_that_loads() {
     let overrides = [SHORT.to_vec(), vec!["method={type: full}", "learning_rate=1e-3"]].concat();
     train(dir.path(), &overrides, &[]);
     let model = dir.path().join("model").display().to_string();
-    let (base, trained) = (
-        evaluate(&["--base-model", BASE]),
-        evaluate(&["--base-model", &model]),
-    );
-    assert!(
-        trained["loss"].as_f64() < base["loss"].as_f64(),
-        "{trained} {base}"
-    );
+    let (base, trained) = (evaluate(&["--base-model", BASE]), evaluate(&["--base-model", &model]));
+    assert!(trained["loss"].as_f64() < base["loss"].as_f64(), "{trained} {base}");
     assert_eq!(trained["supervised_tokens"], base["supervised_tokens"]);
 }
 
@@ -235,10 +181,7 @@ fn a_fresh_run_keeps_the_earlier_one() {
     train(dir.path(), &SHORT, &[]);
     let first = std::fs::read(dir.path().join("metrics.jsonl")).unwrap();
     train(dir.path(), &SHORT, &[]);
-    assert_eq!(
-        std::fs::read(dir.path().join("previous-1/metrics.jsonl")).unwrap(),
-        first
-    );
+    assert_eq!(std::fs::read(dir.path().join("previous-1/metrics.jsonl")).unwrap(), first);
     assert!(dir.path().join("previous-1/checkpoints").is_dir());
 }
 
@@ -248,24 +191,9 @@ fn inspect_tells_what_things_are() {
     let checkpoint = json(&["inspect", BASE, "--json"]);
     assert_eq!(checkpoint["architecture"], "LlamaForCausalLM");
     assert_eq!(checkpoint["parameters"], 455_520);
-    let data = json(&[
-        "inspect",
-        HELD_OUT,
-        "--type",
-        "prompt_completion",
-        "--base-model",
-        BASE,
-        "--json",
-    ]);
+    let data = json(&["inspect", HELD_OUT, "--type", "prompt_completion", "--base-model", BASE, "--json"]);
     assert_eq!(data["report"]["records"], 200);
-    let shown = peft_ok(&[
-        "inspect",
-        HELD_OUT,
-        "--type",
-        "prompt_completion",
-        "--base-model",
-        BASE,
-    ]);
+    let shown = peft_ok(&["inspect", HELD_OUT, "--type", "prompt_completion", "--base-model", BASE]);
     // The answer and the end of the sequence are supervised, the sentence is not.
     let example = shown.lines().find(|line| line.contains("\"who\"")).unwrap();
     assert!(example.starts_with("⟦{") && example.ends_with("</s>⟧"), "{shown}");

@@ -18,26 +18,14 @@ fn frequencies_and_factors_equal_transformers() {
         });
         let config = ModelConfig::from_json(Path::new("."), &config).unwrap();
         let length = case["seq_len"].as_u64().unwrap_or(1) as usize;
-        let (found, factor) = config
-            .rope_scaling
-            .frequencies(config.rope_theta, config.head_dim, length);
-        let expected: Vec<f64> = case["inv_freq"]
-            .as_array()
-            .unwrap()
-            .iter()
-            .map(|v| v.as_f64().unwrap())
-            .collect();
+        let (found, factor) = config.rope_scaling.frequencies(config.rope_theta, config.head_dim, length);
+        let expected: Vec<f64> =
+            case["inv_freq"].as_array().unwrap().iter().map(|v| v.as_f64().unwrap()).collect();
         assert_eq!(found.len(), expected.len(), "{name}");
         for (i, (f, e)) in found.iter().zip(&expected).enumerate() {
-            assert!(
-                (f - e).abs() <= 2e-6 * e.abs(),
-                "{name} frequency {i}: {f} for {e}"
-            );
+            assert!((f - e).abs() <= 2e-6 * e.abs(), "{name} frequency {i}: {f} for {e}");
         }
         let expected = case["attention_scaling"].as_f64().unwrap();
-        assert!(
-            (factor - expected).abs() < 1e-6,
-            "{name}: {factor} for {expected}"
-        );
+        assert!((factor - expected).abs() < 1e-6, "{name}: {factor} for {expected}");
     }
 }

@@ -16,10 +16,7 @@ fn fifty_steps_equal_pefts() {
     peft_ok(&["train", "tests/golden/trajectory.yaml", "--output-dir", &out]);
 
     let text = std::fs::read_to_string(reference.join("trajectory.jsonl")).unwrap();
-    let expected: Vec<Value> = text
-        .lines()
-        .map(|line| serde_json::from_str(line).unwrap())
-        .collect();
+    let expected: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let found = metrics(&dir.path().join("run"));
     assert_eq!((found.len(), expected.len()), (50, 50));
     let mut worst = (0f64, 0f64);
@@ -32,10 +29,7 @@ fn fifty_steps_equal_pefts() {
         assert_eq!(found["supervised_tokens"], expected["supervised_tokens"]);
         assert!((found["learning_rate"].as_f64().unwrap() - expected["lr"].as_f64().unwrap()).abs() < 1e-12);
     }
-    println!(
-        "largest relative difference: loss {:.1e}, gradient norm {:.1e}",
-        worst.0, worst.1
-    );
+    println!("largest relative difference: loss {:.1e}, gradient norm {:.1e}", worst.0, worst.1);
     assert!(worst.0 < 1e-4 && worst.1 < 1e-3, "{worst:?}");
 
     // The trained adapter, read back, gives PEFT's logits.

@@ -20,10 +20,7 @@ pub fn config(path: &Path, args: &DataArgs) -> Result<DatasetConfig, CliError> {
         let (field, name) = field
             .split_once('=')
             .ok_or_else(|| CliError::flag("--field", format!("`{field}` is not FIELD=NAME")))?;
-        map.insert(
-            format!("field_{}", field.trim_start_matches("field_")),
-            name.into(),
-        );
+        map.insert(format!("field_{}", field.trim_start_matches("field_")), name.into());
     }
     crate::recipe::parse_strict(&map.into()).map_err(|message| CliError::flag("--data", message))
 }

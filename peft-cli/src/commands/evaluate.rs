@@ -14,18 +14,9 @@ pub fn run(args: EvaluateArgs) -> Result<(), CliError> {
     let compute = device::compute_type(&args.model.dtype, &device)?;
     let hub = open::hub(args.model.revision.as_deref(), args.model.offline);
     let base = open::base(&args.model.base_model, &hub)?;
-    let dataset = load(
-        &[data::config(&args.data, &args.format)?],
-        &base.tokenizer,
-        &data::options(&args.format)?,
-    )?;
-    let model = open::model(
-        &base,
-        args.model.adapter.as_deref(),
-        args.model.offline,
-        &device,
-        compute,
-    )?;
+    let dataset =
+        load(&[data::config(&args.data, &args.format)?], &base.tokenizer, &data::options(&args.format)?)?;
+    let model = open::model(&base, args.model.adapter.as_deref(), args.model.offline, &device, compute)?;
     require_vocabulary(&model, "the data", &dataset.examples)?;
 
     let evaluation = evaluate(&model, &dataset.examples, args.batch_size, None);
@@ -44,10 +35,7 @@ pub fn run(args: EvaluateArgs) -> Result<(), CliError> {
         let count = args.exact_match.min(dataset.examples.len());
         shown = exact_match(&model, &base.tokenizer, &dataset.examples[..count])?;
         let matched = shown.iter().filter(|generation| generation.matched).count();
-        result.insert(
-            "exact_match".to_string(),
-            json!(matched as f64 / shown.len().max(1) as f64),
-        );
+        result.insert("exact_match".to_string(), json!(matched as f64 / shown.len().max(1) as f64));
         result.insert("generations".to_string(), json!(shown.len()));
     }
     if args.json {
@@ -57,24 +45,12 @@ pub fn run(args: EvaluateArgs) -> Result<(), CliError> {
     let mut rows = vec![
         vec!["loss".to_string(), format!("{:.4} nats a token", evaluation.loss)],
         vec!["perplexity".to_string(), format!("{:.4}", evaluation.perplexity)],
-        vec![
-            "token accuracy".to_string(),
-            format!("{:.2} %", evaluation.token_accuracy * 100.0),
-        ],
-        vec![
-            "supervised tokens".to_string(),
-            render::count(evaluation.supervised_tokens),
-        ],
-        vec![
-            "examples".to_string(),
-            render::count(dataset.examples.len() as u64),
-        ],
+        vec!["token accuracy".to_string(), format!("{:.2} %", evaluation.token_accuracy * 100.0)],
+        vec!["supervised tokens".to_string(), render::count(evaluation.supervised_tokens)],
+        vec!["examples".to_string(), render::count(dataset.examples.len() as u64)],
     ];
     if let Some(share) = result.get("exact_match").and_then(Value::as_f64) {
-        rows.push(vec![
-            "exact match".to_string(),
-            format!("{:.1} % of {}", share * 100.0, shown.len()),
-        ]);
+        rows.push(vec!["exact match".to_string(), format!("{:.1} % of {}", share * 100.0, shown.len())]);
     }
     print!("{}", render::table(&rows));
     for generation in shown.iter().take(3) {

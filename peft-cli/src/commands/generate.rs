@@ -14,36 +14,20 @@ pub fn run(args: GenerateArgs) -> Result<(), CliError> {
         return Err(CliError::flag("--prompt", "give a prompt, or --chat to converse"));
     }
     if !args.temperature.is_finite() || args.temperature < 0.0 {
-        return Err(CliError::flag(
-            "--temperature",
-            format!("{} is no temperature", args.temperature),
-        ));
+        return Err(CliError::flag("--temperature", format!("{} is no temperature", args.temperature)));
     }
     if args.top_k == Some(0) {
         return Err(CliError::flag("--top-k", "0 tokens leave nothing to draw from"));
     }
     if args.top_p.is_some_and(|p| !(p > 0.0 && p <= 1.0)) {
-        return Err(CliError::flag(
-            "--top-p",
-            "expected a probability above 0 and up to 1",
-        ));
+        return Err(CliError::flag("--top-p", "expected a probability above 0 and up to 1"));
     }
     let device = device::device(&args.model.device)?;
     let compute = device::compute_type(&args.model.dtype, &device)?;
     let hub = open::hub(args.model.revision.as_deref(), args.model.offline);
     let base = open::base(&args.model.base_model, &hub)?;
-    let model = open::model(
-        &base,
-        args.model.adapter.as_deref(),
-        args.model.offline,
-        &device,
-        compute,
-    )?;
-    let session = Session {
-        model,
-        tokenizer: base.tokenizer,
-        args: &args,
-    };
+    let model = open::model(&base, args.model.adapter.as_deref(), args.model.offline, &device, compute)?;
+    let session = Session { model, tokenizer: base.tokenizer, args: &args };
 
     match (&args.prompt, args.chat) {
         (Some(prompt), false) => {
@@ -72,11 +56,7 @@ struct Session<'a> {
 
 impl Session<'_> {
     fn opening(&self) -> Vec<Value> {
-        self.args
-            .system
-            .iter()
-            .map(|text| message("system", text))
-            .collect()
+        self.args.system.iter().map(|text| message("system", text)).collect()
     }
 
     /// Reads messages from stdin, one a line, until its end.
@@ -89,10 +69,7 @@ impl Session<'_> {
             }
             let mut line = String::new();
             let read = std::io::stdin().lock().read_line(&mut line);
-            let read = read.map_err(|source| CliError::Io {
-                path: "stdin".into(),
-                source,
-            })?;
+            let read = read.map_err(|source| CliError::Io { path: "stdin".into(), source })?;
             if read == 0 {
                 return Ok(());
             }
@@ -106,10 +83,7 @@ impl Session<'_> {
     }
 
     fn reply(&self, messages: &[Value]) -> Result<String, CliError> {
-        let text = self
-            .tokenizer
-            .chat_template()?
-            .render(messages, true, &Map::new())?;
+        let text = self.tokenizer.chat_template()?.render(messages, true, &Map::new())?;
         self.answer(self.tokenizer.encode(&text, true)?.ids)
     }
 

@@ -17,11 +17,8 @@ const DATA: [&str; 6] = ["json", "jsonl", "csv", "tsv", "parquet", "txt"];
 /// Runs the command.
 pub fn run(args: InspectArgs) -> Result<(), CliError> {
     let path = PathBuf::from(&args.path);
-    let extension = path
-        .extension()
-        .and_then(|extension| extension.to_str())
-        .unwrap_or_default()
-        .to_lowercase();
+    let extension =
+        path.extension().and_then(|extension| extension.to_str()).unwrap_or_default().to_lowercase();
     if path.is_file() && DATA.contains(&extension.as_str()) {
         return dataset(&args, &path);
     }
@@ -30,17 +27,10 @@ pub fn run(args: InspectArgs) -> Result<(), CliError> {
     }
     if path.is_file() {
         let message = format!("is no safetensors file and no data file ({})", DATA.join(", "));
-        return Err(CliError::Inspect {
-            path: args.path,
-            message,
-        });
+        return Err(CliError::Inspect { path: args.path, message });
     }
     let dir = open::folder(&args.path, &open::hub(None, args.offline))?;
-    if dir.join("adapter_config.json").is_file() {
-        adapter(&args, &dir)
-    } else {
-        checkpoint(&args, &dir)
-    }
+    if dir.join("adapter_config.json").is_file() { adapter(&args, &dir) } else { checkpoint(&args, &dir) }
 }
 
 /// Counts of tensors, values and bytes, by type.
@@ -57,39 +47,26 @@ fn summary<'a>(tensors: impl Iterator<Item = TensorRef<'a>>) -> BTreeMap<Dtype, 
 
 fn by_type_json(by_type: &BTreeMap<Dtype, (u64, u64, u64)>) -> Value {
     let entry = |(tensors, values, bytes): &(u64, u64, u64)| json!({"tensors": tensors, "values": values, "bytes": bytes});
-    by_type
-        .iter()
-        .map(|(dtype, counts)| (dtype.to_string(), entry(counts)))
-        .collect()
+    by_type.iter().map(|(dtype, counts)| (dtype.to_string(), entry(counts))).collect()
 }
 
 fn by_type_rows(by_type: &BTreeMap<Dtype, (u64, u64, u64)>) -> Vec<Vec<String>> {
     let header = ["type", "tensors", "values", "size"].map(str::to_string).to_vec();
     let row = |(dtype, (tensors, values, bytes)): (&Dtype, &(u64, u64, u64))| {
-        vec![
-            dtype.to_string(),
-            render::count(*tensors),
-            render::count(*values),
-            render::bytes(*bytes),
-        ]
+        vec![dtype.to_string(), render::count(*tensors), render::count(*values), render::bytes(*bytes)]
     };
     std::iter::once(header).chain(by_type.iter().map(row)).collect()
 }
 
 /// Key, shape and type of every tensor.
 fn tensor_rows<'a>(tensors: impl Iterator<Item = TensorRef<'a>>) -> Vec<Vec<String>> {
-    tensors
-        .map(|t| vec![t.name.to_string(), format!("{:?}", t.shape), t.dtype.to_string()])
-        .collect()
+    tensors.map(|t| vec![t.name.to_string(), format!("{:?}", t.shape), t.dtype.to_string()]).collect()
 }
 
 fn checkpoint(args: &InspectArgs, dir: &Path) -> Result<(), CliError> {
     let checkpoint = Checkpoint::open(dir)?;
     let config = ModelConfig::from_json(checkpoint.dir(), checkpoint.config())?;
-    let tensors = checkpoint
-        .names()
-        .map(|name| checkpoint.tensor(name))
-        .collect::<Result<Vec<_>, _>>()?;
+    let tensors = checkpoint.names().map(|name| checkpoint.tensor(name)).collect::<Result<Vec<_>, _>>()?;
     let by_type = summary(tensors.iter().copied());
     let values: u64 = by_type.values().map(|counts| counts.1).sum();
     let facts: Vec<(&str, Value)> = vec![
@@ -104,16 +81,11 @@ fn checkpoint(args: &InspectArgs, dir: &Path) -> Result<(), CliError> {
         ("vocab_size", json!(config.vocab_size)),
         ("max_position_embeddings", json!(config.max_position_embeddings)),
         ("tied_head", json!(config.tie_word_embeddings)),
-        (
-            "rope",
-            json!(format!("{:?}, theta {}", config.rope_scaling, config.rope_theta)),
-        ),
+        ("rope", json!(format!("{:?}, theta {}", config.rope_scaling, config.rope_theta))),
     ];
     if args.json {
-        let mut map: Map<String, Value> = facts
-            .into_iter()
-            .map(|(key, value)| (key.to_string(), value))
-            .collect();
+        let mut map: Map<String, Value> =
+            facts.into_iter().map(|(key, value)| (key.to_string(), value)).collect();
         map.insert("kind".to_string(), json!("checkpoint"));
         map.insert("path".to_string(), json!(dir.display().to_string()));
         map.insert("types".to_string(), by_type_json(&by_type));
@@ -122,10 +94,9 @@ fn checkpoint(args: &InspectArgs, dir: &Path) -> Result<(), CliError> {
     }
     println!("checkpoint {}\n", dir.display());
     for (key, value) in facts {
-        let shown = value.as_str().map_or_else(
-            || value.as_u64().map_or(value.to_string(), render::count),
-            str::to_string,
-        );
+        let shown = value
+            .as_str()
+            .map_or_else(|| value.as_u64().map_or(value.to_string(), render::count), str::to_string);
         println!("  {key:<24}{shown}");
     }
     println!();
@@ -136,10 +107,7 @@ fn checkpoint(args: &InspectArgs, dir: &Path) -> Result<(), CliError> {
 fn adapter(args: &InspectArgs, dir: &Path) -> Result<(), CliError> {
     let adapter = Adapter::open(dir)?;
     let file = adapter.file();
-    let tensors = file
-        .names()
-        .map(|name| file.tensor(name))
-        .collect::<Result<Vec<_>, _>>()?;
+    let tensors = file.names().map(|name| file.tensor(name)).collect::<Result<Vec<_>, _>>()?;
     let by_type = summary(tensors.iter().copied());
     let config = adapter.config.to_json();
     if args.json {
@@ -176,10 +144,7 @@ fn is_empty(value: &Value) -> bool {
 
 fn file(args: &InspectArgs, path: &Path) -> Result<(), CliError> {
     let file = SafetensorsFile::open(path)?;
-    let tensors = file
-        .names()
-        .map(|name| file.tensor(name))
-        .collect::<Result<Vec<_>, _>>()?;
+    let tensors = file.names().map(|name| file.tensor(name)).collect::<Result<Vec<_>, _>>()?;
     let by_type = summary(tensors.iter().copied());
     if args.json {
         let list: Vec<Value> = tensors
@@ -204,11 +169,7 @@ fn dataset(args: &InspectArgs, path: &Path) -> Result<(), CliError> {
         return records(args, path, &config);
     };
     let base = open::base(base, &open::hub(None, args.offline))?;
-    let dataset = load(
-        std::slice::from_ref(&config),
-        &base.tokenizer,
-        &data::options(&args.format)?,
-    )?;
+    let dataset = load(std::slice::from_ref(&config), &base.tokenizer, &data::options(&args.format)?)?;
     if args.json {
         println!(
             "{}",
@@ -220,21 +181,14 @@ fn dataset(args: &InspectArgs, path: &Path) -> Result<(), CliError> {
     let share = 100.0 * report.supervised_tokens as f64 / report.tokens.max(1) as f64;
     let mut lengths: Vec<usize> = dataset.examples.iter().map(|example| example.ids.len()).collect();
     lengths.sort_unstable();
-    let at = |share: f64| {
-        lengths
-            .get(((lengths.len().max(1) - 1) as f64 * share) as usize)
-            .copied()
-            .unwrap_or(0)
-    };
+    let at =
+        |share: f64| lengths.get(((lengths.len().max(1) - 1) as f64 * share) as usize).copied().unwrap_or(0);
     let rows = vec![
         vec!["records".to_string(), render::count(report.records as u64)],
         vec!["examples".to_string(), render::count(report.examples as u64)],
         vec!["tokens".to_string(), render::count(report.tokens as u64)],
         vec!["supervised".to_string(), format!("{share:.1} %")],
-        vec![
-            "length: median, 90 %, longest".to_string(),
-            format!("{}, {}, {}", at(0.5), at(0.9), at(1.0)),
-        ],
+        vec!["length: median, 90 %, longest".to_string(), format!("{}, {}, {}", at(0.5), at(0.9), at(1.0))],
         vec!["truncated".to_string(), render::count(report.truncated as u64)],
         vec!["dropped".to_string(), render::count(report.dropped as u64)],
     ];
@@ -260,15 +214,9 @@ fn records(args: &InspectArgs, path: &Path, config: &DatasetConfig) -> Result<()
         );
         return Ok(());
     }
-    println!(
-        "{}: {} records\n",
-        path.display(),
-        render::count(records.len() as u64)
-    );
-    let rows: Vec<Vec<String>> = fields
-        .into_iter()
-        .map(|(key, count)| vec![key, format!("in {}", render::count(count))])
-        .collect();
+    println!("{}: {} records\n", path.display(), render::count(records.len() as u64));
+    let rows: Vec<Vec<String>> =
+        fields.into_iter().map(|(key, count)| vec![key, format!("in {}", render::count(count))]).collect();
     print!("{}", render::table(&rows));
     for record in records.into_iter().take(args.examples) {
         println!("\n{:#}", Value::Object(record));

@@ -9,7 +9,7 @@ use peft_core::data::{Dataset, Example, LoadOptions, load, split_validation};
 use peft_core::kernels::AdamW;
 use peft_core::model::ModelConfig;
 use peft_core::train::{
-    EvalMetrics, Fingerprint, Method, NamedOptimizer, RunSummary, StepSettings, TrainConfig, Trainer, Warmup,
+    Fingerprint, Method, NamedOptimizer, RunSummary, StepSettings, TrainConfig, Trainer, Warmup,
     latest_checkpoint,
 };
 use peft_methods::{Full, Lora};
@@ -23,10 +23,7 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
         overrides.push(format!("output_dir={}", Value::from(dir.display().to_string())));
     }
     let recipe = recipe::read(&args.recipe, &overrides)?;
-    let wrong = |message: String| CliError::Recipe {
-        path: args.recipe.clone(),
-        message,
-    };
+    let wrong = |message: String| CliError::Recipe { path: args.recipe.clone(), message };
     let device = device::device(&recipe.device)?;
     let compute = device::compute_type(&recipe.dtype, &device)?;
     let output_dir = PathBuf::from(&recipe.output_dir);
@@ -41,10 +38,7 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     })?;
 
     // Templates that write the date write the one of the run's first start, also after a resume.
-    let now = resume
-        .as_ref()
-        .and_then(|_| started_at(&output_dir))
-        .unwrap_or_else(unix_seconds);
+    let now = resume.as_ref().and_then(|_| started_at(&output_dir)).unwrap_or_else(unix_seconds);
     let options = LoadOptions {
         sequence_len: recipe.sequence_len,
         train_on_inputs: recipe.train_on_inputs,
@@ -58,10 +52,8 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     let mut model = peft_core::model::load(&base.checkpoint, &device, compute)?;
     method.prepare(&mut model, recipe.seed)?;
 
-    std::fs::create_dir_all(&output_dir).map_err(|source| CliError::Io {
-        path: output_dir.clone(),
-        source,
-    })?;
+    std::fs::create_dir_all(&output_dir)
+        .map_err(|source| CliError::Io { path: output_dir.clone(), source })?;
     if resume.is_none() {
         if let Some(kept) = set_aside(&output_dir)? {
             render::warning(&format!(
@@ -72,18 +64,8 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
         }
     }
     let base_sha256 = base.checkpoint.sha256();
-    let data_sha256 = dataset
-        .files
-        .iter()
-        .map(|file| file.sha256.as_str())
-        .collect::<Vec<_>>()
-        .join(" ");
-    let trainable: u64 = model
-        .parameters()
-        .iter()
-        .filter(|p| p.trainable)
-        .map(|p| p.numel() as u64)
-        .sum();
+    let data_sha256 = dataset.files.iter().map(|file| file.sha256.as_str()).collect::<Vec<_>>().join(" ");
+    let trainable: u64 = model.parameters().iter().filter(|p| p.trainable).map(|p| p.numel() as u64).sum();
     let total: u64 = model.parameters().iter().map(|p| p.numel() as u64).sum();
     let config = train_config(&recipe, &output_dir, &base_sha256, &data_sha256);
     let trainer = Trainer {
@@ -109,15 +91,7 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
         "total_steps": trainer.total_steps(),
     });
     write_json(&output_dir.join("run.json"), &run_info)?;
-    print_plan(
-        &recipe,
-        &method.name().to_string(),
-        &train,
-        &validation,
-        trainable,
-        total,
-        trainer.total_steps(),
-    );
+    render::run_plan(&recipe, method.name(), &train, &validation, (trainable, total), trainer.total_steps());
 
     let mut progress = render::Progress::new();
     let summary = trainer.run(resume.as_deref(), &mut progress)?;
@@ -125,7 +99,7 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
         map.insert("result".to_string(), result_json(&summary));
     }
     write_json(&output_dir.join("run.json"), &run_info)?;
-    print_summary(&recipe, &args.recipe, &summary);
+    render::run_summary(&recipe, &args.recipe, &summary);
     Ok(())
 }
 
@@ -137,10 +111,7 @@ fn unix_seconds() -> u64 {
 /// When the run in this folder was first started, by its `run.json`.
 fn started_at(output_dir: &Path) -> Option<u64> {
     let bytes = std::fs::read(output_dir.join("run.json")).ok()?;
-    serde_json::from_slice::<Value>(&bytes)
-        .ok()?
-        .get("started_at")?
-        .as_u64()
+    serde_json::from_slice::<Value>(&bytes).ok()?.get("started_at")?.as_u64()
 }
 
 /// The checkpoint folder to continue from.
@@ -149,26 +120,20 @@ fn resume_from(resume: Option<&str>, output_dir: &Path) -> Result<Option<PathBuf
         None => Ok(None),
         Some("auto") => Ok(latest_checkpoint(output_dir)),
         Some(path) if Path::new(path).is_dir() => Ok(Some(PathBuf::from(path))),
-        Some(path) => Err(CliError::flag(
-            "--resume",
-            format!("`{path}` is neither auto nor a checkpoint folder"),
-        )),
+        Some(path) => {
+            Err(CliError::flag("--resume", format!("`{path}` is neither auto nor a checkpoint folder")))
+        }
     }
 }
 
 /// Moves the results of an earlier run out of the way of a fresh one: nothing that took time to make is deleted.
 fn set_aside(output_dir: &Path) -> Result<Option<PathBuf>, CliError> {
     let results = ["checkpoints", "metrics.jsonl", "run.json", "adapter", "model"];
-    let found: Vec<&str> = results
-        .into_iter()
-        .filter(|name| output_dir.join(name).exists())
-        .collect();
+    let found: Vec<&str> = results.into_iter().filter(|name| output_dir.join(name).exists()).collect();
     if found.is_empty() {
         return Ok(None);
     }
-    let free = (1..)
-        .map(|n| output_dir.join(format!("previous-{n}")))
-        .find(|path| !path.exists());
+    let free = (1..).map(|n| output_dir.join(format!("previous-{n}"))).find(|path| !path.exists());
     let Some(kept) = free else { return Ok(None) };
     let io = |path: &Path| {
         let path = path.to_path_buf();
@@ -241,9 +206,7 @@ fn train_config(recipe: &Recipe, output_dir: &Path, base_sha256: &str, data_sha2
         max_steps: recipe.max_steps,
         learning_rate: recipe.learning_rate,
         schedule: recipe.lr_scheduler,
-        warmup: recipe
-            .warmup_steps
-            .map_or(Warmup::Ratio(recipe.warmup_ratio), Warmup::Steps),
+        warmup: recipe.warmup_steps.map_or(Warmup::Ratio(recipe.warmup_ratio), Warmup::Steps),
         max_grad_norm: recipe.max_grad_norm,
         step: StepSettings {
             gradient_checkpointing: recipe.gradient_checkpointing,
@@ -271,19 +234,13 @@ fn fingerprint(recipe: &Recipe, base_sha256: &str, data_sha256: &str) -> Fingerp
         ("optimizer", json!(recipe.optimizer).to_string()),
         ("learning_rate", recipe.learning_rate.to_string()),
         ("micro_batch_size", recipe.micro_batch_size.to_string()),
-        (
-            "gradient_accumulation_steps",
-            recipe.gradient_accumulation_steps.to_string(),
-        ),
+        ("gradient_accumulation_steps", recipe.gradient_accumulation_steps.to_string()),
         ("sequence_len", recipe.sequence_len.to_string()),
         ("train_on_inputs", recipe.train_on_inputs.to_string()),
         ("shuffle_data", recipe.shuffle_data.to_string()),
         ("val_set_size", recipe.val_set_size.to_string()),
     ];
-    entries
-        .into_iter()
-        .map(|(key, value)| (key.to_string(), value))
-        .collect()
+    entries.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
 }
 
 fn device_name(device: &burn::tensor::Device) -> String {
@@ -304,119 +261,6 @@ fn result_json(summary: &RunSummary) -> Value {
         "peak_memory_bytes": summary.peak_memory_bytes,
         "artifact": summary.artifact.display().to_string(),
     })
-}
-
-fn print_plan(
-    recipe: &Recipe,
-    method: &str,
-    train: &[Example],
-    validation: &[Example],
-    trainable: u64,
-    total: u64,
-    steps: u64,
-) {
-    let tokens: u64 = train.iter().map(|example| example.ids.len() as u64).sum();
-    let supervised: u64 = train
-        .iter()
-        .map(|e| e.supervised.iter().filter(|s| **s).count() as u64)
-        .sum();
-    let rows = vec![
-        vec!["base".to_string(), recipe.base_model.clone()],
-        vec!["method".to_string(), method.to_string()],
-        vec![
-            "trainable".to_string(),
-            format!(
-                "{} of {} parameters ({:.3} %)",
-                render::count(trainable),
-                render::count(total),
-                100.0 * trainable as f64 / total as f64
-            ),
-        ],
-        vec![
-            "data".to_string(),
-            format!(
-                "{} examples, {} tokens, {:.1} % supervised",
-                render::count(train.len() as u64),
-                render::count(tokens),
-                100.0 * supervised as f64 / tokens.max(1) as f64
-            ),
-        ],
-        vec![
-            "validation".to_string(),
-            format!("{} examples", render::count(validation.len() as u64)),
-        ],
-        vec![
-            "steps".to_string(),
-            format!(
-                "{} of {} × {} examples",
-                render::count(steps),
-                recipe.gradient_accumulation_steps,
-                recipe.micro_batch_size
-            ),
-        ],
-        vec!["output".to_string(), recipe.output_dir.clone()],
-    ];
-    for row in rows {
-        eprintln!("  {:<11} {}", row[0], row[1]);
-    }
-    eprintln!();
-}
-
-fn print_summary(recipe: &Recipe, recipe_path: &Path, summary: &RunSummary) {
-    println!();
-    if let Some(after) = &summary.after {
-        let mut rows = vec![vec![
-            "held-out".to_string(),
-            "before".to_string(),
-            "after".to_string(),
-        ]];
-        let mut row = |name: &str, show: &dyn Fn(&EvalMetrics) -> Option<String>| {
-            if let Some(value) = show(after) {
-                let before = summary
-                    .before
-                    .as_ref()
-                    .and_then(show)
-                    .unwrap_or_else(|| "–".to_string());
-                rows.push(vec![name.to_string(), before, value]);
-            }
-        };
-        row("loss", &|m| Some(format!("{:.4}", m.eval_loss)));
-        row("perplexity", &|m| Some(format!("{:.3}", m.eval_perplexity)));
-        row("token accuracy", &|m| {
-            Some(format!("{:.1} %", m.eval_token_accuracy * 100.0))
-        });
-        row("exact match", &|m| {
-            m.eval_exact_match.map(|share| format!("{:.1} %", share * 100.0))
-        });
-        println!("{}", render::table(&rows));
-    }
-    let rate = summary.tokens as f64 / summary.seconds.max(1e-9);
-    let peak = summary.peak_memory_bytes.map_or_else(String::new, |peak| {
-        format!(", peak memory {}", render::bytes(peak))
-    });
-    println!(
-        "{} steps, {:.1} s in steps, {rate:.0} tokens/s{peak}",
-        summary.steps, summary.seconds
-    );
-    println!("{}", summary.artifact.display());
-
-    let artifact = summary.artifact.display();
-    println!("\nnext:");
-    match recipe.method {
-        MethodBlock::Lora(_) => {
-            let base = &recipe.base_model;
-            println!("  peft generate --base-model {base} --adapter {artifact} --prompt '…'");
-            println!(
-                "  peft merge    --base-model {base} --adapter {artifact} --output {}/merged",
-                recipe.output_dir
-            );
-        }
-        MethodBlock::Full => println!("  peft generate --base-model {artifact} --prompt '…'"),
-    }
-    println!(
-        "  peft train    {} --override learning_rate=… --output-dir …",
-        recipe_path.display()
-    );
 }
 
 #[cfg(test)]

@@ -57,9 +57,7 @@ fn rename_keys(map: &mut Map<String, Value>, aliases: &[(&str, &str)]) -> Result
     for (alias, canonical) in aliases {
         let Some(value) = map.remove(*alias) else { continue };
         if map.insert(canonical.to_string(), value).is_some() {
-            return Err(format!(
-                "`{alias}` and `{canonical}` are two names of one key; keep one"
-            ));
+            return Err(format!("`{alias}` and `{canonical}` are two names of one key; keep one"));
         }
     }
     Ok(())

@@ -17,10 +17,7 @@ use std::path::Path;
 /// # Errors
 /// Anything wrong with the file, naming key and nearest known key.
 pub fn read(path: &Path, overrides: &[String]) -> Result<Recipe, CliError> {
-    let wrong = |message: String| CliError::Recipe {
-        path: path.to_path_buf(),
-        message,
-    };
+    let wrong = |message: String| CliError::Recipe { path: path.to_path_buf(), message };
     let text = std::fs::read_to_string(path).map_err(|error| wrong(format!("cannot be read: {error}")))?;
     let mut value: Value = serde_saphyr::from_str(&text).map_err(|error| wrong(error.to_string()))?;
     if !value.is_object() {

@@ -148,12 +148,7 @@ pub struct OptimizerBlock {
 
 impl Default for OptimizerBlock {
     fn default() -> Self {
-        Self {
-            kind: "adamw".to_string(),
-            betas: (0.9, 0.999),
-            eps: 1e-8,
-            weight_decay: 0.0,
-        }
+        Self { kind: "adamw".to_string(), betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.0 }
     }
 }
 
@@ -176,18 +171,14 @@ impl<'de> Deserialize<'de> for MethodBlock {
         let mut map = Map::<String, Value>::deserialize(deserializer)?;
         let kind = map.remove("type").unwrap_or_else(|| "lora".into());
         match kind.as_str() {
-            Some("lora") => strict::parse(&Value::Object(map))
-                .map(MethodBlock::Lora)
-                .map_err(serde::de::Error::custom),
+            Some("lora") => {
+                strict::parse(&Value::Object(map)).map(MethodBlock::Lora).map_err(serde::de::Error::custom)
+            }
             Some("full") => match map.keys().next() {
                 None => Ok(MethodBlock::Full),
-                Some(key) => Err(serde::de::Error::custom(format!(
-                    "method full has no key `{key}`"
-                ))),
+                Some(key) => Err(serde::de::Error::custom(format!("method full has no key `{key}`"))),
             },
-            _ => Err(serde::de::Error::custom(format!(
-                "unknown method type {kind}; known: lora, full"
-            ))),
+            _ => Err(serde::de::Error::custom(format!("unknown method type {kind}; known: lora, full"))),
         }
     }
 }
@@ -208,62 +199,28 @@ impl Recipe {
         if self.datasets.is_empty() {
             return Err("`datasets` is missing: a list of {path, type}".to_string());
         }
-        positive(
-            "sequence_len",
-            self.sequence_len > 0,
-            self.sequence_len.to_string(),
-        )?;
-        positive(
-            "micro_batch_size",
-            self.micro_batch_size > 0,
-            self.micro_batch_size.to_string(),
-        )?;
-        positive(
-            "eval_batch_size",
-            self.eval_batch_size > 0,
-            self.eval_batch_size.to_string(),
-        )?;
+        positive("sequence_len", self.sequence_len > 0, self.sequence_len.to_string())?;
+        positive("micro_batch_size", self.micro_batch_size > 0, self.micro_batch_size.to_string())?;
+        positive("eval_batch_size", self.eval_batch_size > 0, self.eval_batch_size.to_string())?;
         let accumulation = self.gradient_accumulation_steps;
-        positive(
-            "gradient_accumulation_steps",
-            accumulation > 0,
-            accumulation.to_string(),
-        )?;
-        positive(
-            "logging_steps",
-            self.logging_steps > 0,
-            self.logging_steps.to_string(),
-        )?;
+        positive("gradient_accumulation_steps", accumulation > 0, accumulation.to_string())?;
+        positive("logging_steps", self.logging_steps > 0, self.logging_steps.to_string())?;
         for (key, every) in [("eval_steps", self.eval_steps), ("save_steps", self.save_steps)] {
             positive(key, every != Some(0), "0".to_string())?;
         }
         positive("max_steps", self.max_steps != Some(0), "0".to_string())?;
-        positive(
-            "loss_chunk_rows",
-            self.loss_chunk_rows != Some(0),
-            "0".to_string(),
-        )?;
+        positive("loss_chunk_rows", self.loss_chunk_rows != Some(0), "0".to_string())?;
         let finite = |x: f64| x.is_finite() && x > 0.0;
         positive("num_epochs", finite(self.num_epochs), self.num_epochs.to_string())?;
-        positive(
-            "learning_rate",
-            finite(self.learning_rate),
-            self.learning_rate.to_string(),
-        )?;
+        positive("learning_rate", finite(self.learning_rate), self.learning_rate.to_string())?;
         if let Some(norm) = self.max_grad_norm {
             positive("max_grad_norm", finite(norm), norm.to_string())?;
         }
         if !(0.0..1.0).contains(&self.warmup_ratio) {
-            return Err(format!(
-                "`warmup_ratio` is {}, expected a share below 1",
-                self.warmup_ratio
-            ));
+            return Err(format!("`warmup_ratio` is {}, expected a share below 1", self.warmup_ratio));
         }
         if !self.val_set_size.is_finite() || self.val_set_size < 0.0 {
-            return Err(format!(
-                "`val_set_size` is {}, expected a count or a share",
-                self.val_set_size
-            ));
+            return Err(format!("`val_set_size` is {}, expected a count or a share", self.val_set_size));
         }
         if self.val_set_size > 0.0 && !self.eval_datasets.is_empty() {
             return Err("`val_set_size` and `eval_datasets` both name validation data; keep one".to_string());
@@ -274,10 +231,7 @@ impl Recipe {
         }
         let decay = |beta: f64| (0.0..1.0).contains(&beta);
         if !(decay(optimizer.betas.0) && decay(optimizer.betas.1)) {
-            return Err(format!(
-                "`optimizer.betas` is {:?}, expected two numbers below 1",
-                optimizer.betas
-            ));
+            return Err(format!("`optimizer.betas` is {:?}, expected two numbers below 1", optimizer.betas));
         }
         if !(optimizer.eps >= 0.0 && optimizer.weight_decay >= 0.0) {
             return Err("`optimizer.eps` and `optimizer.weight_decay` must not be negative".to_string());

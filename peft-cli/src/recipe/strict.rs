@@ -13,11 +13,7 @@ use serde_json::Value;
 pub fn parse<T: DeserializeOwned + Serialize>(value: &Value) -> Result<T, String> {
     let parsed: T = serde_path_to_error::deserialize(value.clone()).map_err(|error| {
         let path = error.path().to_string();
-        if path == "." {
-            error.inner().to_string()
-        } else {
-            format!("`{path}`: {}", error.inner())
-        }
+        if path == "." { error.inner().to_string() } else { format!("`{path}`: {}", error.inner()) }
     })?;
     let known = serde_json::to_value(&parsed).map_err(|error| error.to_string())?;
     refuse_unknown(value, &known, "")?;
@@ -28,11 +24,7 @@ fn refuse_unknown(input: &Value, known: &Value, path: &str) -> Result<(), String
     match (input, known) {
         (Value::Object(input), Value::Object(known)) => {
             for (key, value) in input {
-                let here = if path.is_empty() {
-                    key.clone()
-                } else {
-                    format!("{path}.{key}")
-                };
+                let here = if path.is_empty() { key.clone() } else { format!("{path}.{key}") };
                 let Some(known_value) = known.get(key) else {
                     let keys: Vec<&str> = known.keys().map(String::as_str).collect();
                     let suggestion = did_you_mean(key, keys.iter().copied());
@@ -49,9 +41,7 @@ fn refuse_unknown(input: &Value, known: &Value, path: &str) -> Result<(), String
         }
         (Value::Array(input), Value::Array(known)) => {
             let pairs = input.iter().zip(known).enumerate();
-            pairs
-                .map(|(i, (input, known))| refuse_unknown(input, known, &format!("{path}[{i}]")))
-                .collect()
+            pairs.map(|(i, (input, known))| refuse_unknown(input, known, &format!("{path}[{i}]"))).collect()
         }
         _ => Ok(()),
     }

@@ -27,9 +27,7 @@ impl Downloads {
                 bar.set_message(self.file.clone());
                 self.bar = Some(bar);
             } else {
-                let size = progress
-                    .total
-                    .map_or_else(String::new, |total| format!(" ({})", bytes(total)));
+                let size = progress.total.map_or_else(String::new, |total| format!(" ({})", bytes(total)));
                 eprintln!("downloading {}{size}", self.file);
             }
         }

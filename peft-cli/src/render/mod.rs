@@ -2,10 +2,12 @@
 
 mod downloads;
 mod progress;
+mod run;
 mod tokens;
 
 pub use downloads::Downloads;
 pub use progress::Progress;
+pub use run::{run_plan, run_summary};
 pub use tokens::tokens;
 
 use crate::error::CliError;
@@ -13,21 +15,13 @@ use std::io::IsTerminal;
 
 /// Prints an error to stderr.
 pub fn error(error: &CliError) {
-    let label = if std::io::stderr().is_terminal() {
-        "\x1b[1;31merror\x1b[0m"
-    } else {
-        "error"
-    };
+    let label = if std::io::stderr().is_terminal() { "\x1b[1;31merror\x1b[0m" } else { "error" };
     eprintln!("{label}: {error}");
 }
 
 /// Prints a warning to stderr.
 pub fn warning(message: &str) {
-    let label = if std::io::stderr().is_terminal() {
-        "\x1b[1;33mwarning\x1b[0m"
-    } else {
-        "warning"
-    };
+    let label = if std::io::stderr().is_terminal() { "\x1b[1;33mwarning\x1b[0m" } else { "warning" };
     eprintln!("{label}: {message}");
 }
 
@@ -35,11 +29,7 @@ pub fn warning(message: &str) {
 pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
-        rows.iter()
-            .filter_map(|row| row.get(column))
-            .map(|cell| cell.chars().count())
-            .max()
-            .unwrap_or(0)
+        rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
     };
     let widths: Vec<usize> = (0..columns).map(width).collect();
     let mut out = String::new();
@@ -49,11 +39,7 @@ pub fn table(rows: &[Vec<String>]) -> String {
             .enumerate()
             .map(|(i, cell)| {
                 let width = widths[i];
-                if i == 0 {
-                    format!("{cell:<width$}")
-                } else {
-                    format!("{cell:>width$}")
-                }
+                if i == 0 { format!("{cell:<width$}") } else { format!("{cell:>width$}") }
             })
             .collect();
         out.push_str("  ");
@@ -72,11 +58,7 @@ pub fn bytes(n: u64) -> String {
         value /= 1024.0;
         unit += 1;
     }
-    if unit == 0 {
-        format!("{n} B")
-    } else {
-        format!("{value:.1} {}", UNITS[unit])
-    }
+    if unit == 0 { format!("{n} B") } else { format!("{value:.1} {}", UNITS[unit]) }
 }
 
 /// A count with a comma every three digits.

@@ -19,12 +19,7 @@ impl Progress {
     /// Before the first step.
     pub fn new() -> Self {
         let bar = std::io::stderr().is_terminal().then(|| ProgressBar::new(0));
-        Self {
-            bar,
-            total: 0,
-            done: 0,
-            started: Instant::now(),
-        }
+        Self { bar, total: 0, done: 0, started: Instant::now() }
     }
 
     fn line(&self, text: &str) {
@@ -59,9 +54,7 @@ impl Observer for Progress {
     }
 
     fn step(&mut self, m: &StepMetrics) {
-        let memory = m
-            .peak_memory_bytes
-            .map_or_else(String::new, |peak| format!(" · peak {}", bytes(peak)));
+        let memory = m.peak_memory_bytes.map_or_else(String::new, |peak| format!(" · peak {}", bytes(peak)));
         let text = format!(
             "loss {:.4} · lr {:.2e} · grad {:.3} · {:.0} tok/s{memory} · ETA {}",
             m.loss,
@@ -90,9 +83,9 @@ impl Observer for Progress {
     }
 
     fn evaluated(&mut self, m: &EvalMetrics) {
-        let exact = m.eval_exact_match.map_or_else(String::new, |share| {
-            format!(" · exact match {:.1} %", share * 100.0)
-        });
+        let exact = m
+            .eval_exact_match
+            .map_or_else(String::new, |share| format!(" · exact match {:.1} %", share * 100.0));
         self.line(&format!(
             "step {:>5} · validation loss {:.4} · perplexity {:.3} · token accuracy {:.1} %{exact}",
             m.step,

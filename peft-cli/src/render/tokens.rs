@@ -12,10 +12,7 @@ pub fn tokens(example: &Example, tokenizer: &Tokenizer) -> Result<String, TextEr
     let mut start = 0;
     while start < example.ids.len() {
         let supervised = example.supervised[start];
-        let run = example.supervised[start..]
-            .iter()
-            .take_while(|s| **s == supervised)
-            .count();
+        let run = example.supervised[start..].iter().take_while(|s| **s == supervised).count();
         let text = tokenizer.decode(&example.ids[start..start + run], false)?;
         out.push_str(&match (supervised, colour) {
             (true, true) => format!("\x1b[32m{text}\x1b[0m"),

@@ -54,12 +54,7 @@ impl Adapter {
     pub fn open(dir: &Path) -> Result<Self, AdapterError> {
         let (config, warnings) = AdapterConfig::read(dir)?;
         let file = SafetensorsFile::open(&dir.join(WEIGHTS_FILE))?;
-        Ok(Self {
-            dir: dir.to_path_buf(),
-            config,
-            warnings,
-            file,
-        })
+        Ok(Self { dir: dir.to_path_buf(), config, warnings, file })
     }
 
     /// The file's keys.
@@ -78,11 +73,8 @@ impl Adapter {
         tied: bool,
     ) -> Result<Resolved, AdapterError> {
         let paths: Vec<String> = weights.keys().cloned().collect();
-        let linear: Vec<&str> = paths
-            .iter()
-            .filter(|path| is_linear(path, &weights[*path]))
-            .map(String::as_str)
-            .collect();
+        let linear: Vec<&str> =
+            paths.iter().filter(|path| is_linear(path, &weights[*path])).map(String::as_str).collect();
         let targets = select(&self.config.selection(false), &linear)?;
         let saved = select_saved(&self.config.modules_to_save, &paths, tied)?;
         let patterns = self.config.patterns()?;
@@ -100,12 +92,9 @@ impl Adapter {
         // The bias of a module saved whole, and the frozen weight that PEFT adds for a targeted head.
         let optional = |key: &str| {
             let name = key.strip_prefix(PREFIX).unwrap_or_default();
-            let bias = name
-                .strip_suffix(".bias")
-                .is_some_and(|module| saved.iter().any(|path| path == module));
-            bias || name
-                .strip_suffix(BASE_LAYER)
-                .is_some_and(|module| targets.contains(&module))
+            let bias =
+                name.strip_suffix(".bias").is_some_and(|module| saved.iter().any(|path| path == module));
+            bias || name.strip_suffix(BASE_LAYER).is_some_and(|module| targets.contains(&module))
         };
         self.require_same_keys(&expected, optional)?;
 
@@ -119,17 +108,8 @@ impl Adapter {
             }
             let a_key = format!("{PREFIX}{path}.lora_A.weight");
             let b_key = format!("{PREFIX}{path}.lora_B.weight");
-            let (a, b) = (
-                self.read(&a_key, &expected[&a_key])?,
-                self.read(&b_key, &expected[&b_key])?,
-            );
-            let module = LowRankModule {
-                a,
-                b,
-                rank: patterns.rank(path),
-                dims,
-                scale: patterns.scale(path),
-            };
+            let (a, b) = (self.read(&a_key, &expected[&a_key])?, self.read(&b_key, &expected[&b_key])?);
+            let module = LowRankModule { a, b, rank: patterns.rank(path), dims, scale: patterns.scale(path) };
             low_rank.insert(path.to_string(), module);
         }
         for path in saved {
@@ -149,18 +129,11 @@ impl Adapter {
         optional: impl Fn(&str) -> bool,
     ) -> Result<(), AdapterError> {
         let others = |n: usize| {
-            if n > 1 {
-                format!(" (and {} more)", n - 1)
-            } else {
-                String::new()
-            }
+            if n > 1 { format!(" (and {} more)", n - 1) } else { String::new() }
         };
         let missing: Vec<&String> = expected.keys().filter(|key| !self.file.contains(key)).collect();
-        let unexpected: Vec<&str> = self
-            .file
-            .names()
-            .filter(|key| !expected.contains_key(*key) && !optional(key))
-            .collect();
+        let unexpected: Vec<&str> =
+            self.file.names().filter(|key| !expected.contains_key(*key) && !optional(key)).collect();
         if let Some(key) = missing.first() {
             return Err(AdapterError::MissingKey {
                 path: self.dir.join(WEIGHTS_FILE),
@@ -185,20 +158,12 @@ impl Adapter {
         let tensor = self.file.tensor(key)?;
         if tensor.shape != expected {
             let (found, expected) = (tensor.shape.to_vec(), expected.to_vec());
-            return Err(AdapterError::Shape {
-                path,
-                key: key.to_string(),
-                found,
-                expected,
-            });
+            return Err(AdapterError::Shape { path, key: key.to_string(), found, expected });
         }
         let values = tensor.to_f32()?;
         match values.iter().all(|value| value.is_finite()) {
             true => Ok(values),
-            false => Err(AdapterError::NonFinite {
-                path,
-                key: key.to_string(),
-            }),
+            false => Err(AdapterError::NonFinite { path, key: key.to_string() }),
         }
     }
 
@@ -265,12 +230,7 @@ pub fn save(model: &Decoder, config: &AdapterConfig, dir: &Path) -> Result<(), A
     let factors: BTreeSet<&str> = model
         .projections()
         .filter_map(|projection| projection.delta.as_ref())
-        .flat_map(|delta| {
-            delta
-                .parameters()
-                .into_iter()
-                .map(|parameter| parameter.name.as_str())
-        })
+        .flat_map(|delta| delta.parameters().into_iter().map(|parameter| parameter.name.as_str()))
         .collect();
     let mut tensors = Vec::new();
     for parameter in model.parameters() {
@@ -284,20 +244,14 @@ pub fn save(model: &Decoder, config: &AdapterConfig, dir: &Path) -> Result<(), A
                 let values = parameter.to_host();
                 match values.iter().all(|value| value.is_finite()) {
                     true => Ok(Cow::Owned(f32_bytes(&values))),
-                    false => Err(AdapterError::NonFinite {
-                        path: dir.join(WEIGHTS_FILE),
-                        key: key.clone(),
-                    }),
+                    false => Err(AdapterError::NonFinite { path: dir.join(WEIGHTS_FILE), key: key.clone() }),
                 }
             }
         };
         tensors.push(LazyTensor::new(key, Dtype::F32, parameter.shape.clone(), bytes));
     }
     // PEFT saves the frozen weight of a targeted head along with its factors.
-    for head in model
-        .projections()
-        .filter(|p| p.path == "lm_head" && p.delta.is_some())
-    {
+    for head in model.projections().filter(|p| p.path == "lm_head" && p.delta.is_some()) {
         let bytes = || Ok(Cow::Owned(f32_bytes(&head.weight.to_host())));
         let key = format!("{PREFIX}{}{BASE_LAYER}", head.path);
         tensors.push(LazyTensor::new(key, Dtype::F32, head.weight.shape.clone(), bytes));

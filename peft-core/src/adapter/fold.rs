@@ -35,11 +35,7 @@ pub fn fold(
             weights.insert(path.to_string(), base.tensor(name)?.shape.to_vec());
         }
     }
-    let tied = base
-        .config()
-        .get("tie_word_embeddings")
-        .and_then(serde_json::Value::as_bool)
-        .unwrap_or(false);
+    let tied = base.config().get("tie_word_embeddings").and_then(serde_json::Value::as_bool).unwrap_or(false);
     let resolved = adapter.resolve(&weights, tied || !base.contains("lm_head.weight"))?;
     let (folded, replaced) = (resolved.low_rank.len(), resolved.whole.len());
     let mut changes: BTreeMap<String, TensorChange> = BTreeMap::new();
@@ -54,11 +50,7 @@ pub fn fold(
         changes.insert(name, Box::new(move |_| values.clone()));
     }
     let files = rewrite_checkpoint(base, output, options, &changes)?;
-    Ok(FoldReport {
-        folded,
-        replaced,
-        files,
-    })
+    Ok(FoldReport { folded, replaced, files })
 }
 
 /// `W + s·B·A` in blocks of rows, so that the dense change is never whole in memory.
@@ -68,10 +60,7 @@ fn add(mut weight: Vec<f32>, module: &LowRankModule) -> Vec<f32> {
     let [_, columns] = module.dims;
     let rank = module.rank;
     let a = Tensor::<2>::from_data(TensorData::new(module.a.clone(), [rank, columns]), &device);
-    for (rows, b) in weight
-        .chunks_mut(BLOCK * columns)
-        .zip(module.b.chunks(BLOCK * rank))
-    {
+    for (rows, b) in weight.chunks_mut(BLOCK * columns).zip(module.b.chunks(BLOCK * rank)) {
         let b = Tensor::<2>::from_data(TensorData::new(b.to_vec(), [b.len() / rank, rank]), &device);
         let change = b.matmul(a.clone()).mul_scalar(module.scale).into_data();
         for (w, c) in rows.iter_mut().zip(change.iter::<f32>()) {

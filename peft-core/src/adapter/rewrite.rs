@@ -57,10 +57,7 @@ pub fn rewrite_into(
     let mut total = 0u64;
     for name in &names {
         let tensor = base.tensor(name)?;
-        let dtype = options
-            .dtype
-            .filter(|_| tensor.dtype.is_float())
-            .unwrap_or(tensor.dtype);
+        let dtype = options.dtype.filter(|_| tensor.dtype.is_float()).unwrap_or(tensor.dtype);
         total += (tensor.numel() * dtype.size()) as u64;
         let change = changes.get(name);
         let bytes = move || new_bytes(tensor, dtype, change);
@@ -92,30 +89,19 @@ fn new_bytes<'a>(
         None => tensor.to_f32()?,
         Some(change) => change(tensor.to_f32()?),
     };
-    let overflows = dtype == Dtype::F16
-        && values
-            .iter()
-            .any(|v| v.is_finite() && half::f16::from_f32(*v).is_infinite());
+    let overflows =
+        dtype == Dtype::F16 && values.iter().any(|v| v.is_finite() && half::f16::from_f32(*v).is_infinite());
     if overflows || values.iter().any(|value| !value.is_finite()) {
-        return Err(AdapterError::NonFiniteResult {
-            key: tensor.name.to_string(),
-            dtype,
-        });
+        return Err(AdapterError::NonFiniteResult { key: tensor.name.to_string(), dtype });
     }
-    Ok(Cow::Owned(
-        from_f32(&values, dtype).map_err(CheckpointError::from)?,
-    ))
+    Ok(Cow::Owned(from_f32(&values, dtype).map_err(CheckpointError::from)?))
 }
 
 /// config.json with the type of the new weights, under the key that it already uses.
 fn with_dtype(config: &Value, dtype: Option<Dtype>) -> Value {
     let mut config = config.clone();
     if let (Some(map), Some(dtype)) = (config.as_object_mut(), dtype) {
-        let key = if map.contains_key("dtype") {
-            "dtype"
-        } else {
-            "torch_dtype"
-        };
+        let key = if map.contains_key("dtype") { "dtype" } else { "torch_dtype" };
         map.insert(key.to_string(), Value::String(dtype.config_name().to_string()));
     }
     config

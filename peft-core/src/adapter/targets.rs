@@ -24,11 +24,9 @@ impl Pattern {
     fn compile(&self, key: &'static str) -> Result<Matcher<'_>, AdapterError> {
         match self {
             Pattern::Names(names) => Ok(Matcher::Names(names)),
-            Pattern::Regex(pattern) => Ok(Matcher::Regex(full_match(
-                key,
-                &format!("(?:{pattern})"),
-                pattern,
-            )?)),
+            Pattern::Regex(pattern) => {
+                Ok(Matcher::Regex(full_match(key, &format!("(?:{pattern})"), pattern)?))
+            }
         }
     }
 }
@@ -77,8 +75,7 @@ impl Matcher<'_> {
 
 /// `path` is `name` or ends with `.name`.
 fn is_suffix(path: &str, name: &str) -> bool {
-    path.strip_suffix(name)
-        .is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+    path.strip_suffix(name).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
 }
 
 /// Compiles an expression that must match a whole path.
@@ -114,10 +111,7 @@ pub struct Selection<'a> {
 pub fn select<'p>(selection: &Selection, linear: &[&'p str]) -> Result<Vec<&'p str>, AdapterError> {
     let default = TargetModules::Matching(Pattern::Names(vec!["q_proj".to_string(), "v_proj".to_string()]));
     let targets = selection.targets.unwrap_or(&default);
-    let exclude = selection
-        .exclude
-        .map(|pattern| pattern.compile("exclude_modules"))
-        .transpose()?;
+    let exclude = selection.exclude.map(|pattern| pattern.compile("exclude_modules")).transpose()?;
     let allowed = |path: &&str| {
         !exclude.as_ref().is_some_and(|exclude| exclude.matches(path))
             && !selection.saved.iter().any(|name| is_suffix(path, name))
@@ -127,18 +121,12 @@ pub fn select<'p>(selection: &Selection, linear: &[&'p str]) -> Result<Vec<&'p s
         TargetModules::Matching(pattern) => {
             let matcher = pattern.compile("target_modules")?;
             if let (Pattern::Names(names), true) = (pattern, selection.strict) {
-                let unmatched = names
-                    .iter()
-                    .find(|name| !linear.iter().any(|path| is_suffix(path, name)));
+                let unmatched = names.iter().find(|name| !linear.iter().any(|path| is_suffix(path, name)));
                 if let Some(name) = unmatched {
                     return Err(no_match(format!("`{name}`"), name, linear));
                 }
             }
-            linear
-                .iter()
-                .copied()
-                .filter(|path| matcher.matches(path))
-                .collect()
+            linear.iter().copied().filter(|path| matcher.matches(path)).collect()
         }
     };
     let chosen: Vec<&str> = chosen.into_iter().filter(allowed).collect();
@@ -148,10 +136,9 @@ pub fn select<'p>(selection: &Selection, linear: &[&'p str]) -> Result<Vec<&'p s
             TargetModules::Matching(Pattern::Names(names)) => {
                 (format!("{names:?}"), names.first().cloned().unwrap_or_default())
             }
-            TargetModules::Matching(Pattern::Regex(regex)) => (
-                format!("the regular expression `{regex}` (over whole module paths)"),
-                regex.clone(),
-            ),
+            TargetModules::Matching(Pattern::Regex(regex)) => {
+                (format!("the regular expression `{regex}` (over whole module paths)"), regex.clone())
+            }
         };
         return Err(no_match(shown, &wanted, linear));
     }
@@ -183,11 +170,7 @@ pub fn select_saved(names: &[String], paths: &[String], tied: bool) -> Result<Ve
                 reason: format!("matches no module of the model{}", did_you_mean(name, last)),
             });
         }
-        if tied
-            && matched
-                .iter()
-                .any(|path| *path == "lm_head" || path.ends_with("embed_tokens"))
-        {
+        if tied && matched.iter().any(|path| *path == "lm_head" || path.ends_with("embed_tokens")) {
             return Err(AdapterError::ModulesToSave {
                 name: name.clone(),
                 reason:
@@ -214,12 +197,8 @@ mod tests {
     ];
 
     fn choose(targets: TargetModules, exclude: Option<Pattern>) -> Result<Vec<&'static str>, AdapterError> {
-        let selection = Selection {
-            targets: Some(&targets),
-            exclude: exclude.as_ref(),
-            saved: &[],
-            strict: true,
-        };
+        let selection =
+            Selection { targets: Some(&targets), exclude: exclude.as_ref(), saved: &[], strict: true };
         select(&selection, &PATHS)
     }
 
@@ -229,10 +208,7 @@ mod tests {
 
     #[test]
     fn suffixes_end_at_a_dot() {
-        assert_eq!(
-            choose(TargetModules::Matching(names(&["q_proj"])), None).unwrap(),
-            [PATHS[0], PATHS[2]]
-        );
+        assert_eq!(choose(TargetModules::Matching(names(&["q_proj"])), None).unwrap(), [PATHS[0], PATHS[2]]);
         assert!(choose(TargetModules::Matching(names(&["o_proj"])), None).is_err());
     }
 
@@ -247,17 +223,12 @@ mod tests {
     #[test]
     fn all_linear_leaves_the_head_and_exclusions_out() {
         let exclude = Some(names(&["foo_proj"]));
-        assert_eq!(
-            choose(TargetModules::AllLinear, exclude).unwrap(),
-            [PATHS[0], PATHS[2]]
-        );
+        assert_eq!(choose(TargetModules::AllLinear, exclude).unwrap(), [PATHS[0], PATHS[2]]);
     }
 
     #[test]
     fn a_misspelt_target_names_its_neighbour() {
-        let error = choose(TargetModules::Matching(names(&["q_porj"])), None)
-            .unwrap_err()
-            .to_string();
+        let error = choose(TargetModules::Matching(names(&["q_porj"])), None).unwrap_err().to_string();
         assert!(error.contains("`q_porj`") && error.contains("q_proj`"), "{error}");
     }
 }

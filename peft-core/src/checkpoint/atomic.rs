@@ -14,9 +14,7 @@ const PARTIAL: &str = ".partial-";
 
 /// Writes `bytes` to `path`: beside it first, then renamed onto it, both flushed to the disk.
 pub fn write_file(path: &Path, bytes: &[u8]) -> Result<(), CheckpointError> {
-    write_with(path, |out| {
-        out.write_all(bytes).map_err(CheckpointError::write(path))
-    })
+    write_with(path, |out| out.write_all(bytes).map_err(CheckpointError::write(path)))
 }
 
 /// As [`write_file`], with the contents written by `fill`. Where that fails, `path` is as it was before and
@@ -83,12 +81,7 @@ impl StagedDir {
         check_target(&target, &parent, replace)?;
         remove_stale(&parent, &name).map_err(CheckpointError::write(&parent))?;
         let (staging, lock) = locked_folder(&parent, &name).map_err(CheckpointError::write(&target))?;
-        Ok(Self {
-            staging,
-            target,
-            replace,
-            _lock: lock,
-        })
+        Ok(Self { staging, target, replace, _lock: lock })
     }
 
     /// The folder to fill.
@@ -127,10 +120,7 @@ impl Drop for StagedDir {
 
 /// The folder and the name of `path`; errors where it has none.
 fn place(path: &Path) -> Result<(PathBuf, OsString), CheckpointError> {
-    let invalid = |reason| CheckpointError::InvalidOutput {
-        path: path.to_path_buf(),
-        reason,
-    };
+    let invalid = |reason| CheckpointError::InvalidOutput { path: path.to_path_buf(), reason };
     let name = path.file_name().ok_or_else(|| invalid("the path has no name"))?;
     let parent = match path.parent() {
         Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
@@ -157,10 +147,7 @@ fn check_target(target: &Path, parent: &Path, replace: bool) -> Result<(), Check
             reason: "something that is not a folder has this name",
         });
     }
-    let occupied = fs::read_dir(target)
-        .map_err(CheckpointError::read(target))?
-        .next()
-        .is_some();
+    let occupied = fs::read_dir(target).map_err(CheckpointError::read(target))?.next().is_some();
     if occupied && !replace {
         return Err(CheckpointError::OutputNotEmpty { path: path() });
     }
@@ -218,19 +205,11 @@ fn remove_stale(parent: &Path, name: &OsString) -> io::Result<()> {
 fn exchange(new: &Path, old: &Path) -> io::Result<()> {
     #[cfg(target_os = "linux")]
     {
-        let (from, to) = (
-            CString::new(new.as_os_str().as_bytes())?,
-            CString::new(old.as_os_str().as_bytes())?,
-        );
+        let (from, to) =
+            (CString::new(new.as_os_str().as_bytes())?, CString::new(old.as_os_str().as_bytes())?);
         // SAFETY: both names end in NUL and live through the call.
         let result = unsafe {
-            libc::renameat2(
-                libc::AT_FDCWD,
-                from.as_ptr(),
-                libc::AT_FDCWD,
-                to.as_ptr(),
-                libc::RENAME_EXCHANGE,
-            )
+            libc::renameat2(libc::AT_FDCWD, from.as_ptr(), libc::AT_FDCWD, to.as_ptr(), libc::RENAME_EXCHANGE)
         };
         if result == 0 {
             return Ok(());

@@ -12,10 +12,7 @@ use super::error::CheckpointError;
 /// existing ancestor.
 pub fn free_bytes(path: &Path) -> Result<u64, CheckpointError> {
     let absolute = std::path::absolute(path).map_err(CheckpointError::read(path))?;
-    let existing = absolute
-        .ancestors()
-        .find(|ancestor| ancestor.exists())
-        .unwrap_or(Path::new("/"));
+    let existing = absolute.ancestors().find(|ancestor| ancestor.exists()).unwrap_or(Path::new("/"));
     let name = CString::new(existing.as_os_str().as_bytes())
         .map_err(|error| CheckpointError::read(path)(error.into()))?;
     let mut stat = MaybeUninit::<libc::statvfs>::uninit();
@@ -33,11 +30,7 @@ pub fn free_bytes(path: &Path) -> Result<u64, CheckpointError> {
 pub fn require_free(path: &Path, bytes: u64) -> Result<(), CheckpointError> {
     let available = free_bytes(path)?;
     if available < bytes {
-        return Err(CheckpointError::NotEnoughSpace {
-            path: path.to_path_buf(),
-            needed: bytes,
-            available,
-        });
+        return Err(CheckpointError::NotEnoughSpace { path: path.to_path_buf(), needed: bytes, available });
     }
     Ok(())
 }

@@ -179,19 +179,14 @@ pub fn to_f32(dtype: Dtype, bytes: &[u8]) -> Result<Vec<f32>, DtypeError> {
         Dtype::F32 => |bytes, out| widen(bytes, out, f32::from_le_bytes),
         Dtype::F64 => |bytes, out| widen(bytes, out, |b| f64::from_le_bytes(b) as f32),
         Dtype::BF16 => |bytes, out| {
-            widen(bytes, out, |b| {
-                f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16)
-            });
+            widen(bytes, out, |b| f32::from_bits(u32::from(u16::from_le_bytes(b)) << 16));
         },
         Dtype::F16 => f16_to_f32,
         _ => return Err(DtypeError::NotConvertible(dtype)),
     };
     let size = dtype.size();
     if !bytes.len().is_multiple_of(size) {
-        return Err(DtypeError::PartialElement {
-            bytes: bytes.len(),
-            dtype,
-        });
+        return Err(DtypeError::PartialElement { bytes: bytes.len(), dtype });
     }
     let mut out = vec![0.0; bytes.len() / size];
     if out.len() <= CHUNK {
@@ -294,14 +289,8 @@ mod tests {
 
     #[test]
     fn known_bit_patterns_widen() {
-        assert_eq!(
-            to_f32(Dtype::F16, &[0x00, 0x3c, 0x01, 0x00]).unwrap(),
-            [1.0, 2f32.powi(-24)]
-        );
-        assert_eq!(
-            to_f32(Dtype::BF16, &[0x80, 0x3f, 0x00, 0xc0]).unwrap(),
-            [1.0, -2.0]
-        );
+        assert_eq!(to_f32(Dtype::F16, &[0x00, 0x3c, 0x01, 0x00]).unwrap(), [1.0, 2f32.powi(-24)]);
+        assert_eq!(to_f32(Dtype::BF16, &[0x80, 0x3f, 0x00, 0xc0]).unwrap(), [1.0, -2.0]);
         assert_eq!(to_f32(Dtype::F64, &1.5f64.to_le_bytes()).unwrap(), [1.5]);
     }
 
@@ -313,10 +302,7 @@ mod tests {
         assert_eq!(from_f32(&ties, Dtype::BF16).unwrap(), [0x80, 0x3f, 0x82, 0x3f]);
         // f16 keeps 11 bits, and 65520 is halfway between its largest value and infinity.
         let ties = [1.0 + 2f32.powi(-11), 1.0 + 3.0 * 2f32.powi(-11), 65520.0];
-        assert_eq!(
-            from_f32(&ties, Dtype::F16).unwrap(),
-            [0x00, 0x3c, 0x02, 0x3c, 0x00, 0x7c]
-        );
+        assert_eq!(from_f32(&ties, Dtype::F16).unwrap(), [0x00, 0x3c, 0x02, 0x3c, 0x00, 0x7c]);
     }
 
     #[test]
@@ -324,30 +310,19 @@ mod tests {
         // More than one chunk, so that the parallel path runs, and unaligned.
         let bits = || (0..3u32 * 65536).map(|i| (i % 65536) as u16);
         for dtype in [Dtype::F16, Dtype::BF16] {
-            let bytes: Vec<u8> = std::iter::once(0)
-                .chain(bits().flat_map(u16::to_le_bytes))
-                .collect();
+            let bytes: Vec<u8> = std::iter::once(0).chain(bits().flat_map(u16::to_le_bytes)).collect();
             let values = to_f32(dtype, &bytes[1..]).unwrap();
             let back = from_f32(&values, dtype).unwrap();
             for ((value, pair), bits) in values.iter().zip(back.as_chunks().0).zip(bits()) {
-                assert!(
-                    value.is_nan() || u16::from_le_bytes(*pair) == bits,
-                    "{dtype} {bits:04x}"
-                );
+                assert!(value.is_nan() || u16::from_le_bytes(*pair) == bits, "{dtype} {bits:04x}");
             }
         }
     }
 
     #[test]
     fn integers_and_cut_elements_are_refused() {
-        assert!(matches!(
-            to_f32(Dtype::I64, &[0; 8]),
-            Err(DtypeError::NotConvertible(Dtype::I64))
-        ));
-        assert!(matches!(
-            to_f32(Dtype::F32, &[0; 7]),
-            Err(DtypeError::PartialElement { bytes: 7, .. })
-        ));
+        assert!(matches!(to_f32(Dtype::I64, &[0; 8]), Err(DtypeError::NotConvertible(Dtype::I64))));
+        assert!(matches!(to_f32(Dtype::F32, &[0; 7]), Err(DtypeError::PartialElement { bytes: 7, .. })));
         assert!(from_f32(&[1.0], Dtype::U8).is_err());
     }
 }

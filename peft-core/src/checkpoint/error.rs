@@ -42,43 +42,22 @@ pub enum CheckpointError {
     HeaderTooLong { path: PathBuf, claimed: u64, limit: u64 },
     /// The header does not fit into the file.
     #[error("{}: the header claims {claimed} bytes but {available} follow; is the file cut short?", path.display())]
-    HeaderPastEnd {
-        path: PathBuf,
-        claimed: u64,
-        available: usize,
-    },
+    HeaderPastEnd { path: PathBuf, claimed: u64, available: usize },
     /// The header is no JSON object of tensors.
     #[error("{}: invalid header: {reason}", path.display())]
     InvalidHeader { path: PathBuf, reason: String },
     /// More tensors than any model has.
     #[error("{}: {found} tensors; at most {limit} are read", path.display())]
-    TooManyTensors {
-        path: PathBuf,
-        found: usize,
-        limit: usize,
-    },
+    TooManyTensors { path: PathBuf, found: usize, limit: usize },
     /// More dimensions than any tensor has.
     #[error("{}: tensor `{tensor}` has {found} dimensions; at most {limit} are read", path.display())]
-    TooManyDimensions {
-        path: PathBuf,
-        tensor: String,
-        found: usize,
-        limit: usize,
-    },
+    TooManyDimensions { path: PathBuf, tensor: String, found: usize, limit: usize },
     /// An element type outside the format, or one without whole bytes.
     #[error("{}: tensor `{tensor}` has dtype `{found}`, which is not supported", path.display())]
-    UnknownDtype {
-        path: PathBuf,
-        tensor: String,
-        found: String,
-    },
+    UnknownDtype { path: PathBuf, tensor: String, found: String },
     /// The size of the shape is beyond any file.
     #[error("{}: tensor `{tensor}` has shape {shape:?}, whose size overflows", path.display())]
-    SizeOverflow {
-        path: PathBuf,
-        tensor: String,
-        shape: Vec<usize>,
-    },
+    SizeOverflow { path: PathBuf, tensor: String, shape: Vec<usize> },
     /// Shape and dtype need another number of bytes than the offsets span.
     #[error("{}: tensor `{tensor}`, {dtype} of shape {shape:?}, needs {expected} bytes but has offsets {begin}..{end}", path.display())]
     WrongSpan {
@@ -92,38 +71,19 @@ pub enum CheckpointError {
     },
     /// Two tensors share bytes.
     #[error("{}: tensor `{tensor}` begins at byte {begin}, inside the tensor before it, which ends at {expected}", path.display())]
-    Overlap {
-        path: PathBuf,
-        tensor: String,
-        begin: usize,
-        expected: usize,
-    },
+    Overlap { path: PathBuf, tensor: String, begin: usize, expected: usize },
     /// Bytes between two tensors belong to none.
     #[error("{}: tensor `{tensor}` begins at byte {begin}, leaving a hole after {expected}", path.display())]
-    Hole {
-        path: PathBuf,
-        tensor: String,
-        begin: usize,
-        expected: usize,
-    },
+    Hole { path: PathBuf, tensor: String, begin: usize, expected: usize },
     /// A tensor lies beyond the end of the file.
     #[error("{}: tensor `{tensor}` ends at byte {end} but the file has {available}; is it cut short?", path.display())]
-    TensorPastEnd {
-        path: PathBuf,
-        tensor: String,
-        end: usize,
-        available: usize,
-    },
+    TensorPastEnd { path: PathBuf, tensor: String, end: usize, available: usize },
     /// Bytes after the last tensor belong to none.
     #[error("{}: {bytes} bytes after the last tensor belong to no tensor", path.display())]
     TrailingBytes { path: PathBuf, bytes: usize },
     /// No tensor of that name.
     #[error("{}: no tensor `{tensor}`{hint}", path.display())]
-    TensorNotFound {
-        path: PathBuf,
-        tensor: String,
-        hint: String,
-    },
+    TensorNotFound { path: PathBuf, tensor: String, hint: String },
     /// The tensor's values cannot be used as f32.
     #[error("tensor `{tensor}`: {source}")]
     TensorDtype { tensor: String, source: DtypeError },
@@ -152,36 +112,19 @@ pub enum CheckpointError {
     UnsafeShardName { index: PathBuf, shard: String },
     /// More shards than any model has.
     #[error("{}: {found} shards; at most {limit} are read", index.display())]
-    TooManyShards {
-        index: PathBuf,
-        found: usize,
-        limit: usize,
-    },
+    TooManyShards { index: PathBuf, found: usize, limit: usize },
     /// The index names a file that is not there.
     #[error("{}: shard `{shard}` is not in the folder; is the download complete?{hint}", index.display())]
-    ShardMissing {
-        index: PathBuf,
-        shard: String,
-        hint: String,
-    },
+    ShardMissing { index: PathBuf, shard: String, hint: String },
     /// A link to a place outside the folder and its hub cache.
     #[error("{}: leads out of its folder, to {}; copy the file instead of linking it", path.display(), target.display())]
     LeadsOut { path: PathBuf, target: PathBuf },
     /// The index promises a tensor that its shard lacks.
     #[error("{}: tensor `{tensor}` is not in its shard `{shard}`{hint}", index.display())]
-    TensorNotInShard {
-        index: PathBuf,
-        tensor: String,
-        shard: String,
-        hint: String,
-    },
+    TensorNotInShard { index: PathBuf, tensor: String, shard: String, hint: String },
     /// Two shards hold the tensor and the index does not say which counts.
     #[error("tensor `{tensor}` stands both in {} and in {}, and the index lists neither", first.display(), second.display())]
-    AmbiguousTensor {
-        tensor: String,
-        first: PathBuf,
-        second: PathBuf,
-    },
+    AmbiguousTensor { tensor: String, first: PathBuf, second: PathBuf },
 
     // Writing.
     /// The operating system refused to write, for instance because the disk is full.
@@ -195,12 +138,7 @@ pub enum CheckpointError {
     ReservedName { path: PathBuf, tensor: String },
     /// A computed tensor has not the size that was announced.
     #[error("{}: tensor `{tensor}` should have {expected} bytes but {found} were computed", path.display())]
-    WrongLength {
-        path: PathBuf,
-        tensor: String,
-        expected: usize,
-        found: usize,
-    },
+    WrongLength { path: PathBuf, tensor: String, expected: usize, found: usize },
     /// The output folder holds something already.
     #[error("{}: the output folder exists and is not empty; choose another or remove it", path.display())]
     OutputNotEmpty { path: PathBuf },
@@ -209,11 +147,7 @@ pub enum CheckpointError {
     InvalidOutput { path: PathBuf, reason: &'static str },
     /// Not enough room.
     #[error("{}: {needed} bytes needed on this disk, {available} free", path.display())]
-    NotEnoughSpace {
-        path: PathBuf,
-        needed: u64,
-        available: u64,
-    },
+    NotEnoughSpace { path: PathBuf, needed: u64, available: u64 },
 
     /// The hub or its cache.
     #[error(transparent)]
@@ -245,17 +179,11 @@ impl CheckpointError {
 
     /// Turns a failure to read `path` into an error; made for `map_err`.
     pub(crate) fn read(path: &std::path::Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::ReadFailed {
-            path: path.to_path_buf(),
-            source,
-        }
+        move |source| Self::ReadFailed { path: path.to_path_buf(), source }
     }
 
     /// Turns a failure to write `path` into an error; made for `map_err`.
     pub(crate) fn write(path: &std::path::Path) -> impl FnOnce(io::Error) -> Self {
-        move |source| Self::WriteFailed {
-            path: path.to_path_buf(),
-            source,
-        }
+        move |source| Self::WriteFailed { path: path.to_path_buf(), source }
     }
 }

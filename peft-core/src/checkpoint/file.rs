@@ -66,10 +66,8 @@ impl TensorRef<'_> {
 
     /// The elements as f32. Errors where the dtype is no float.
     pub fn to_f32(&self) -> Result<Vec<f32>, CheckpointError> {
-        to_f32(self.dtype, self.bytes).map_err(|source| CheckpointError::TensorDtype {
-            tensor: self.name.to_string(),
-            source,
-        })
+        to_f32(self.dtype, self.bytes)
+            .map_err(|source| CheckpointError::TensorDtype { tensor: self.name.to_string(), source })
     }
 }
 
@@ -82,21 +80,14 @@ impl SafetensorsFile {
         let metadata = path.metadata().map_err(CheckpointError::read(path))?;
         // Checked before opening: a pipe would block.
         if !metadata.is_file() {
-            return Err(CheckpointError::NotAFile {
-                path: path.to_path_buf(),
-            });
+            return Err(CheckpointError::NotAFile { path: path.to_path_buf() });
         }
         let file = File::open(path).map_err(CheckpointError::read(path))?;
         // SAFETY: the map is read-only and private to this value; that nobody cuts the file short meanwhile is
         // the documented condition of every user of a checkpoint.
         let map = unsafe { Mmap::map(&file) }.map_err(CheckpointError::read(path))?;
         let (metadata, tensors) = check(path, &map)?;
-        Ok(Self {
-            path: path.to_path_buf(),
-            map,
-            metadata,
-            tensors,
-        })
+        Ok(Self { path: path.to_path_buf(), map, metadata, tensors })
     }
 
     /// Where the file is.
@@ -167,10 +158,7 @@ impl<'de> Deserialize<'de> for Header {
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
-                let mut header = Header {
-                    metadata: Vec::new(),
-                    tensors: Vec::new(),
-                };
+                let mut header = Header { metadata: Vec::new(), tensors: Vec::new() };
                 while let Some(key) = map.next_key::<String>()? {
                     if key == METADATA_KEY {
                         header.metadata.push(map.next_value()?);
@@ -191,24 +179,14 @@ type Checked = (BTreeMap<String, String>, BTreeMap<String, Entry>);
 /// Metadata and tensors of the file at `path` with contents `bytes`.
 fn check(path: &Path, bytes: &[u8]) -> Result<Checked, CheckpointError> {
     if let Some(found) = recognise(bytes) {
-        return Err(CheckpointError::NotSafetensors {
-            path: path.to_path_buf(),
-            found,
-        });
+        return Err(CheckpointError::NotSafetensors { path: path.to_path_buf(), found });
     }
     let Some((length, rest)) = bytes.split_first_chunk::<LENGTH_BYTES>() else {
-        return Err(CheckpointError::TooShort {
-            path: path.to_path_buf(),
-            bytes: bytes.len(),
-        });
+        return Err(CheckpointError::TooShort { path: path.to_path_buf(), bytes: bytes.len() });
     };
     let claimed = u64::from_le_bytes(*length);
     if claimed > MAX_HEADER {
-        return Err(CheckpointError::HeaderTooLong {
-            path: path.to_path_buf(),
-            claimed,
-            limit: MAX_HEADER,
-        });
+        return Err(CheckpointError::HeaderTooLong { path: path.to_path_buf(), claimed, limit: MAX_HEADER });
     }
     // At most `MAX_HEADER`, which fits.
     let Some((header, data)) = rest.split_at_checked(claimed as usize) else {
@@ -247,22 +225,10 @@ fn check(path: &Path, bytes: &[u8]) -> Result<Checked, CheckpointError> {
 /// What the file is if it begins like something that is often found in place of weights.
 fn recognise(bytes: &[u8]) -> Option<&'static str> {
     const LOOKALIKES: [(&[u8], &str); 7] = [
-        (
-            b"version https://git-lfs",
-            "a git-lfs pointer; fetch the file itself with `git lfs pull`",
-        ),
-        (
-            b"<!doctype",
-            "a web page; the download went wrong, fetch the file again",
-        ),
-        (
-            b"<html",
-            "a web page; the download went wrong, fetch the file again",
-        ),
-        (
-            b"pk\x03\x04",
-            "a zip archive, probably a PyTorch pickle; convert it to safetensors",
-        ),
+        (b"version https://git-lfs", "a git-lfs pointer; fetch the file itself with `git lfs pull`"),
+        (b"<!doctype", "a web page; the download went wrong, fetch the file again"),
+        (b"<html", "a web page; the download went wrong, fetch the file again"),
+        (b"pk\x03\x04", "a zip archive, probably a PyTorch pickle; convert it to safetensors"),
         (b"\x80\x02", "a Python pickle; convert it to safetensors"),
         (b"gguf", "a GGUF file; fetch the safetensors of the model"),
         (b"\x89hdf", "an HDF5 file; fetch the safetensors of the model"),
@@ -273,19 +239,12 @@ fn recognise(bytes: &[u8]) -> Option<&'static str> {
     }
     LOOKALIKES
         .iter()
-        .find(|(magic, _)| {
-            bytes
-                .get(..magic.len())
-                .is_some_and(|begin| begin.eq_ignore_ascii_case(magic))
-        })
+        .find(|(magic, _)| bytes.get(..magic.len()).is_some_and(|begin| begin.eq_ignore_ascii_case(magic)))
         .map(|(_, found)| *found)
 }
 
 fn parse(path: &Path, header: &[u8]) -> Result<Header, CheckpointError> {
-    let invalid = |reason: String| CheckpointError::InvalidHeader {
-        path: path.to_path_buf(),
-        reason,
-    };
+    let invalid = |reason: String| CheckpointError::InvalidHeader { path: path.to_path_buf(), reason };
     let text = str::from_utf8(header).map_err(|error| invalid(error.to_string()))?;
     if !text.starts_with('{') {
         return Err(invalid("it does not begin with `{`".to_string()));
@@ -304,17 +263,9 @@ fn parse(path: &Path, header: &[u8]) -> Result<Header, CheckpointError> {
 fn check_tensor(path: &Path, name: &str, info: Info) -> Result<Entry, CheckpointError> {
     let tensor = || name.to_string();
     let path = || path.to_path_buf();
-    let Info {
-        dtype,
-        shape,
-        data_offsets: (begin, end),
-    } = info;
+    let Info { dtype, shape, data_offsets: (begin, end) } = info;
     let Some(dtype) = Dtype::from_header_name(&dtype) else {
-        return Err(CheckpointError::UnknownDtype {
-            path: path(),
-            tensor: tensor(),
-            found: dtype,
-        });
+        return Err(CheckpointError::UnknownDtype { path: path(), tensor: tensor(), found: dtype });
     };
     if shape.len() > MAX_DIMENSIONS {
         return Err(CheckpointError::TooManyDimensions {
@@ -325,11 +276,7 @@ fn check_tensor(path: &Path, name: &str, info: Info) -> Result<Entry, Checkpoint
         });
     }
     let Some(expected) = byte_len(dtype, &shape) else {
-        return Err(CheckpointError::SizeOverflow {
-            path: path(),
-            tensor: tensor(),
-            shape,
-        });
+        return Err(CheckpointError::SizeOverflow { path: path(), tensor: tensor(), shape });
     };
     if end.checked_sub(begin) != Some(expected) {
         return Err(CheckpointError::WrongSpan {
@@ -342,19 +289,12 @@ fn check_tensor(path: &Path, name: &str, info: Info) -> Result<Entry, Checkpoint
             end,
         });
     }
-    Ok(Entry {
-        dtype,
-        shape,
-        begin,
-        end,
-    })
+    Ok(Entry { dtype, shape, begin, end })
 }
 
 /// Bytes of a tensor, or `None` where the product overflows.
 pub(crate) fn byte_len(dtype: Dtype, shape: &[usize]) -> Option<usize> {
-    shape
-        .iter()
-        .try_fold(dtype.size(), |product, &length| product.checked_mul(length))
+    shape.iter().try_fold(dtype.size(), |product, &length| product.checked_mul(length))
 }
 
 /// Checks that the tensors, in the order of their offsets, cover bytes `0..available` exactly.
@@ -368,36 +308,18 @@ fn check_cover(
     for (name, entry) in entries.iter() {
         let (path, tensor, begin) = (path.to_path_buf(), name.clone(), entry.begin);
         if begin < expected {
-            return Err(CheckpointError::Overlap {
-                path,
-                tensor,
-                begin,
-                expected,
-            });
+            return Err(CheckpointError::Overlap { path, tensor, begin, expected });
         }
         if begin > expected {
-            return Err(CheckpointError::Hole {
-                path,
-                tensor,
-                begin,
-                expected,
-            });
+            return Err(CheckpointError::Hole { path, tensor, begin, expected });
         }
         if entry.end > available {
-            return Err(CheckpointError::TensorPastEnd {
-                path,
-                tensor,
-                end: entry.end,
-                available,
-            });
+            return Err(CheckpointError::TensorPastEnd { path, tensor, end: entry.end, available });
         }
         expected = entry.end;
     }
     if expected < available {
-        return Err(CheckpointError::TrailingBytes {
-            path: path.to_path_buf(),
-            bytes: available - expected,
-        });
+        return Err(CheckpointError::TrailingBytes { path: path.to_path_buf(), bytes: available - expected });
     }
     Ok(())
 }

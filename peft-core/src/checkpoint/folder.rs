@@ -69,13 +69,7 @@ impl Checkpoint {
         } else {
             return Err(no_weights(dir));
         };
-        Ok(Self {
-            dir: dir.to_path_buf(),
-            config,
-            config_digest,
-            files,
-            tensors,
-        })
+        Ok(Self { dir: dir.to_path_buf(), config, config_digest, files, tensors })
     }
 
     /// The folder.
@@ -192,11 +186,8 @@ fn open_shards(dir: &Path, fence: &Fence) -> Result<Shards, CheckpointError> {
         files.push((shard.to_string(), SafetensorsFile::open(file)?));
     }
 
-    let positions: BTreeMap<&str, usize> = files
-        .iter()
-        .enumerate()
-        .map(|(position, (shard, _))| (shard.as_str(), position))
-        .collect();
+    let positions: BTreeMap<&str, usize> =
+        files.iter().enumerate().map(|(position, (shard, _))| (shard.as_str(), position)).collect();
     let mut tensors = BTreeMap::new();
     for (tensor, shard) in &weight_map {
         let position = positions[shard.as_str()];
@@ -232,10 +223,7 @@ pub(super) fn read_index(path: &Path) -> Result<BTreeMap<String, String>, Checkp
     let weight_map = index.weight_map.unique(path)?;
     let shards: BTreeSet<&str> = weight_map.values().map(String::as_str).collect();
     if let Some(shard) = shards.iter().find(|shard| !is_safe_shard(shard)) {
-        return Err(CheckpointError::UnsafeShardName {
-            index: path.to_path_buf(),
-            shard: shard.to_string(),
-        });
+        return Err(CheckpointError::UnsafeShardName { index: path.to_path_buf(), shard: shard.to_string() });
     }
     if shards.is_empty() {
         return Err(CheckpointError::InvalidJson {
@@ -258,9 +246,7 @@ fn is_safe_shard(shard: &str) -> bool {
     shard.ends_with(".safetensors")
         && !shard.contains(['\\', ':'])
         && !shard.contains(char::is_control)
-        && Path::new(shard)
-            .components()
-            .all(|component| matches!(component, Component::Normal(_)))
+        && Path::new(shard).components().all(|component| matches!(component, Component::Normal(_)))
 }
 
 /// Why there are no weights to read in `dir`.
@@ -272,10 +258,7 @@ fn no_weights(dir: &Path) -> CheckpointError {
     };
     let dir = dir.to_path_buf();
     if let Some(file) = names.iter().find(is_pickle) {
-        return CheckpointError::PickleOnly {
-            dir,
-            file: file.clone(),
-        };
+        return CheckpointError::PickleOnly { dir, file: file.clone() };
     }
     if dir.join(ADAPTER_CONFIG_FILE).exists() {
         return CheckpointError::IsAdapter { dir };
@@ -284,20 +267,8 @@ fn no_weights(dir: &Path) -> CheckpointError {
 }
 
 fn is_side_file(name: &str) -> bool {
-    const WEIGHTS: [&str; 12] = [
-        "safetensors",
-        "bin",
-        "pt",
-        "pth",
-        "ckpt",
-        "gguf",
-        "ggml",
-        "h5",
-        "msgpack",
-        "onnx",
-        "npz",
-        "pkl",
-    ];
+    const WEIGHTS: [&str; 12] =
+        ["safetensors", "bin", "pt", "pth", "ckpt", "gguf", "ggml", "h5", "msgpack", "onnx", "npz", "pkl"];
     !name.starts_with('.')
         && !name.starts_with("adapter_")
         && name != "task_vector.json"
@@ -341,10 +312,7 @@ pub(super) fn no_folder(path: &Path) -> CheckpointError {
         let names = file_names(parent).unwrap_or_default();
         did_you_mean(&name, names.iter().map(String::as_str))
     };
-    CheckpointError::NoFolder {
-        path: path.to_path_buf(),
-        hint,
-    }
+    CheckpointError::NoFolder { path: path.to_path_buf(), hint }
 }
 
 /// The places to which links in a model's folder may lead.
@@ -358,15 +326,10 @@ impl Fence {
     fn around(dir: &Path) -> Result<Self, CheckpointError> {
         let real = fs::canonicalize(dir).map_err(CheckpointError::read(dir))?;
         let repository =
-            real.ancestors()
-                .skip(1)
-                .zip(real.ancestors().skip(2))
-                .find(|(snapshots, repository)| {
-                    snapshots.ends_with("snapshots")
-                        && repository
-                            .file_name()
-                            .is_some_and(|name| name.to_string_lossy().contains("--"))
-                });
+            real.ancestors().skip(1).zip(real.ancestors().skip(2)).find(|(snapshots, repository)| {
+                snapshots.ends_with("snapshots")
+                    && repository.file_name().is_some_and(|name| name.to_string_lossy().contains("--"))
+            });
         let mut roots: Vec<PathBuf> = repository.iter().map(|(_, repo)| repo.to_path_buf()).collect();
         roots.push(real);
         Ok(Self { roots })
@@ -378,10 +341,7 @@ impl Fence {
         if self.roots.iter().any(|root| target.starts_with(root)) {
             return Ok(());
         }
-        Err(CheckpointError::LeadsOut {
-            path: path.to_path_buf(),
-            target,
-        })
+        Err(CheckpointError::LeadsOut { path: path.to_path_buf(), target })
     }
 }
 

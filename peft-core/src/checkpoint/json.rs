@@ -20,10 +20,7 @@ impl<V> Entries<V> {
         let mut map = BTreeMap::new();
         for (key, value) in self.0 {
             if map.contains_key(&key) {
-                return Err(CheckpointError::DuplicateKey {
-                    path: path.to_path_buf(),
-                    key,
-                });
+                return Err(CheckpointError::DuplicateKey { path: path.to_path_buf(), key });
             }
             map.insert(key, value);
         }
@@ -60,9 +57,7 @@ pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, Checkpoin
     let metadata = path.metadata().map_err(CheckpointError::read(path))?;
     // Checked before opening: a pipe would block.
     if !metadata.is_file() {
-        return Err(CheckpointError::NotAFile {
-            path: path.to_path_buf(),
-        });
+        return Err(CheckpointError::NotAFile { path: path.to_path_buf() });
     }
     let mut bytes = Vec::new();
     File::open(path)

@@ -42,19 +42,12 @@ impl<'a, E> LazyTensor<'a, E> {
         shape: Vec<usize>,
         compute: impl Fn() -> Result<Cow<'a, [u8]>, E> + Send + Sync + 'a,
     ) -> Self {
-        Self {
-            name: name.into(),
-            dtype,
-            shape,
-            bytes: Box::new(compute),
-        }
+        Self { name: name.into(), dtype, shape, bytes: Box::new(compute) }
     }
 
     /// A tensor copied as it is from an open file.
     pub fn borrowed(tensor: TensorRef<'a>) -> Self {
-        Self::new(tensor.name, tensor.dtype, tensor.shape.to_vec(), move || {
-            Ok(Cow::Borrowed(tensor.bytes))
-        })
+        Self::new(tensor.name, tensor.dtype, tensor.shape.to_vec(), move || Ok(Cow::Borrowed(tensor.bytes)))
     }
 }
 
@@ -119,10 +112,7 @@ pub fn write_sharded<E: From<CheckpointError> + Send>(
         write_safetensors(&dir.join(&file), shard, metadata)?;
         files.push(file);
     }
-    let index = Index {
-        metadata: IndexMetadata { total_size },
-        weight_map,
-    };
+    let index = Index { metadata: IndexMetadata { total_size }, weight_map };
     let path = dir.join(INDEX_FILE);
     let mut text = to_json(&path, serde_json::to_vec_pretty(&index))?;
     text.push(b'\n');
@@ -210,18 +200,13 @@ fn header<E>(
     }
     let mut offset = 0usize;
     for tensor in tensors {
-        let end = offset
-            .checked_add(length(path, tensor)?)
-            .ok_or_else(|| CheckpointError::SizeOverflow {
-                path: path.to_path_buf(),
-                tensor: tensor.name.clone(),
-                shape: tensor.shape.clone(),
-            })?;
-        let info = Info {
-            dtype: tensor.dtype.header_name(),
-            shape: &tensor.shape,
-            data_offsets: (offset, end),
-        };
+        let end = offset.checked_add(length(path, tensor)?).ok_or_else(|| CheckpointError::SizeOverflow {
+            path: path.to_path_buf(),
+            tensor: tensor.name.clone(),
+            shape: tensor.shape.clone(),
+        })?;
+        let info =
+            Info { dtype: tensor.dtype.header_name(), shape: &tensor.shape, data_offsets: (offset, end) };
         add(&tensor.name, serde_json::to_vec(&info))?;
         offset = end;
     }
@@ -229,11 +214,7 @@ fn header<E>(
     entries.resize(entries.len().next_multiple_of(LENGTH_BYTES), b' ');
     let claimed = (entries.len() - LENGTH_BYTES) as u64;
     if claimed > MAX_HEADER {
-        return Err(CheckpointError::HeaderTooLong {
-            path: path.to_path_buf(),
-            claimed,
-            limit: MAX_HEADER,
-        });
+        return Err(CheckpointError::HeaderTooLong { path: path.to_path_buf(), claimed, limit: MAX_HEADER });
     }
     entries[..LENGTH_BYTES].copy_from_slice(&claimed.to_le_bytes());
     Ok(entries)

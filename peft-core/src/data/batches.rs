@@ -71,14 +71,7 @@ pub fn collate(examples: &[&Example], pad_id: u32) -> Batch {
             }
         }
     }
-    Batch {
-        ids,
-        lengths,
-        batch_size: examples.len(),
-        seq_len,
-        positions,
-        targets,
-    }
+    Batch { ids, lengths, batch_size: examples.len(), seq_len, positions, targets }
 }
 
 #[cfg(test)]
@@ -98,11 +91,7 @@ mod tests {
             order.iter().map(|batch| longest(batch) * batch.len()).sum()
         };
         let tokens: usize = lengths.iter().sum();
-        assert!(
-            padded(&order) * 100 < tokens * 105,
-            "{} of {tokens}",
-            padded(&order)
-        );
+        assert!(padded(&order) * 100 < tokens * 105, "{} of {tokens}", padded(&order));
         assert_eq!(order, epoch_order(&lengths, 4, true, 9, 0));
         assert_ne!(order, epoch_order(&lengths, 4, true, 9, 1));
         assert_ne!(order, epoch_order(&lengths, 4, true, 10, 0));

@@ -18,43 +18,23 @@ pub(super) fn read_table(
     delimiter: u8,
     limit: usize,
 ) -> Result<Vec<Record>, DataError> {
-    let mut reader = csv::ReaderBuilder::new()
-        .delimiter(delimiter)
-        .quoting(delimiter == b',')
-        .from_reader(file);
+    let mut reader =
+        csv::ReaderBuilder::new().delimiter(delimiter).quoting(delimiter == b',').from_reader(file);
     let wrong = |error: csv::Error| {
-        let place = error
-            .position()
-            .map_or("header".into(), |position| format!("line {}", position.line()));
+        let place = error.position().map_or("header".into(), |position| format!("line {}", position.line()));
         match error.into_kind() {
-            csv::ErrorKind::Io(source) => DataError::Read {
-                path: path.into(),
-                source,
-            },
-            csv::ErrorKind::UnequalLengths {
-                expected_len, len, ..
-            } => malformed(
-                path,
-                place,
-                format!("{len} values where the header has {expected_len}"),
-            ),
+            csv::ErrorKind::Io(source) => DataError::Read { path: path.into(), source },
+            csv::ErrorKind::UnequalLengths { expected_len, len, .. } => {
+                malformed(path, place, format!("{len} values where the header has {expected_len}"))
+            }
             csv::ErrorKind::Utf8 { err, .. } => malformed(path, place, format!("not UTF-8 text: {err}")),
             other => malformed(path, place, format!("{other:?}")),
         }
     };
-    let header: Vec<String> = reader
-        .headers()
-        .map_err(wrong)?
-        .iter()
-        .map(String::from)
-        .collect();
+    let header: Vec<String> = reader.headers().map_err(wrong)?.iter().map(String::from).collect();
     for (at, name) in header.iter().enumerate() {
         if header[..at].contains(name) {
-            return Err(malformed(
-                path,
-                "header",
-                format!("two columns are named `{name}`"),
-            ));
+            return Err(malformed(path, "header", format!("two columns are named `{name}`")));
         }
     }
     let rows = reader.records().take(limit).map(|row| {
@@ -70,17 +50,13 @@ pub(super) fn read_parquet(path: &Path, file: File, limit: usize) -> Result<Vec<
     let wrong =
         |place: String, error: parquet::errors::ParquetError| malformed(path, place, error.to_string());
     let reader = SerializedFileReader::new(file).map_err(|error| wrong("footer".into(), error))?;
-    let rows = reader
-        .get_row_iter(None)
-        .map_err(|error| wrong("schema".into(), error))?;
+    let rows = reader.get_row_iter(None).map_err(|error| wrong("schema".into(), error))?;
     let mut records = Vec::new();
     for (number, row) in rows.take(limit).enumerate() {
         let place = || format!("row {}", number + 1);
         let columns = row.map_err(|error| wrong(place(), error))?.into_columns();
-        let record: Result<Record, String> = columns
-            .into_iter()
-            .map(|(name, field)| Ok((name, field_to_json(&field)?)))
-            .collect();
+        let record: Result<Record, String> =
+            columns.into_iter().map(|(name, field)| Ok((name, field_to_json(&field)?))).collect();
         records.push(record.map_err(|problem| malformed(path, place(), problem))?);
     }
     Ok(records)
@@ -108,17 +84,12 @@ fn field_to_json(field: &Field) -> Result<Value, String> {
             Err(_) => return Err(format!("a column holds {} bytes that are not text", bytes.len())),
         },
         Field::Group(row) => {
-            let fields = row
-                .get_column_iter()
-                .map(|(name, field)| Ok((name.clone(), field_to_json(field)?)));
+            let fields = row.get_column_iter().map(|(name, field)| Ok((name.clone(), field_to_json(field)?)));
             Value::Object(fields.collect::<Result<_, String>>()?)
         }
-        Field::ListInternal(list) => Value::Array(
-            list.elements()
-                .iter()
-                .map(field_to_json)
-                .collect::<Result<_, _>>()?,
-        ),
+        Field::ListInternal(list) => {
+            Value::Array(list.elements().iter().map(field_to_json).collect::<Result<_, _>>()?)
+        }
         Field::MapInternal(map) => {
             let entry = |(key, value): &(Field, Field)| match field_to_json(key)? {
                 Value::String(key) => Ok((key, field_to_json(value)?)),
@@ -146,18 +117,9 @@ mod tests {
     fn tables_have_a_header() {
         let expected = json!([{"a": "x, \"y\"\nz", "b": "1"}]);
         assert_eq!(records("d.csv", "a,b\n\"x, \"\"y\"\"\nz\",1\n"), expected);
-        assert_eq!(
-            records("d.tsv", "a\tb\n\"x\t1\n"),
-            json!([{"a": "\"x", "b": "1"}])
-        );
-        assert_eq!(
-            failure("d.csv", "a,b\n1,2\n3\n"),
-            "d.csv: line 3: 1 values where the header has 2"
-        );
-        assert_eq!(
-            failure("d.csv", "a,a\n1,2\n"),
-            "d.csv: header: two columns are named `a`"
-        );
+        assert_eq!(records("d.tsv", "a\tb\n\"x\t1\n"), json!([{"a": "\"x", "b": "1"}]));
+        assert_eq!(failure("d.csv", "a,b\n1,2\n3\n"), "d.csv: line 3: 1 values where the header has 2");
+        assert_eq!(failure("d.csv", "a,a\n1,2\n"), "d.csv: header: two columns are named `a`");
         assert_eq!(failure("d.csv", "a,b\n"), "d.csv: this file holds no records");
     }
 
@@ -174,31 +136,17 @@ mod tests {
         let properties = Arc::new(WriterProperties::default());
         let mut writer = SerializedFileWriter::new(&mut bytes, schema, properties).unwrap();
         let mut group = writer.next_row_group().unwrap();
-        let strings = |texts: &[&str]| {
-            texts
-                .iter()
-                .map(|text| ByteArray::from(*text))
-                .collect::<Vec<_>>()
-        };
+        let strings = |texts: &[&str]| texts.iter().map(|text| ByteArray::from(*text)).collect::<Vec<_>>();
         let mut column = group.next_column().unwrap().unwrap();
-        column
-            .typed::<ByteArrayType>()
-            .write_batch(&strings(&["é", "b"]), None, None)
-            .unwrap();
+        column.typed::<ByteArrayType>().write_batch(&strings(&["é", "b"]), None, None).unwrap();
         column.close().unwrap();
         let mut column = group.next_column().unwrap().unwrap();
-        column
-            .typed::<Int64Type>()
-            .write_batch(&[5], Some(&[1, 0]), None)
-            .unwrap();
+        column.typed::<Int64Type>().write_batch(&[5], Some(&[1, 0]), None).unwrap();
         column.close().unwrap();
         // The first row has two messages and the second none: levels mark the start of a row and an empty list.
         let mut column = group.next_column().unwrap().unwrap();
         let roles = strings(&["user", "assistant"]);
-        column
-            .typed::<ByteArrayType>()
-            .write_batch(&roles, Some(&[1, 1, 0]), Some(&[0, 1, 0]))
-            .unwrap();
+        column.typed::<ByteArrayType>().write_batch(&roles, Some(&[1, 1, 0]), Some(&[0, 1, 0])).unwrap();
         column.close().unwrap();
         group.close().unwrap();
         writer.close().unwrap();

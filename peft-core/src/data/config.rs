@@ -30,10 +30,7 @@ pub struct MessageProperties {
 
 impl Default for MessageProperties {
     fn default() -> Self {
-        Self {
-            role: "role".into(),
-            content: "content".into(),
-        }
+        Self { role: "role".into(), content: "content".into() }
     }
 }
 
@@ -98,15 +95,9 @@ mod tests {
     fn the_smallest_entry_is_read_and_written_back() {
         let entry = json!({"path": "a.jsonl", "type": "prompt_completion"});
         let config: DatasetConfig = serde_json::from_value(entry.clone()).unwrap();
-        assert_eq!(
-            config,
-            DatasetConfig::new("a.jsonl", DatasetType::PromptCompletion)
-        );
+        assert_eq!(config, DatasetConfig::new("a.jsonl", DatasetType::PromptCompletion));
         let mut written = serde_json::to_value(config).unwrap();
-        written
-            .as_object_mut()
-            .unwrap()
-            .retain(|_, value| !value.is_null());
+        written.as_object_mut().unwrap().retain(|_, value| !value.is_null());
         assert_eq!(written, entry);
     }
 

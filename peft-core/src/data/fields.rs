@@ -21,9 +21,7 @@ pub(super) struct Fields<'a> {
 
 impl Fields<'_> {
     fn get(&self, name: &str) -> Result<&Value, DataError> {
-        self.record
-            .get(name)
-            .ok_or_else(|| self.missing(self.record, "", name))
+        self.record.get(name).ok_or_else(|| self.missing(self.record, "", name))
     }
 
     /// The error for `object`, which stands at `place` in the record and lacks `name`.
@@ -45,13 +43,7 @@ impl Fields<'_> {
             found.push('…');
         }
         let (path, record) = (self.path.into(), self.number);
-        DataError::WrongField {
-            path,
-            record,
-            field: name.into(),
-            expected,
-            found,
-        }
+        DataError::WrongField { path, record, field: name.into(), expected, found }
     }
 
     /// A field's text; numbers count as their digits, for labels.
@@ -107,18 +99,12 @@ impl Fields<'_> {
         let keys = match &config.message_property_mappings {
             Some(keys) => Cow::Borrowed(keys),
             None if !message.contains_key("role") && message.contains_key("from") => {
-                Cow::Owned(MessageProperties {
-                    role: "from".into(),
-                    content: "value".into(),
-                })
+                Cow::Owned(MessageProperties { role: "from".into(), content: "value".into() })
             }
             None => Cow::Borrowed(&usual),
         };
         let required = |key: &str| {
-            message
-                .get(key)
-                .cloned()
-                .ok_or_else(|| self.missing(message, &format!("{place}."), key))
+            message.get(key).cloned().ok_or_else(|| self.missing(message, &format!("{place}."), key))
         };
         let role = match required(&keys.role)? {
             Value::String(role) => match role.as_str() {
@@ -134,16 +120,10 @@ impl Fields<'_> {
             false => required(&keys.content)?,
         };
         if !(content.is_string() || content.is_array() || content.is_null()) {
-            return Err(self.wrong(
-                format!("{place}.{}", keys.content),
-                "text or a list of parts",
-                &content,
-            ));
+            return Err(self.wrong(format!("{place}.{}", keys.content), "text or a list of parts", &content));
         }
         let mut normal = Map::from_iter([("role".into(), role.into()), ("content".into(), content)]);
-        let others = message
-            .iter()
-            .filter(|(key, _)| **key != keys.role && **key != keys.content);
+        let others = message.iter().filter(|(key, _)| **key != keys.role && **key != keys.content);
         normal.extend(others.map(|(key, value)| (key.clone(), value.clone())));
         Ok(Value::Object(normal))
     }

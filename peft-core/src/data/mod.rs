@@ -106,11 +106,7 @@ pub fn load(
         };
         let records = records::read(config)?;
         let sha256 = records::sha256(&config.path)?;
-        files.push(DataFile {
-            path: config.path.clone(),
-            sha256,
-            records: records.len(),
-        });
+        files.push(DataFile { path: config.path.clone(), sha256, records: records.len() });
 
         let prompter = Prompter::new(config, template.as_ref(), tokenizer);
         let tokeniser = Tokeniser::new(tokenizer, options.train_on_inputs);
@@ -132,12 +128,7 @@ pub fn load(
         }
     }
     let (examples, record_of, report) = collector.finish()?;
-    Ok(Dataset {
-        examples,
-        record_of,
-        report,
-        files,
-    })
+    Ok(Dataset { examples, record_of, report, files })
 }
 
 fn chat_template(
@@ -149,10 +140,8 @@ fn chat_template(
         Some(source) => ChatTemplate::new(source.clone(), tokenizer.special_tokens()),
         None => tokenizer.chat_template(),
     };
-    let mut template = template.map_err(|source| DataError::Template {
-        path: config.path.clone(),
-        source: Box::new(source),
-    })?;
+    let mut template = template
+        .map_err(|source| DataError::Template { path: config.path.clone(), source: Box::new(source) })?;
     if let Some(now) = options.now {
         template.set_time(now);
     }
@@ -187,12 +176,7 @@ mod tests {
         let pairs = "{\"prompt\": \"x:\", \"completion\": \"y\"}\n".repeat(300);
         let configs = [
             file(&dir, "a.jsonl", &pairs, DatasetType::PromptCompletion),
-            file(
-                &dir,
-                "b.txt",
-                &format!("{}\nz\n", "y".repeat(40)),
-                DatasetType::Completion,
-            ),
+            file(&dir, "b.txt", &format!("{}\nz\n", "y".repeat(40)), DatasetType::Completion),
         ];
         let data = load(&configs, &plain(), &options()).unwrap();
         // 40 characters, one first token for each piece and the last one: 15 + 15 + 11.
@@ -208,10 +192,7 @@ mod tests {
             ..Report::default()
         };
         assert_eq!(data.report, expected);
-        assert_eq!(
-            data.files.iter().map(|file| file.records).collect::<Vec<_>>(),
-            [300, 2]
-        );
+        assert_eq!(data.files.iter().map(|file| file.records).collect::<Vec<_>>(), [300, 2]);
     }
 
     #[test]
@@ -220,17 +201,11 @@ mod tests {
         let talk =
             r#"[{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}]"#;
         let config = [file(&dir, "m.json", talk, DatasetType::Messages)];
-        let mut options = LoadOptions {
-            sequence_len: 64,
-            ..options()
-        };
+        let mut options = LoadOptions { sequence_len: 64, ..options() };
         let tokenizer = chat(CHATML);
         let data = load(&config, &tokenizer, &options).unwrap();
         let text = tokenizer.decode(&data.examples[0].ids, false).unwrap();
-        assert_eq!(
-            text,
-            "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
-        );
+        assert_eq!(text, "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n");
         assert_eq!(data.report.supervised_tokens, 2);
 
         // With a tokenizer of its own first token, which the template writes too: one remains.
@@ -238,10 +213,7 @@ mod tests {
             Some("{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}".into());
         let tokenizer = plain();
         let data = load(&config, &tokenizer, &options).unwrap();
-        assert_eq!(
-            tokenizer.decode(&data.examples[0].ids, false).unwrap(),
-            "<s>ua</s>"
-        );
+        assert_eq!(tokenizer.decode(&data.examples[0].ids, false).unwrap(), "<s>ua</s>");
         assert_eq!(data.examples[0].supervised, [false, false, true, true]);
 
         options.chat_template = None;
@@ -256,10 +228,7 @@ mod tests {
         let lines = "{\"text\": \"a\"}\n".repeat(50) + &"{\"txt\": \"a\"}\n".repeat(50);
         let config = [file(&dir, "d.jsonl", &lines, DatasetType::Completion)];
         let error = load(&config, &plain(), &options()).unwrap_err();
-        assert!(
-            matches!(error, DataError::MissingField { record: 51, .. }),
-            "{error}"
-        );
+        assert!(matches!(error, DataError::MissingField { record: 51, .. }), "{error}");
         assert!(load(&[], &plain(), &options()).is_err());
     }
 }

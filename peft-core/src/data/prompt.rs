@@ -46,16 +46,8 @@ pub struct Prompter<'a> {
 impl<'a> Prompter<'a> {
     /// A prompter for the file of `config`; `template` is needed for type `messages` alone.
     pub fn new(config: &'a DatasetConfig, template: Option<&'a ChatTemplate>, tokenizer: &Tokenizer) -> Self {
-        let stops = tokenizer
-            .stop_ids()
-            .iter()
-            .filter_map(|&id| tokenizer.token(id))
-            .collect();
-        Self {
-            config,
-            template,
-            stops,
-        }
+        let stops = tokenizer.stop_ids().iter().filter_map(|&id| tokenizer.token(id)).collect();
+        Self { config, template, stops }
     }
 
     /// Writes one record; `number` counts from 1 and serves errors.
@@ -65,11 +57,7 @@ impl<'a> Prompter<'a> {
     /// what the assistant said.
     pub fn prompt(&self, record: &Record, number: usize) -> Result<Prompt, DataError> {
         let config = self.config;
-        let fields = Fields {
-            path: &config.path,
-            record,
-            number,
-        };
+        let fields = Fields { path: &config.path, record, number };
         let named = |name: &'a Option<String>, usual: &'static str| name.as_deref().unwrap_or(usual);
         match config.format {
             DatasetType::Alpaca => {
@@ -119,12 +107,8 @@ impl<'a> Prompter<'a> {
         for at in (0..messages.len()).filter(|&at| assistant(&messages[at])) {
             // The turn is what the text gains over the prompt it answers, if the template writes a conversation's
             // beginning alike whatever follows.
-            let start = render(&messages[..at], true)
-                .ok()
-                .filter(|prompt| text.starts_with(prompt.as_str()));
-            let end = render(&messages[..=at], false)
-                .ok()
-                .filter(|turn| text.starts_with(turn.as_str()));
+            let start = render(&messages[..at], true).ok().filter(|prompt| text.starts_with(prompt.as_str()));
+            let end = render(&messages[..=at], false).ok().filter(|turn| text.starts_with(turn.as_str()));
             let mut turn = match (start.as_ref(), end) {
                 (Some(start), Some(end)) if start.len() <= end.len() => {
                     start.len()..self.without_space_after_stop(&end)
@@ -132,11 +116,7 @@ impl<'a> Prompter<'a> {
                 _ => {
                     let content = self.locate(&text, &messages, at, &render).ok_or_else(|| {
                         let (path, record) = (fields.path.into(), fields.number);
-                        DataError::OpaqueTemplate {
-                            path,
-                            record,
-                            message: at + 1,
-                        }
+                        DataError::OpaqueTemplate { path, record, message: at + 1 }
                     })?;
                     match start {
                         Some(start) if start.len() <= content.start => start.len()..content.end,
@@ -186,12 +166,7 @@ impl<'a> Prompter<'a> {
         let content = text.strip_prefix(before)?.strip_suffix(after)?;
         let end = before.len() + content.len();
         let rest = after.trim_start();
-        let stop = self
-            .stops
-            .iter()
-            .filter(|stop| rest.starts_with(stop.as_str()))
-            .map(String::len)
-            .max();
+        let stop = self.stops.iter().filter(|stop| rest.starts_with(stop.as_str())).map(String::len).max();
         let through_stop = stop.map_or(0, |stop| after.len() - rest.len() + stop);
         Some(before.len()..end + through_stop)
     }
@@ -200,11 +175,7 @@ impl<'a> Prompter<'a> {
 fn answered(prompt: String, answer: &str) -> Prompt {
     let start = prompt.chars().count();
     let supervised = Vec::from_iter((!answer.is_empty()).then(|| start..start + answer.chars().count()));
-    Prompt {
-        text: prompt + answer,
-        supervised,
-        ends_with_answer: true,
-    }
+    Prompt { text: prompt + answer, supervised, ends_with_answer: true }
 }
 
 /// Ascending byte ranges as character ranges.
@@ -215,10 +186,7 @@ fn character_ranges(text: &str, ranges: &[Range<usize>]) -> Vec<Range<usize>> {
         byte = to;
         character
     };
-    ranges
-        .iter()
-        .map(|range| advance(range.start)..advance(range.end))
-        .collect()
+    ranges.iter().map(|range| advance(range.start)..advance(range.end)).collect()
 }
 
 #[cfg(test)]
@@ -231,9 +199,7 @@ mod tests {
 
     fn prompt(config: &DatasetConfig, tokenizer: &Tokenizer, record: Value) -> Result<Prompt, DataError> {
         let template = tokenizer.chat_template().ok();
-        let Value::Object(record) = record else {
-            panic!("not an object")
-        };
+        let Value::Object(record) = record else { panic!("not an object") };
         Prompter::new(config, template.as_ref(), tokenizer).prompt(&record, 7)
     }
 
@@ -243,17 +209,9 @@ mod tests {
 
     /// The supervised pieces of a conversation's text.
     fn learnt(template: &str, record: Value) -> Result<Vec<String>, DataError> {
-        let prompt = prompt(
-            &DatasetConfig::new("d.json", DatasetType::Messages),
-            &chat(template),
-            record,
-        )?;
+        let prompt = prompt(&DatasetConfig::new("d.json", DatasetType::Messages), &chat(template), record)?;
         let text: Vec<char> = prompt.text.chars().collect();
-        Ok(prompt
-            .supervised
-            .into_iter()
-            .map(|range| text[range].iter().collect())
-            .collect())
+        Ok(prompt.supervised.into_iter().map(|range| text[range].iter().collect()).collect())
     }
 
     fn talk() -> Value {
@@ -285,10 +243,7 @@ mod tests {
 
     #[test]
     fn prompt_and_completion_are_joined_with_nothing() {
-        let prompt = usual(
-            DatasetType::PromptCompletion,
-            json!({"prompt": "é:", "completion": "ab"}),
-        );
+        let prompt = usual(DatasetType::PromptCompletion, json!({"prompt": "é:", "completion": "ab"}));
         assert_eq!((prompt.text.as_str(), prompt.supervised), ("é:ab", vec![2..4]));
         let prompt = usual(DatasetType::Completion, json!({"text": "été"}));
         assert_eq!((prompt.text.as_str(), prompt.supervised), ("été", vec![0..3]));
@@ -316,10 +271,7 @@ mod tests {
 
     #[test]
     fn messages_are_learnt_where_the_assistant_speaks() {
-        assert_eq!(
-            learnt(CHATML, talk()).unwrap(),
-            ["yes<|im_end|>", " n <|im_end|>"]
-        );
+        assert_eq!(learnt(CHATML, talk()).unwrap(), ["yes<|im_end|>", " n <|im_end|>"]);
     }
 
     #[test]
@@ -329,16 +281,11 @@ mod tests {
         assert_eq!(learnt(CHATML, record).unwrap(), ["b<|im_end|>"]);
         let mut config = DatasetConfig::new("d.json", DatasetType::Messages);
         config.field_messages = Some("chat".into());
-        config.message_property_mappings = Some(MessageProperties {
-            role: "who".into(),
-            content: "what".into(),
-        });
+        config.message_property_mappings =
+            Some(MessageProperties { role: "who".into(), content: "what".into() });
         let record = json!({"chat": [{"who": "user", "what": "a"}, {"who": "assistant", "what": "b"}]});
         let prompt = prompt(&config, &chat(CHATML), record).unwrap();
-        assert_eq!(
-            prompt.text,
-            "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
-        );
+        assert_eq!(prompt.text, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n");
     }
 
     #[test]
@@ -347,10 +294,7 @@ mod tests {
         let thinking = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}\
              <think></think>{% endif %}{{ m.content | trim }}<|im_end|>\n{% endfor %}\
              {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
-        assert_eq!(
-            learnt(thinking, talk()).unwrap(),
-            ["yes<|im_end|>", "<think></think>n<|im_end|>"]
-        );
+        assert_eq!(learnt(thinking, talk()).unwrap(), ["yes<|im_end|>", "<think></think>n<|im_end|>"]);
         // As in Mistral's: the system message goes into the last question.
         let moving = "{% for m in messages[1:] %}{% if m.role == 'user' %}[INST]{% if not messages[1:][loop.index:] \
              | selectattr('role', 'eq', 'user') | list %}{{ messages[0].content }} {% endif %}{{ m.content }}[/INST]\
@@ -364,27 +308,14 @@ mod tests {
         let record = json!({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "hello"},
             {"role": "user", "content": "b"}]});
         let error = learnt(counting, record).unwrap_err();
-        assert!(
-            matches!(
-                error,
-                DataError::OpaqueTemplate {
-                    record: 7,
-                    message: 2,
-                    ..
-                }
-            ),
-            "{error}"
-        );
+        assert!(matches!(error, DataError::OpaqueTemplate { record: 7, message: 2, .. }), "{error}");
         assert!(error.is_bad_input());
     }
 
     #[test]
     fn wrong_messages_are_named() {
-        let failure = |messages: Value| {
-            learnt(CHATML, json!({ "messages": messages }))
-                .unwrap_err()
-                .to_string()
-        };
+        let failure =
+            |messages: Value| learnt(CHATML, json!({ "messages": messages })).unwrap_err().to_string();
         assert!(failure(json!([])).contains("expected a list of messages"));
         assert!(failure(json!(["a"])).contains("field `messages[0]`: expected an object"));
         assert!(
@@ -394,21 +325,14 @@ mod tests {
         assert!(failure(json!([{"role": 1, "content": "a"}])).contains("a role's name"));
         let refusing = "{{ raise_exception('no system') }}";
         let error = learnt(refusing, talk()).unwrap_err().to_string();
-        assert_eq!(
-            error,
-            "d.json: record 7: the chat template refuses these messages: no system"
-        );
+        assert_eq!(error, "d.json: record 7: the chat template refuses these messages: no system");
     }
 
     #[test]
     fn a_conversation_that_ends_with_a_question_has_no_answer_at_its_end() {
         let record =
             json!({"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]});
-        let prompt = prompt(
-            &DatasetConfig::new("d.json", DatasetType::Messages),
-            &chat(CHATML),
-            record,
-        );
+        let prompt = prompt(&DatasetConfig::new("d.json", DatasetType::Messages), &chat(CHATML), record);
         let prompt = prompt.unwrap();
         assert!(!prompt.ends_with_answer);
         assert_eq!(prompt.supervised.len(), 1);

@@ -28,11 +28,7 @@ const EXTENSIONS: [&str; 6] = ["json", "jsonl", "csv", "tsv", "parquet", "txt"];
 /// When the file is missing, unreadable, of unknown format, malformed, or has no records.
 pub fn read(config: &DatasetConfig) -> Result<Vec<Record>, DataError> {
     let path = config.path.as_path();
-    let extension = path
-        .extension()
-        .unwrap_or_default()
-        .to_string_lossy()
-        .to_lowercase();
+    let extension = path.extension().unwrap_or_default().to_string_lossy().to_lowercase();
     let file = open(path)?;
     let limit = config.limit.unwrap_or(usize::MAX);
     if config.separator.is_some() && extension != "txt" {
@@ -48,11 +44,7 @@ pub fn read(config: &DatasetConfig) -> Result<Vec<Record>, DataError> {
         "txt" => read_text(path, file, config.separator.as_deref(), limit)?,
         _ => {
             let hint = did_you_mean(&extension, EXTENSIONS);
-            return Err(DataError::UnknownFormat {
-                path: path.into(),
-                extension,
-                hint,
-            });
+            return Err(DataError::UnknownFormat { path: path.into(), extension, hint });
         }
     };
     records.truncate(limit);
@@ -69,68 +61,42 @@ pub fn read(config: &DatasetConfig) -> Result<Vec<Record>, DataError> {
 pub fn sha256(path: &Path) -> Result<String, DataError> {
     let mut file = open(path)?;
     let mut hash = Sha256::new();
-    std::io::copy(&mut file, &mut hash).map_err(|source| DataError::Read {
-        path: path.into(),
-        source,
-    })?;
+    std::io::copy(&mut file, &mut hash).map_err(|source| DataError::Read { path: path.into(), source })?;
     Ok(hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
 fn open(path: &Path) -> Result<File, DataError> {
     let names = |dir: &Path| -> Vec<String> {
         let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
-        let mut names: Vec<_> = entries
-            .map(|e| e.file_name().to_string_lossy().into_owned())
-            .collect();
+        let mut names: Vec<_> = entries.map(|e| e.file_name().to_string_lossy().into_owned()).collect();
         names.sort();
         names
     };
     if path.is_dir() {
-        let is_data = |name: &String| {
-            name.rsplit_once('.')
-                .is_some_and(|(_, ext)| EXTENSIONS.contains(&ext))
-        };
+        let is_data = |name: &String| name.rsplit_once('.').is_some_and(|(_, ext)| EXTENSIONS.contains(&ext));
         let files: Vec<String> = names(path).into_iter().filter(is_data).take(8).collect();
-        let hint = if files.is_empty() {
-            String::new()
-        } else {
-            format!(", for example {}", files.join(", "))
-        };
-        return Err(DataError::Folder {
-            path: path.into(),
-            hint,
-        });
+        let hint =
+            if files.is_empty() { String::new() } else { format!(", for example {}", files.join(", ")) };
+        return Err(DataError::Folder { path: path.into(), hint });
     }
     File::open(path).map_err(|source| match source.kind() {
         std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory => {
-            let dir = path
-                .parent()
-                .filter(|dir| !dir.as_os_str().is_empty())
-                .unwrap_or(Path::new("."));
+            let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty()).unwrap_or(Path::new("."));
             let hint = if dir.is_dir() {
                 let wanted = path.file_name().unwrap_or_default().to_string_lossy();
                 did_you_mean(&wanted, names(dir).iter().map(String::as_str))
             } else {
                 format!("; the folder {} does not exist either", dir.display())
             };
-            DataError::NotFound {
-                path: path.into(),
-                hint,
-            }
+            DataError::NotFound { path: path.into(), hint }
         }
-        _ => DataError::Read {
-            path: path.into(),
-            source,
-        },
+        _ => DataError::Read { path: path.into(), source },
     })
 }
 
 fn read_all(path: &Path, mut file: File) -> Result<String, DataError> {
     let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes).map_err(|source| DataError::Read {
-        path: path.into(),
-        source,
-    })?;
+    file.read_to_end(&mut bytes).map_err(|source| DataError::Read { path: path.into(), source })?;
     let mut text = String::from_utf8(bytes).map_err(|error| {
         let place = format!("byte {}", error.utf8_error().valid_up_to());
         malformed(path, place, "not UTF-8 text")
@@ -166,11 +132,8 @@ fn read_json(path: &Path, file: File) -> Result<Vec<Record>, DataError> {
                 }
                 wrong(error)
             })?;
-            let is_list = |value: &Value| {
-                value
-                    .as_array()
-                    .is_some_and(|items| items.iter().all(Value::is_object))
-            };
+            let is_list =
+                |value: &Value| value.as_array().is_some_and(|items| items.iter().all(Value::is_object));
             let count = object.values().filter(|value| is_list(value)).count();
             match object.into_iter().map(|(_, value)| value).find(is_list) {
                 Some(Value::Array(items)) if count == 1 => {
@@ -199,18 +162,12 @@ fn read_jsonl(path: &Path, file: File, limit: usize) -> Result<Vec<Record>, Data
     for number in 1.. {
         line.clear();
         let read = reader.read_until(b'\n', &mut line);
-        if read.map_err(|source| DataError::Read {
-            path: path.into(),
-            source,
-        })? == 0
+        if read.map_err(|source| DataError::Read { path: path.into(), source })? == 0
             || records.len() == limit
         {
             break;
         }
-        let content = line
-            .strip_prefix("\u{feff}".as_bytes())
-            .filter(|_| number == 1)
-            .unwrap_or(&line);
+        let content = line.strip_prefix("\u{feff}".as_bytes()).filter(|_| number == 1).unwrap_or(&line);
         if content.trim_ascii().is_empty() {
             continue;
         }
@@ -242,22 +199,13 @@ fn read_text(
             .take(limit)
             .map(record)
             .collect(),
-        None => text
-            .lines()
-            .filter(|line| !line.trim().is_empty())
-            .take(limit)
-            .map(record)
-            .collect(),
+        None => text.lines().filter(|line| !line.trim().is_empty()).take(limit).map(record).collect(),
     })
 }
 
 /// The error for a file that is wrong at `place`.
 pub(super) fn malformed(path: &Path, place: impl Into<String>, problem: impl Into<String>) -> DataError {
-    DataError::Malformed {
-        path: path.into(),
-        place: place.into(),
-        problem: problem.into(),
-    }
+    DataError::Malformed { path: path.into(), place: place.into(), problem: problem.into() }
 }
 
 #[cfg(test)]
@@ -283,23 +231,15 @@ pub(super) mod tests {
         let (dir, config) = config(name, bytes);
         let error = read(&config).unwrap_err();
         assert!(error.is_bad_input());
-        error
-            .to_string()
-            .replace(&format!("{}/", dir.path().display()), "")
+        error.to_string().replace(&format!("{}/", dir.path().display()), "")
     }
 
     #[test]
     fn json_is_a_list_or_holds_one() {
         let expected = json!([{"b": 1, "a": "ü"}, {"a": null}]);
+        assert_eq!(records("d.json", r#" [{"b": 1, "a": "ü"}, {"a": null}]"#), expected);
         assert_eq!(
-            records("d.json", r#" [{"b": 1, "a": "ü"}, {"a": null}]"#),
-            expected
-        );
-        assert_eq!(
-            records(
-                "d.json",
-                "\u{feff}{\"v\": 1, \"data\": [{\"b\": 1, \"a\": \"ü\"}, {\"a\": null}]}"
-            ),
+            records("d.json", "\u{feff}{\"v\": 1, \"data\": [{\"b\": 1, \"a\": \"ü\"}, {\"a\": null}]}"),
             expected
         );
         assert!(
@@ -317,10 +257,7 @@ pub(super) mod tests {
 
     #[test]
     fn json_lines_name_the_line() {
-        assert_eq!(
-            records("d.jsonl", "{\"a\": 1}\r\n\n{\"a\": 2}"),
-            json!([{"a": 1}, {"a": 2}])
-        );
+        assert_eq!(records("d.jsonl", "{\"a\": 1}\r\n\n{\"a\": 2}"), json!([{"a": 1}, {"a": 2}]));
         assert_eq!(
             failure("d.jsonl", "{\"a\": 1}\n\n{\"a\": }\n"),
             "d.jsonl: line 3, column 7: expected value; expected one JSON object a line"
@@ -330,16 +267,10 @@ pub(super) mod tests {
 
     #[test]
     fn text_is_lines_or_what_separators_leave() {
-        assert_eq!(
-            records("d.txt", "one\n\n  two\r\n"),
-            json!([{"text": "one"}, {"text": "  two"}])
-        );
+        assert_eq!(records("d.txt", "one\n\n  two\r\n"), json!([{"text": "one"}, {"text": "  two"}]));
         let (_dir, mut config) = config("d.txt", "one\nmore\n<|end|>\ntwo\n<|end|>\n");
         config.separator = Some("<|end|>".into());
-        assert_eq!(
-            json!(read(&config).unwrap()),
-            json!([{"text": "one\nmore"}, {"text": "two"}])
-        );
+        assert_eq!(json!(read(&config).unwrap()), json!([{"text": "one\nmore"}, {"text": "two"}]));
         config.limit = Some(1);
         assert_eq!(read(&config).unwrap().len(), 1);
     }

@@ -27,9 +27,7 @@ pub fn split_validation(
         val_set_size as usize
     } else {
         let problem = "should be a fraction below 1 or a whole number of records";
-        return Err(DataError::Option(format!(
-            "val_set_size {val_set_size} {problem}"
-        )));
+        return Err(DataError::Option(format!("val_set_size {val_set_size} {problem}")));
     };
     if size >= all {
         let problem = format!("val_set_size {val_set_size} leaves none of {all} records for training");

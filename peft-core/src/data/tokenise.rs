@@ -32,10 +32,7 @@ pub struct Tokeniser<'a> {
 impl<'a> Tokeniser<'a> {
     /// With `train_on_inputs` every token is supervised, not only the marked ones.
     pub fn new(tokenizer: &'a Tokenizer, train_on_inputs: bool) -> Self {
-        Self {
-            tokenizer,
-            train_on_inputs,
-        }
+        Self { tokenizer, train_on_inputs }
     }
 
     /// Tokenises a prompt as a whole. A token is supervised when it overlaps a marked character. If the text ends with
@@ -45,14 +42,9 @@ impl<'a> Tokeniser<'a> {
     /// # Errors
     /// When the tokenizer fails on the text, or has no end-of-sequence token where one is needed.
     pub fn example(&self, prompt: &Prompt, path: &Path, number: usize) -> Result<Example, DataError> {
-        let encoding = self
-            .tokenizer
-            .encode(&prompt.text, true)
-            .map_err(|source: TextError| DataError::Text {
-                path: path.into(),
-                record: number,
-                source: Box::new(source),
-            })?;
+        let encoding = self.tokenizer.encode(&prompt.text, true).map_err(|source: TextError| {
+            DataError::Text { path: path.into(), record: number, source: Box::new(source) }
+        })?;
         let mut ids = encoding.ids;
         let mut offsets = encoding.offsets;
         // Whether the tokenizer ends a text by itself makes no difference to what is learnt.
@@ -94,9 +86,7 @@ impl<'a> Tokeniser<'a> {
     /// The index of a stop token that ends the text, white space after it aside.
     fn closing_token(&self, prompt: &Prompt, ids: &[u32], offsets: &[(usize, usize)]) -> Option<usize> {
         let text = prompt.text.trim_end().chars().count();
-        let at = offsets
-            .iter()
-            .rposition(|&(start, end)| start < end && start < text)?;
+        let at = offsets.iter().rposition(|&(start, end)| start < end && start < text)?;
         self.tokenizer.stop_ids().contains(&ids[at]).then_some(at)
     }
 }
@@ -109,22 +99,12 @@ mod tests {
     use std::ops::Range;
 
     fn example(tokenizer: &Tokenizer, text: &str, supervised: Range<usize>, on_inputs: bool) -> Example {
-        let prompt = Prompt {
-            text: text.into(),
-            supervised: vec![supervised],
-            ends_with_answer: true,
-        };
-        Tokeniser::new(tokenizer, on_inputs)
-            .example(&prompt, Path::new("d"), 1)
-            .unwrap()
+        let prompt = Prompt { text: text.into(), supervised: vec![supervised], ends_with_answer: true };
+        Tokeniser::new(tokenizer, on_inputs).example(&prompt, Path::new("d"), 1).unwrap()
     }
 
     fn mask(example: &Example) -> String {
-        example
-            .supervised
-            .iter()
-            .map(|&flag| if flag { '1' } else { '0' })
-            .collect()
+        example.supervised.iter().map(|&flag| if flag { '1' } else { '0' }).collect()
     }
 
     #[test]
@@ -162,14 +142,8 @@ mod tests {
     fn an_end_token_is_needed() {
         let dir = crate::text::fixtures::folder(true, &[]);
         let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
-        let prompt = Prompt {
-            text: "a".into(),
-            supervised: vec![0..1],
-            ends_with_answer: true,
-        };
-        let error = Tokeniser::new(&tokenizer, false)
-            .example(&prompt, Path::new("d"), 1)
-            .unwrap_err();
+        let prompt = Prompt { text: "a".into(), supervised: vec![0..1], ends_with_answer: true };
+        let error = Tokeniser::new(&tokenizer, false).example(&prompt, Path::new("d"), 1).unwrap_err();
         assert!(matches!(error, DataError::NoEndToken { record: 1, .. }));
     }
 }

@@ -101,13 +101,7 @@ impl Collector {
         let has_bos = self.bos.is_some() && example.ids.first().copied() == self.bos;
         match on_truncation {
             OnTruncation::Error => {
-                let first = TooLong {
-                    path: path.into(),
-                    record: number,
-                    tokens,
-                    count: 0,
-                    longest: 0,
-                };
+                let first = TooLong { path: path.into(), record: number, tokens, count: 0, longest: 0 };
                 let too_long = self.too_long.get_or_insert(first);
                 too_long.count += 1;
                 too_long.longest = too_long.longest.max(tokens);
@@ -159,37 +153,13 @@ impl Collector {
     /// When a record was too long and should not have been, or when no example has a supervised token.
     pub fn finish(self) -> Result<(Vec<Example>, Vec<usize>, Report), DataError> {
         let report = self.report;
-        if let Some(TooLong {
-            path,
-            record,
-            tokens,
-            count,
-            longest,
-        }) = self.too_long
-        {
+        if let Some(TooLong { path, record, tokens, count, longest }) = self.too_long {
             let (limit, records) = (self.limit, report.records);
-            return Err(DataError::TooLong {
-                path,
-                record,
-                tokens,
-                limit,
-                count,
-                records,
-                longest,
-            });
+            return Err(DataError::TooLong { path, record, tokens, limit, count, records, longest });
         }
         if self.examples.is_empty() {
-            let Report {
-                records,
-                without_supervised,
-                dropped,
-                ..
-            } = report;
-            return Err(DataError::NothingSupervised {
-                records,
-                without_supervised,
-                dropped,
-            });
+            let Report { records, without_supervised, dropped, .. } = report;
+            return Err(DataError::NothingSupervised { records, without_supervised, dropped });
         }
         Ok((self.examples, self.record_of, report))
     }
@@ -212,11 +182,7 @@ mod tests {
     use super::*;
 
     fn mask(example: &Example) -> String {
-        example
-            .supervised
-            .iter()
-            .map(|&flag| if flag { '1' } else { '0' })
-            .collect()
+        example.supervised.iter().map(|&flag| if flag { '1' } else { '0' }).collect()
     }
 
     /// Tokens 10, 11, …, after token 0; the last `answer` of them are supervised.
@@ -241,12 +207,7 @@ mod tests {
 
     #[test]
     fn too_long_is_an_error_that_counts() {
-        let error = collect(
-            vec![long(3, 1), long(6, 1), long(9, 1)],
-            5,
-            Some(0),
-            OnTruncation::Error,
-        );
+        let error = collect(vec![long(3, 1), long(6, 1), long(9, 1)], 5, Some(0), OnTruncation::Error);
         assert_eq!(
             error.unwrap_err().to_string(),
             "d.json: record 2 has 6 tokens, more than sequence_len 5; 2 of 3 records are too long, the longest has 9: raise sequence_len, or choose on_truncation: drop, left, right or split"
@@ -263,15 +224,7 @@ mod tests {
             (examples[0].ids.as_slice(), mask(&examples[0]).as_str()),
             ([0, 13, 14, 15].as_slice(), "0111")
         );
-        assert_eq!(
-            (
-                report.truncated,
-                report.tokens,
-                report.supervised_tokens,
-                report.longest
-            ),
-            (1, 7, 4, 7)
-        );
+        assert_eq!((report.truncated, report.tokens, report.supervised_tokens, report.longest), (1, 7, 4, 7));
         let (examples, _, _) = one(OnTruncation::Right);
         assert_eq!(
             (examples[0].ids.as_slice(), mask(&examples[0]).as_str()),
@@ -282,27 +235,15 @@ mod tests {
     #[test]
     fn splitting_teaches_every_token_once() {
         for (bos, expected) in [
-            (
-                Some(0),
-                vec![vec![0, 10, 11, 12], vec![0, 13, 14, 15], vec![0, 16]],
-            ),
-            (
-                None,
-                vec![vec![0, 10, 11, 12], vec![12, 13, 14, 15], vec![15, 16]],
-            ),
+            (Some(0), vec![vec![0, 10, 11, 12], vec![0, 13, 14, 15], vec![0, 16]]),
+            (None, vec![vec![0, 10, 11, 12], vec![12, 13, 14, 15], vec![15, 16]]),
         ] {
             let (examples, record_of, report) =
                 collect(vec![long(8, 7)], 4, bos, OnTruncation::Split).unwrap();
             let ids: Vec<Vec<u32>> = examples.iter().map(|example| example.ids.clone()).collect();
             assert_eq!(ids, expected);
-            assert_eq!(
-                examples.iter().map(mask).collect::<Vec<_>>(),
-                ["0111", "0111", "01"]
-            );
-            assert_eq!(
-                (report.supervised_tokens, report.split, report.examples),
-                (7, 1, 3)
-            );
+            assert_eq!(examples.iter().map(mask).collect::<Vec<_>>(), ["0111", "0111", "01"]);
+            assert_eq!((report.supervised_tokens, report.split, report.examples), (7, 1, 3));
             assert_eq!(record_of, [0, 0, 0]);
         }
         // A text that fits to the token is one piece fewer, not an empty one.
@@ -314,10 +255,7 @@ mod tests {
     fn data_without_answers_is_refused() {
         let (examples, record_of, report) =
             collect(vec![long(3, 0), long(3, 1)], 4, Some(0), OnTruncation::Error).unwrap();
-        assert_eq!(
-            (examples.len(), record_of, report.without_supervised),
-            (1, vec![1], 1)
-        );
+        assert_eq!((examples.len(), record_of, report.without_supervised), (1, vec![1], 1));
         let error = collect(vec![long(3, 0), long(9, 1)], 4, Some(0), OnTruncation::Drop).unwrap_err();
         let expected = "no supervised tokens: of 2 records, 1 examples have no answer to learn and 1 were dropped as too long";
         assert_eq!(error.to_string(), expected);

@@ -58,11 +58,7 @@ impl Optimizer for AdamW {
         grad: Tensor<D>,
         state: Option<Self::State<D>>,
     ) -> (Tensor<D>, Option<Self::State<D>>) {
-        let AdamWState {
-            moment_1,
-            moment_2,
-            time,
-        } = state.unwrap_or_else(|| AdamWState {
+        let AdamWState { moment_1, moment_2, time } = state.unwrap_or_else(|| AdamWState {
             moment_1: grad.zeros_like(),
             moment_2: grad.zeros_like(),
             time: 0,
@@ -73,24 +69,13 @@ impl Optimizer for AdamW {
         // Bias corrections are scalars: in f64 they keep their digits while 1 − βᵗ is tiny.
         let correction_1 = 1.0 - self.beta_1.powf(time as f64);
         let correction_2 = (1.0 - self.beta_2.powf(time as f64)).sqrt();
-        let denominator = moment_2
-            .clone()
-            .sqrt()
-            .div_scalar(correction_2)
-            .add_scalar(self.epsilon);
+        let denominator = moment_2.clone().sqrt().div_scalar(correction_2).add_scalar(self.epsilon);
         let update = moment_1.clone().mul_scalar(lr / correction_1) / denominator;
         let decayed = match self.weight_decay {
             0.0 => tensor,
             decay => tensor.mul_scalar(1.0 - lr * decay),
         };
-        (
-            decayed - update,
-            Some(AdamWState {
-                moment_1,
-                moment_2,
-                time,
-            }),
-        )
+        (decayed - update, Some(AdamWState { moment_1, moment_2, time }))
     }
 
     fn to_device<const D: usize>(mut state: Self::State<D>, device: &Device) -> Self::State<D> {
@@ -110,12 +95,7 @@ mod tests {
     fn two_steps_by_hand() {
         let device = Device::flex();
         let scalar = |v: f32| Tensor::<1>::from_data(TensorData::new(vec![v], [1]), &device);
-        let optimizer = AdamW {
-            beta_1: 0.5,
-            beta_2: 0.75,
-            epsilon: 0.0,
-            weight_decay: 0.1,
-        };
+        let optimizer = AdamW { beta_1: 0.5, beta_2: 0.75, epsilon: 0.0, weight_decay: 0.1 };
         let (theta, state) = optimizer.step(0.1, scalar(1.0), scalar(2.0), None);
         // m = 1, m̂ = 2; v = 1, v̂ = 4: the update is η·2/2, and the decay takes 0.01.
         assert!((theta.clone().into_scalar::<f32>() - 0.89).abs() < 1e-6);

@@ -17,9 +17,7 @@ pub fn attention(q: Tensor<4>, k: Tensor<4>, v: Tensor<4>, mask: Option<Tensor<5
     let [_, kv_heads, keys, _] = k.dims();
     let group = heads / kv_heads;
 
-    let q = q
-        .mul_scalar((head_dim as f64).powf(-0.5))
-        .reshape([batch, kv_heads, group * time, head_dim]);
+    let q = q.mul_scalar((head_dim as f64).powf(-0.5)).reshape([batch, kv_heads, group * time, head_dim]);
     let scores = as_dtype(q.matmul(k.swap_dims(2, 3)), DType::F32);
     let scores = match mask {
         Some(mask) => {
@@ -49,10 +47,7 @@ pub fn causal_mask(time: usize, keys: usize, window: Option<usize>, device: &Dev
             row[..(position + 1).saturating_sub(window)].fill(f32::NEG_INFINITY);
         }
     }
-    Some(Tensor::from_data(
-        TensorData::new(mask, [1, 1, 1, time, keys]),
-        (device, DType::F32),
-    ))
+    Some(Tensor::from_data(TensorData::new(mask, [1, 1, 1, time, keys]), (device, DType::F32)))
 }
 
 #[cfg(test)]
@@ -79,9 +74,6 @@ mod tests {
         let v = tensor(vec![0.0, 3.0], [1, 1, 2, 1]);
         let out: Vec<f32> = attention(q, k, v, None).try_into_vec_as().unwrap();
         // softmax(0, ln 2) = (1/3, 2/3) gives 2; softmax(0, 0) gives 1.5.
-        assert!(
-            (out[0] - 2.0).abs() < 1e-6 && (out[1] - 1.5).abs() < 1e-6,
-            "{out:?}"
-        );
+        assert!((out[0] - 2.0).abs() < 1e-6 && (out[1] - 1.5).abs() < 1e-6, "{out:?}");
     }
 }

@@ -39,16 +39,9 @@ pub fn cross_entropy(
     let gradient = gradient_scale.map(|scale| {
         let probability = exponent * sum.recip().mul_scalar(scale);
         let minus_one = Tensor::full(targets.shape(), -scale, (&probability.device(), DType::F32));
-        as_dtype(
-            probability.scatter(1, targets, minus_one, IndexingUpdateOp::Add),
-            dtype,
-        )
+        as_dtype(probability.scatter(1, targets, minus_one, IndexingUpdateOp::Add), dtype)
     });
-    CrossEntropy {
-        loss_sum,
-        correct,
-        gradient,
-    }
+    CrossEntropy { loss_sum, correct, gradient }
 }
 
 #[cfg(test)]

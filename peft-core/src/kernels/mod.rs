@@ -24,9 +24,5 @@ use burn::tensor::{DType, Tensor};
 
 /// `tensor` as `dtype`, untouched where it has that type already.
 pub fn as_dtype<const D: usize>(tensor: Tensor<D>, dtype: DType) -> Tensor<D> {
-    if tensor.dtype() == dtype {
-        tensor
-    } else {
-        tensor.cast(dtype)
-    }
+    if tensor.dtype() == dtype { tensor } else { tensor.cast(dtype) }
 }

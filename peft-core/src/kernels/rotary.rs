@@ -13,9 +13,7 @@ pub fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>) -> Tensor<4> {
     let (cos, sin) = (as_dtype(cos, x.dtype()), as_dtype(sin, x.dtype()));
     let first = x.clone().narrow(3, 0, half);
     let second = x.narrow(3, half, half);
-    let rotated = vec![
-        first.clone() * cos.clone() - second.clone() * sin.clone(),
-        second * cos + first * sin,
-    ];
+    let rotated =
+        vec![first.clone() * cos.clone() - second.clone() * sin.clone(), second * cos + first * sin];
     Tensor::cat(rotated, 3)
 }

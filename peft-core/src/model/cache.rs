@@ -43,10 +43,7 @@ impl KeyValueCache {
         let keys = grown(keys, &k).slice_assign(place.clone(), k);
         let values = grown(values, &v).slice_assign(place, v);
         self.length = needed;
-        let seen = (
-            keys.clone().narrow(2, 0, needed),
-            values.clone().narrow(2, 0, needed),
-        );
+        let seen = (keys.clone().narrow(2, 0, needed), values.clone().narrow(2, 0, needed));
         self.buffers = Some((keys, values));
         seen
     }

@@ -32,10 +32,7 @@ impl Family {
 
     /// The class name in `architectures`.
     pub fn architecture(self) -> &'static str {
-        Self::ALL
-            .iter()
-            .find(|(family, ..)| *family == self)
-            .map_or("", |(_, architecture, _)| architecture)
+        Self::ALL.iter().find(|(family, ..)| *family == self).map_or("", |(_, architecture, _)| architecture)
     }
 }
 
@@ -121,10 +118,8 @@ impl Reader<'_> {
     }
 
     fn required(&self, key: &str, max: usize) -> Result<usize, ModelError> {
-        self.size(key, max)?.ok_or_else(|| ModelError::MissingKey {
-            path: self.path.clone(),
-            key: key.to_string(),
-        })
+        self.size(key, max)?
+            .ok_or_else(|| ModelError::MissingKey { path: self.path.clone(), key: key.to_string() })
     }
 
     fn number(&self, key: &str, default: f64) -> Result<f64, ModelError> {
@@ -141,20 +136,12 @@ impl Reader<'_> {
         let Some(value) = self.get(key) else {
             return Ok(default);
         };
-        value
-            .as_bool()
-            .ok_or_else(|| self.invalid(key, value, "true or false"))
+        value.as_bool().ok_or_else(|| self.invalid(key, value, "true or false"))
     }
 
     fn family(&self) -> Result<Family, ModelError> {
-        let named = self
-            .get("architectures")
-            .and_then(Value::as_array)
-            .and_then(|list| list.first());
-        let name = named
-            .or_else(|| self.get("model_type"))
-            .and_then(Value::as_str)
-            .unwrap_or("(none named)");
+        let named = self.get("architectures").and_then(Value::as_array).and_then(|list| list.first());
+        let name = named.or_else(|| self.get("model_type")).and_then(Value::as_str).unwrap_or("(none named)");
         Family::ALL
             .iter()
             .find(|(_, architecture, model_type)| name == *architecture || name == *model_type)
@@ -192,16 +179,10 @@ impl Reader<'_> {
 impl ModelConfig {
     /// Reads the `config.json` of the checkpoint folder `dir`, already parsed as `json`.
     pub fn from_json(dir: &Path, json: &Value) -> Result<Self, ModelError> {
-        let reader = Reader {
-            path: dir.join("config.json"),
-            json,
-        };
+        let reader = Reader { path: dir.join("config.json"), json };
         let family = reader.family()?;
 
-        if let Some(act) = reader
-            .get("hidden_act")
-            .filter(|act| act.as_str() != Some("silu"))
-        {
+        if let Some(act) = reader.get("hidden_act").filter(|act| act.as_str() != Some("silu")) {
             return Err(reader.invalid("hidden_act", act, "\"silu\""));
         }
         if let Some(quantization) = reader.get("quantization_config") {
@@ -223,9 +204,7 @@ impl ModelConfig {
             Family::Qwen2 | Family::Qwen3 => 32,
             Family::SmolLm3 => 4,
         };
-        let kv_heads = reader
-            .size("num_key_value_heads", MAX_WIDTH)?
-            .unwrap_or(default_kv_heads);
+        let kv_heads = reader.size("num_key_value_heads", MAX_WIDTH)?.unwrap_or(default_kv_heads);
         if !heads.is_multiple_of(kv_heads) {
             let expected = format!("a divisor of num_attention_heads {heads}");
             return Err(reader.invalid("num_key_value_heads", kv_heads, expected));
@@ -250,17 +229,10 @@ impl ModelConfig {
             ));
         }
 
-        let max_position_embeddings = reader
-            .size("max_position_embeddings", MAX_POSITIONS)?
-            .unwrap_or(2048);
+        let max_position_embeddings = reader.size("max_position_embeddings", MAX_POSITIONS)?.unwrap_or(2048);
         let default_theta = if family == Family::SmolLm3 { 2e6 } else { 1e4 };
-        let (rope_theta, rope_scaling) = RopeScaling::read(
-            &reader.path,
-            json,
-            default_theta,
-            max_position_embeddings,
-            head_dim,
-        )?;
+        let (rope_theta, rope_scaling) =
+            RopeScaling::read(&reader.path, json, default_theta, max_position_embeddings, head_dim)?;
         let rotary = reader.rotary_layers(family, layers)?;
         let windows = reader.windows(family, layers, &rotary)?;
         let attention_bias = match family {
@@ -300,16 +272,12 @@ impl Reader<'_> {
         }
         let Some(value) = self.get("no_rope_layers") else {
             let interval = self.size("no_rope_layer_interval", MAX_LAYERS)?.unwrap_or(4);
-            return Ok((1..=layers)
-                .map(|layer| !layer.is_multiple_of(interval))
-                .collect());
+            return Ok((1..=layers).map(|layer| !layer.is_multiple_of(interval)).collect());
         };
         // Despite its name, 1 marks a layer with rotary embedding.
-        let flags: Option<Vec<bool>> = value.as_array().and_then(|list| {
-            list.iter()
-                .map(|flag| flag.as_u64().map(|flag| flag != 0))
-                .collect()
-        });
+        let flags: Option<Vec<bool>> = value
+            .as_array()
+            .and_then(|list| list.iter().map(|flag| flag.as_u64().map(|flag| flag != 0)).collect());
         match flags {
             Some(mut flags) if flags.len() >= layers => {
                 flags.truncate(layers);
@@ -332,11 +300,7 @@ impl Reader<'_> {
             Family::Llama => return Ok(none),
             Family::Mistral => {
                 // Absent means the default of the first Mistral; null means none.
-                let window = if self.json.get("sliding_window").is_none() {
-                    Some(4096)
-                } else {
-                    window
-                };
+                let window = if self.json.get("sliding_window").is_none() { Some(4096) } else { window };
                 return Ok(vec![window; layers]);
             }
             _ if !self.flag("use_sliding_window", false)? => return Ok(none),
@@ -352,19 +316,8 @@ impl Reader<'_> {
             }
             Family::SmolLm3 => self.windowed(layers, |layer| !rotary[layer])?,
         };
-        let default = if family == Family::SmolLm3 {
-            None
-        } else {
-            Some(4096)
-        };
-        let window = if self.json.get("sliding_window").is_none() {
-            default
-        } else {
-            window
-        };
-        Ok(windowed
-            .into_iter()
-            .map(|windowed| window.filter(|_| windowed))
-            .collect())
+        let default = if family == Family::SmolLm3 { None } else { Some(4096) };
+        let window = if self.json.get("sliding_window").is_none() { default } else { window };
+        Ok(windowed.into_iter().map(|windowed| window.filter(|_| windowed)).collect())
     }
 }

@@ -117,7 +117,7 @@ impl Decoder {
         }
     }
 
-    /// Whether the embedding, or the final norm, trains.
+    /// Whether the embedding trains.
     pub fn trains_embedding(&self) -> bool {
         self.embed_tokens.trainable
     }
@@ -132,10 +132,7 @@ impl Decoder {
     /// what the caches hold.
     pub fn hidden(&self, ids: &[i64], batch: usize, mut caches: Option<&mut [KeyValueCache]>) -> Tensor<2> {
         let tape = Tape::inference();
-        let past = caches
-            .as_ref()
-            .and_then(|caches| caches.first())
-            .map_or(0, KeyValueCache::len);
+        let past = caches.as_ref().and_then(|caches| caches.first()).map_or(0, KeyValueCache::len);
         let context = self.context(batch, ids.len() / batch, past);
         let mut x = self.embed(&tape, self.ids(ids));
         for (index, layer) in self.layers.iter().enumerate() {
@@ -174,18 +171,12 @@ impl Decoder {
 
     /// Every projection: those of the layers, then an untied head.
     pub fn projections(&self) -> impl Iterator<Item = &Projection> {
-        self.layers
-            .iter()
-            .flat_map(Layer::projections)
-            .chain(&self.lm_head)
+        self.layers.iter().flat_map(Layer::projections).chain(&self.lm_head)
     }
 
     /// Every projection, to be changed.
     pub fn projections_mut(&mut self) -> impl Iterator<Item = &mut Projection> {
-        self.layers
-            .iter_mut()
-            .flat_map(Layer::projections_mut)
-            .chain(&mut self.lm_head)
+        self.layers.iter_mut().flat_map(Layer::projections_mut).chain(&mut self.lm_head)
     }
 
     /// Paths of all modules that hold a weight, as transformers spells them.

@@ -20,12 +20,7 @@ pub struct Sampling {
 impl Sampling {
     /// Always the most likely token.
     pub fn greedy() -> Self {
-        Self {
-            temperature: 0.0,
-            top_k: None,
-            top_p: None,
-            seed: 0,
-        }
+        Self { temperature: 0.0, top_k: None, top_p: None, seed: 0 }
     }
 }
 
@@ -47,9 +42,7 @@ pub fn generate(
         let hidden = model.hidden(&input, 1, Some(&mut caches));
         let last = hidden.dims()[0] - 1;
         let logits = model.head(&Tape::inference(), hidden.narrow(0, last, 1));
-        let logits = logits
-            .try_into_vec_as::<f32>()
-            .expect("logits can be read back from their device");
+        let logits = logits.try_into_vec_as::<f32>().expect("logits can be read back from their device");
         let token = choose(&logits, sampling, &mut draws);
         if stop.contains(&token) {
             break;
@@ -74,10 +67,8 @@ fn choose(logits: &[f32], sampling: &Sampling, draws: &mut Stream) -> u32 {
     order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
     order.truncate(sampling.top_k.unwrap_or(order.len()).max(1));
     let top = f64::from(logits[order[0]]);
-    let weights: Vec<f64> = order
-        .iter()
-        .map(|i| ((f64::from(logits[*i]) - top) / sampling.temperature).exp())
-        .collect();
+    let weights: Vec<f64> =
+        order.iter().map(|i| ((f64::from(logits[*i]) - top) / sampling.temperature).exp()).collect();
     let total: f64 = weights.iter().sum();
     let mut kept = weights.len();
     if let Some(top_p) = sampling.top_p {
@@ -117,16 +108,8 @@ mod tests {
     fn draws_follow_the_tempered_softmax() {
         // Probabilities 1/8, 2/8, 5/8; at temperature 1/2 they go as their squares, 1 : 4 : 25.
         let logits = [0.0, 2f32.ln(), 5f32.ln()];
-        let sampling = Sampling {
-            temperature: 0.5,
-            top_k: None,
-            top_p: None,
-            seed: 1,
-        };
-        for (seen, expected) in frequencies(&sampling, &logits)
-            .iter()
-            .zip([1. / 30., 4. / 30., 25. / 30.])
-        {
+        let sampling = Sampling { temperature: 0.5, top_k: None, top_p: None, seed: 1 };
+        for (seen, expected) in frequencies(&sampling, &logits).iter().zip([1. / 30., 4. / 30., 25. / 30.]) {
             assert!((seen - expected).abs() < 0.01, "{seen} {expected}");
         }
     }
@@ -134,20 +117,10 @@ mod tests {
     #[test]
     fn top_k_and_top_p_cut_the_tail() {
         let logits = [0.0, 2f32.ln(), 5f32.ln()];
-        let top_k = Sampling {
-            temperature: 1.0,
-            top_k: Some(2),
-            top_p: None,
-            seed: 1,
-        };
+        let top_k = Sampling { temperature: 1.0, top_k: Some(2), top_p: None, seed: 1 };
         let seen = frequencies(&top_k, &logits);
         assert!(seen[0] == 0.0 && (seen[1] - 2. / 7.).abs() < 0.01, "{seen:?}");
-        let top_p = Sampling {
-            temperature: 1.0,
-            top_k: None,
-            top_p: Some(0.6),
-            seed: 1,
-        };
+        let top_p = Sampling { temperature: 1.0, top_k: None, top_p: Some(0.6), seed: 1 };
         assert_eq!(frequencies(&top_p, &logits)[2], 1.0);
     }
 

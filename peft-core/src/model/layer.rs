@@ -38,81 +38,31 @@ impl Layer {
 
     /// The seven projections, in the order q, k, v, o, gate, up, down.
     pub fn projections(&self) -> [&Projection; 7] {
-        let Attention {
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj,
-            ..
-        } = &self.attention;
-        [
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj,
-            &self.gate_proj,
-            &self.up_proj,
-            &self.down_proj,
-        ]
+        let Attention { q_proj, k_proj, v_proj, o_proj, .. } = &self.attention;
+        [q_proj, k_proj, v_proj, o_proj, &self.gate_proj, &self.up_proj, &self.down_proj]
     }
 
     /// The seven projections, to be changed.
     pub fn projections_mut(&mut self) -> [&mut Projection; 7] {
-        let Attention {
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj,
-            ..
-        } = &mut self.attention;
-        [
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj,
-            &mut self.gate_proj,
-            &mut self.up_proj,
-            &mut self.down_proj,
-        ]
+        let Attention { q_proj, k_proj, v_proj, o_proj, .. } = &mut self.attention;
+        [q_proj, k_proj, v_proj, o_proj, &mut self.gate_proj, &mut self.up_proj, &mut self.down_proj]
     }
 
     /// Every parameter of the layer.
     pub fn parameters(&self) -> Vec<&Parameter> {
         let norms = self.attention.qk_norm.iter().flat_map(|(q, k)| [q, k]);
-        let norms = [&self.input_norm, &self.post_attention_norm]
-            .into_iter()
-            .chain(norms);
-        norms
-            .chain(self.projections().into_iter().flat_map(Projection::parameters))
-            .collect()
+        let norms = [&self.input_norm, &self.post_attention_norm].into_iter().chain(norms);
+        norms.chain(self.projections().into_iter().flat_map(Projection::parameters)).collect()
     }
 
     /// Every parameter of the layer, to be changed.
     pub fn parameters_mut(&mut self) -> Vec<&mut Parameter> {
-        let Attention {
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj,
-            qk_norm,
-            ..
-        } = &mut self.attention;
-        let projections = [
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj,
-            &mut self.gate_proj,
-            &mut self.up_proj,
-            &mut self.down_proj,
-        ];
+        let Attention { q_proj, k_proj, v_proj, o_proj, qk_norm, .. } = &mut self.attention;
+        let projections =
+            [q_proj, k_proj, v_proj, o_proj, &mut self.gate_proj, &mut self.up_proj, &mut self.down_proj];
         let norms = qk_norm.iter_mut().flat_map(|(q, k)| [q, k]);
-        let norms = [&mut self.input_norm, &mut self.post_attention_norm]
-            .into_iter()
-            .chain(norms);
-        norms
-            .chain(projections.into_iter().flat_map(Projection::parameters_mut))
-            .collect()
+        let norms = [&mut self.input_norm, &mut self.post_attention_norm].into_iter().chain(norms);
+        norms.chain(projections.into_iter().flat_map(Projection::parameters_mut)).collect()
     }
 
     /// Whether training changes anything in the layer.

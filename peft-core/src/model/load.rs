@@ -39,17 +39,11 @@ pub fn load(checkpoint: &Checkpoint, device: &Device, compute: ComputeType) -> R
     let mut config = ModelConfig::from_json(checkpoint.dir(), checkpoint.config())?;
     config.tie_word_embeddings &= !has_head_of_its_own(checkpoint)?;
     let config = config;
-    let loader = Loader {
-        checkpoint,
-        device,
-        compute,
-        taken: RefCell::default(),
-    };
+    let loader = Loader { checkpoint, device, compute, taken: RefCell::default() };
     let c = &config;
     let embed_tokens = loader.matrix("model.embed_tokens.weight", [c.vocab_size, c.hidden_size])?;
-    let layers = (0..c.num_hidden_layers)
-        .map(|index| loader.layer(c, index))
-        .collect::<Result<Vec<_>, _>>()?;
+    let layers =
+        (0..c.num_hidden_layers).map(|index| loader.layer(c, index)).collect::<Result<Vec<_>, _>>()?;
     let norm = loader.vector("model.norm.weight", c.hidden_size)?;
     let lm_head = match c.tie_word_embeddings {
         true => None,
@@ -57,15 +51,7 @@ pub fn load(checkpoint: &Checkpoint, device: &Device, compute: ComputeType) -> R
     };
     loader.refuse_rest(c)?;
     let dtype = compute.dtype();
-    Ok(Decoder {
-        device: device.clone(),
-        dtype,
-        embed_tokens,
-        layers,
-        norm,
-        lm_head,
-        config,
-    })
+    Ok(Decoder { device: device.clone(), dtype, embed_tokens, layers, norm, lm_head, config })
 }
 
 /// A head saved beside the embedding counts where the two differ, whatever config.json says about tying them.
@@ -88,10 +74,7 @@ impl Loader<'_> {
     fn layer(&self, c: &ModelConfig, index: usize) -> Result<Layer, ModelError> {
         let prefix = format!("model.layers.{index}");
         let attention = format!("{prefix}.self_attn");
-        let (q, kv) = (
-            c.num_attention_heads * c.head_dim,
-            c.num_key_value_heads * c.head_dim,
-        );
+        let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
         let qk_norm = match c.qk_norm {
             true => Some((
                 self.vector(&format!("{attention}.q_norm.weight"), c.head_dim)?,
@@ -114,10 +97,8 @@ impl Loader<'_> {
                 rotary: c.rotary[index],
                 window: c.windows[index],
             },
-            post_attention_norm: self.vector(
-                &format!("{prefix}.post_attention_layernorm.weight"),
-                c.hidden_size,
-            )?,
+            post_attention_norm: self
+                .vector(&format!("{prefix}.post_attention_layernorm.weight"), c.hidden_size)?,
             gate_proj: mlp("gate_proj", up)?,
             up_proj: mlp("up_proj", up)?,
             down_proj: mlp("down_proj", [c.hidden_size, c.intermediate_size])?,
@@ -131,12 +112,7 @@ impl Loader<'_> {
             true => Some(self.vector(&format!("{path}.bias"), dims[0])?),
             false => None,
         };
-        Ok(Projection {
-            path,
-            weight,
-            bias,
-            delta: None,
-        })
+        Ok(Projection { path, weight, bias, delta: None })
     }
 
     fn matrix(&self, name: &str, dims: [usize; 2]) -> Result<Parameter, ModelError> {
@@ -161,14 +137,10 @@ impl Loader<'_> {
             (ComputeType::Bf16, Dtype::BF16) => {
                 self.require_finite(
                     name,
-                    tensor
-                        .bytes
-                        .par_chunks_exact(2)
-                        .enumerate()
-                        .find_map_first(|(i, b)| {
-                            let value = half::bf16::from_le_bytes([b[0], b[1]]);
-                            (!value.is_finite()).then(|| (i, value.to_f32()))
-                        }),
+                    tensor.bytes.par_chunks_exact(2).enumerate().find_map_first(|(i, b)| {
+                        let value = half::bf16::from_le_bytes([b[0], b[1]]);
+                        (!value.is_finite()).then(|| (i, value.to_f32()))
+                    }),
                 )?;
                 TensorData::from_bytes_vec(tensor.bytes.to_vec(), dims, DType::BF16)
             }
@@ -184,12 +156,7 @@ impl Loader<'_> {
         };
         self.taken.borrow_mut().insert(name.to_string());
         let value = Tensor::from_data(data, (self.device, self.compute.dtype()));
-        Ok(Parameter {
-            name: name.to_string(),
-            value,
-            shape,
-            trainable: false,
-        })
+        Ok(Parameter { name: name.to_string(), value, shape, trainable: false })
     }
 
     fn require_finite(&self, name: &str, bad: Option<(usize, f32)>) -> Result<(), ModelError> {

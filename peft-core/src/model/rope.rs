@@ -62,11 +62,8 @@ impl RopeScaling {
         max_positions: usize,
         head_dim: usize,
     ) -> Result<(f64, Self), ModelError> {
-        let present = |key: &'static str| {
-            json.get(key)
-                .filter(|value| !value.is_null())
-                .map(|value| (key, value))
-        };
+        let present =
+            |key: &'static str| json.get(key).filter(|value| !value.is_null()).map(|value| (key, value));
         let empty = Value::Object(serde_json::Map::new());
         let (block, parameters) = present("rope_scaling")
             .or_else(|| present("rope_parameters"))
@@ -120,54 +117,35 @@ impl RopeScaling {
         let kind = kind.and_then(Value::as_str).unwrap_or("default");
         // A config's own key outranks the block's, and the model's length stands in for both.
         let original = || -> Result<usize, ModelError> {
-            let own = json
-                .get("original_max_position_embeddings")
-                .and_then(Value::as_u64)
-                .map(|n| n as f64);
-            let length = own
-                .or(optional("original_max_position_embeddings")?)
-                .unwrap_or(max_positions as f64);
+            let own = json.get("original_max_position_embeddings").and_then(Value::as_u64).map(|n| n as f64);
+            let length =
+                own.or(optional("original_max_position_embeddings")?).unwrap_or(max_positions as f64);
             Ok(length as usize)
         };
         let scaling = match kind {
             "default" => RopeScaling::Default,
-            "linear" => RopeScaling::Linear {
-                factor: required("factor")?,
-            },
-            "dynamic" if head_dim > 2 => RopeScaling::Dynamic {
-                factor: required("factor")?,
-                max_positions,
-            },
+            "linear" => RopeScaling::Linear { factor: required("factor")? },
+            "dynamic" if head_dim > 2 => RopeScaling::Dynamic { factor: required("factor")?, max_positions },
             "yarn" => {
                 let original_max_positions = original()?;
                 let factor =
                     optional("factor")?.unwrap_or(max_positions as f64 / original_max_positions as f64);
                 let magnitude = |scale: f64, m: f64| {
-                    if scale <= 1.0 {
-                        1.0
-                    } else {
-                        0.1 * m * scale.ln() + 1.0
-                    }
+                    if scale <= 1.0 { 1.0 } else { 0.1 * m * scale.ln() + 1.0 }
                 };
-                let attention_factor = match (
-                    optional("attention_factor")?,
-                    nonzero("mscale")?,
-                    nonzero("mscale_all_dim")?,
-                ) {
-                    (Some(given), ..) => given,
-                    (None, Some(m), Some(all)) => magnitude(factor, m) / magnitude(factor, all),
-                    _ => magnitude(factor, 1.0),
-                };
+                let attention_factor =
+                    match (optional("attention_factor")?, nonzero("mscale")?, nonzero("mscale_all_dim")?) {
+                        (Some(given), ..) => given,
+                        (None, Some(m), Some(all)) => magnitude(factor, m) / magnitude(factor, all),
+                        _ => magnitude(factor, 1.0),
+                    };
                 RopeScaling::Yarn {
                     factor,
                     original_max_positions,
                     attention_factor,
                     beta_fast: nonzero("beta_fast")?.unwrap_or(32.0),
                     beta_slow: nonzero("beta_slow")?.unwrap_or(1.0),
-                    truncate: parameters
-                        .get("truncate")
-                        .and_then(Value::as_bool)
-                        .unwrap_or(true),
+                    truncate: parameters.get("truncate").and_then(Value::as_bool).unwrap_or(true),
                 }
             }
             "llama3" => RopeScaling::Llama3 {
@@ -188,17 +166,12 @@ impl RopeScaling {
     pub fn frequencies(&self, theta: f64, head_dim: usize, length: usize) -> (Vec<f64>, f64) {
         let dim = head_dim as f64;
         let plain = |theta: f64| -> Vec<f64> {
-            (0..head_dim / 2)
-                .map(|i| theta.powf(-2.0 * i as f64 / dim))
-                .collect()
+            (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / dim)).collect()
         };
         match *self {
             RopeScaling::Default => (plain(theta), 1.0),
             RopeScaling::Linear { factor } => (plain(theta).into_iter().map(|f| f / factor).collect(), 1.0),
-            RopeScaling::Dynamic {
-                factor,
-                max_positions,
-            } => {
+            RopeScaling::Dynamic { factor, max_positions } => {
                 let max = max_positions as f64;
                 let growth = factor * (length as f64).max(max) / max - (factor - 1.0);
                 (plain(theta * growth.powf(dim / (dim - 2.0))), 1.0)
@@ -216,11 +189,7 @@ impl RopeScaling {
                     dim * (original_max_positions as f64 / (rotations * TAU)).ln() / (2.0 * theta.ln())
                 };
                 let (low, high) = (feature(beta_fast), feature(beta_slow));
-                let (low, high) = if truncate {
-                    (low.floor(), high.ceil())
-                } else {
-                    (low, high)
-                };
+                let (low, high) = if truncate { (low.floor(), high.ceil()) } else { (low, high) };
                 let (low, high) = (low.max(0.0), high.min(dim - 1.0));
                 let width = if low == high { 0.001 } else { high - low };
                 let frequencies = plain(theta)
@@ -233,12 +202,7 @@ impl RopeScaling {
                     .collect();
                 (frequencies, attention_factor)
             }
-            RopeScaling::Llama3 {
-                factor,
-                low_freq_factor,
-                high_freq_factor,
-                original_max_positions,
-            } => {
+            RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_positions } => {
                 let original = original_max_positions as f64;
                 let frequencies = plain(theta)
                     .into_iter()
@@ -295,9 +259,6 @@ impl RopeTable {
         }
         let tensor =
             |values| Tensor::from_data(TensorData::new(values, [1, 1, time, half]), (device, DType::F32));
-        Self {
-            cos: tensor(cos),
-            sin: tensor(sin),
-        }
+        Self { cos: tensor(cos), sin: tensor(sin) }
     }
 }

@@ -25,11 +25,7 @@ impl LowRank {
 
     /// `ΔW` as a dense `[out, in]` tensor.
     pub fn dense(&self) -> Tensor<2> {
-        self.b
-            .value
-            .clone()
-            .matmul(self.a.value.clone())
-            .mul_scalar(self.scale)
+        self.b.value.clone().matmul(self.a.value.clone()).mul_scalar(self.scale)
     }
 
     pub(super) fn term(&self, tape: &Tape, path: &str, x: &Tensor<2>) -> LowRankTerm {

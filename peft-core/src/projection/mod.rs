@@ -77,8 +77,6 @@ impl Projection {
     /// Every parameter, to be changed.
     pub fn parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameter> {
         let delta = self.delta.iter_mut().flat_map(|delta| delta.parameters_mut());
-        std::iter::once(&mut self.weight)
-            .chain(&mut self.bias)
-            .chain(delta)
+        std::iter::once(&mut self.weight).chain(&mut self.bias).chain(delta)
     }
 }

@@ -23,12 +23,7 @@ impl Parameter {
     /// A frozen parameter of file shape `[rows, columns]`.
     pub fn matrix(name: impl Into<String>, value: Tensor<2>) -> Self {
         let shape = value.dims().to_vec();
-        Self {
-            name: name.into(),
-            value,
-            shape,
-            trainable: false,
-        }
+        Self { name: name.into(), value, shape, trainable: false }
     }
 
     /// Lets training change the parameter, which is held in f32 from then on.

@@ -26,26 +26,17 @@ pub struct Tape {
 impl Tape {
     /// No graph and no dropout: inference.
     pub fn inference() -> Self {
-        Self {
-            leaves: None,
-            dropout: None,
-        }
+        Self { leaves: None, dropout: None }
     }
 
     /// No graph, with the dropout of training: the first pass over layers that are computed again in the backward.
     pub fn untracked(dropout: DropoutKey) -> Self {
-        Self {
-            leaves: None,
-            dropout: Some(dropout),
-        }
+        Self { leaves: None, dropout: Some(dropout) }
     }
 
     /// Trainable parameters become leaves of an autodiff graph.
     pub fn recording(dropout: DropoutKey) -> Self {
-        Self {
-            leaves: Some(RefCell::default()),
-            dropout: Some(dropout),
-        }
+        Self { leaves: Some(RefCell::default()), dropout: Some(dropout) }
     }
 
     /// The parameter's value; on a recording tape, the parameter's leaf if it trains.
@@ -75,18 +66,9 @@ impl Tape {
         let mut stream = Stream::new(key.seed, "dropout", path, &[key.step, key.micro_batch]);
         let keep = (1.0 / (1.0 - p)) as f32;
         let mask: Vec<f32> = (0..rows * columns)
-            .map(|_| {
-                if f64::from(stream.uniform_f32()) < p {
-                    0.0
-                } else {
-                    keep
-                }
-            })
+            .map(|_| if f64::from(stream.uniform_f32()) < p { 0.0 } else { keep })
             .collect();
-        Some(Tensor::from_data(
-            TensorData::new(mask, [rows, columns]),
-            (device, DType::F32),
-        ))
+        Some(Tensor::from_data(TensorData::new(mask, [rows, columns]), (device, DType::F32)))
     }
 
     /// Takes the gradients of all leaves read so far, by parameter name. A leaf that the result did not depend on has

@@ -43,11 +43,7 @@ impl ChatTemplate {
         environment
             .add_template_owned(NAME, without_generation_tags(&source))
             .map_err(|error| TextError::TemplateSyntax(describe(&error)))?;
-        let mut template = Self {
-            environment,
-            special_tokens: special_tokens.clone(),
-            uses_date,
-        };
+        let mut template = Self { environment, special_tokens: special_tokens.clone(), uses_date };
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         template.set_time(now.map_or(0, |since| since.as_secs()));
         Ok(template)
@@ -56,15 +52,11 @@ impl ChatTemplate {
     /// What the template takes for the present, in seconds since 1970 (UTC); without this, the time of
     /// [`new`](Self::new).
     pub fn set_time(&mut self, unix_seconds: u64) {
-        self.environment
-            .add_function("strftime_now", move |format: &str| {
-                date::strftime(format, unix_seconds).ok_or_else(|| {
-                    Error::new(
-                        ErrorKind::InvalidOperation,
-                        format!("date format `{format}` is not supported"),
-                    )
-                })
-            });
+        self.environment.add_function("strftime_now", move |format: &str| {
+            date::strftime(format, unix_seconds).ok_or_else(|| {
+                Error::new(ErrorKind::InvalidOperation, format!("date format `{format}` is not supported"))
+            })
+        });
     }
 
     /// Whether the template asks for the date, so that its output depends on [`set_time`](Self::set_time).
@@ -137,10 +129,7 @@ fn environment() -> Environment<'static> {
 }
 
 fn method(state: &State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
-    match value
-        .as_str()
-        .and_then(|text| python::string_method(text, method, args))
-    {
+    match value.as_str().and_then(|text| python::string_method(text, method, args)) {
         Some(result) => Ok(result),
         None => minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args),
     }
@@ -158,9 +147,7 @@ fn without_generation_tags(source: &str) -> String {
         let inside = &rest[start + 2..start + length];
         let left = inside.strip_prefix(['-', '+']).map_or("", |_| &inside[..1]);
         let body = &inside[left.len()..];
-        let right = body
-            .strip_suffix(['-', '+'])
-            .map_or("", |_| &body[body.len() - 1..]);
+        let right = body.strip_suffix(['-', '+']).map_or("", |_| &body[body.len() - 1..]);
         out.push_str(&rest[..start]);
         match body[..body.len() - right.len()].trim() {
             "generation" => out.push_str(&format!("{{%{left} if true {right}%}}")),
@@ -209,10 +196,7 @@ fn classify(error: &Error) -> TextError {
         if current.downcast_ref::<io::Error>().is_some() {
             return TextError::TemplateLimit(format!("{MAX_OUTPUT} bytes of output"));
         }
-        if current
-            .downcast_ref::<Error>()
-            .is_some_and(|error| error.kind() == ErrorKind::OutOfFuel)
-        {
+        if current.downcast_ref::<Error>().is_some_and(|error| error.kind() == ErrorKind::OutOfFuel) {
             return TextError::TemplateLimit(format!("{MAX_STEPS} steps"));
         }
         cause = current.source();
@@ -238,15 +222,8 @@ mod tests {
     use serde_json::json;
 
     fn parse(source: &str) -> Result<ChatTemplate, TextError> {
-        let tokens = [
-            ("bos_token", "<s>"),
-            ("eos_token", "</s>"),
-            ("unk_token", "<unk>"),
-        ];
-        ChatTemplate::new(
-            source.into(),
-            &tokens.map(|(role, text)| (role.into(), text.into())).into(),
-        )
+        let tokens = [("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")];
+        ChatTemplate::new(source.into(), &tokens.map(|(role, text)| (role.into(), text.into())).into())
     }
 
     fn template(source: &str) -> ChatTemplate {
@@ -297,25 +274,16 @@ mod tests {
         assert!(
             matches!(render(writes), Err(TextError::TemplateLimit(what)) if what.ends_with("bytes of output"))
         );
-        assert!(matches!(
-            render("{% include '/etc/passwd' %}"),
-            Err(TextError::TemplateFailed(_))
-        ));
+        assert!(matches!(render("{% include '/etc/passwd' %}"), Err(TextError::TemplateFailed(_))));
     }
 
     #[test]
     fn refusals_and_mistakes_are_told_apart() {
         let refused = render("{{ raise_exception('roles must alternate') }}").unwrap_err();
-        assert_eq!(
-            refused.to_string(),
-            "the chat template refuses these messages: roles must alternate"
-        );
+        assert_eq!(refused.to_string(), "the chat template refuses these messages: roles must alternate");
         let parsed = ChatTemplate::new("{% for %}".into(), &BTreeMap::new());
         assert!(matches!(parsed, Err(TextError::TemplateSyntax(_))));
-        assert!(matches!(
-            render("{{ nothing.at.all }}"),
-            Err(TextError::TemplateFailed(_))
-        ));
+        assert!(matches!(render("{{ nothing.at.all }}"), Err(TextError::TemplateFailed(_))));
     }
 
     #[test]

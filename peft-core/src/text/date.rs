@@ -16,15 +16,7 @@ pub(super) fn strftime(format: &str, unix_seconds: u64) -> Option<String> {
         "November",
         "December",
     ];
-    const DAYS: [&str; 7] = [
-        "Thursday",
-        "Friday",
-        "Saturday",
-        "Sunday",
-        "Monday",
-        "Tuesday",
-        "Wednesday",
-    ];
+    const DAYS: [&str; 7] = ["Thursday", "Friday", "Saturday", "Sunday", "Monday", "Tuesday", "Wednesday"];
     let (days, seconds) = (unix_seconds / 86_400, unix_seconds % 86_400);
     let (year, month, day, day_of_year) = civil_date(days);
     let (hour, minute, second) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
@@ -82,20 +74,7 @@ fn civil_date(mut days: u64) -> (u64, u64, u64, u64) {
         year += 1;
     }
     let day_of_year = days + 1;
-    let lengths = [
-        31,
-        28 + u64::from(leap(year)),
-        31,
-        30,
-        31,
-        30,
-        31,
-        31,
-        30,
-        31,
-        30,
-        31,
-    ];
+    let lengths = [31, 28 + u64::from(leap(year)), 31, 30, 31, 30, 31, 31, 30, 31, 30, 31];
     let mut month = 1;
     for length in lengths {
         if days < length {
@@ -120,10 +99,7 @@ mod tests {
             strftime(format, 1_709_211_909).unwrap(),
             "2024-02-29 29 February Feb Thursday Thu 060 13 01:05:09 PM 29 24 %"
         );
-        assert_eq!(
-            strftime("%F %A %j", 978_220_800).unwrap(),
-            "2000-12-31 Sunday 366"
-        );
+        assert_eq!(strftime("%F %A %j", 978_220_800).unwrap(), "2000-12-31 Sunday 366");
         assert_eq!(strftime("%F", 0).unwrap(), "1970-01-01");
         assert_eq!(strftime("%Q", 0), None);
     }

@@ -19,14 +19,7 @@ pub struct DecodeStream<'a> {
 
 impl<'a> DecodeStream<'a> {
     pub(super) fn new(tokenizer: &'a Tokenizer, skip_special: bool) -> Self {
-        Self {
-            tokenizer,
-            skip_special,
-            ids: Vec::new(),
-            from: 0,
-            done: 0,
-            given: String::new(),
-        }
+        Self { tokenizer, skip_special, ids: Vec::new(), from: 0, done: 0, given: String::new() }
     }
 
     /// Takes the next token and returns the text that it completes, often empty.
@@ -39,9 +32,7 @@ impl<'a> DecodeStream<'a> {
             // A run of such tokens is text only if all of it is: what comes next may still change it.
             return Ok(String::new());
         }
-        let before = self
-            .tokenizer
-            .decode(&self.ids[self.from..self.done], self.skip_special)?;
+        let before = self.tokenizer.decode(&self.ids[self.from..self.done], self.skip_special)?;
         let now = self.tokenizer.decode(&self.ids[self.from..], self.skip_special)?;
         // A replacement character at the end may be the first bytes of a character still to be completed.
         match now.strip_prefix(before.as_str()) {
@@ -61,10 +52,7 @@ impl<'a> DecodeStream<'a> {
     /// When the tokenizer's decoder fails.
     pub fn finish(self) -> Result<String, TextError> {
         let whole = self.tokenizer.decode(&self.ids, self.skip_special)?;
-        Ok(whole
-            .strip_prefix(self.given.as_str())
-            .unwrap_or_default()
-            .to_string())
+        Ok(whole.strip_prefix(self.given.as_str()).unwrap_or_default().to_string())
     }
 }
 
@@ -119,19 +107,10 @@ mod tests {
         });
         std::fs::write(path, json.to_string()).unwrap();
         let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
-        assert_eq!(
-            pieces(&tokenizer, &[0, 1, 2, 1, 0, 1], true),
-            ["", "a", " ", " a", "", " a", ""]
-        );
-        assert_eq!(
-            pieces(&tokenizer, &[1, 3, 4, 2, 2, 5], true),
-            ["a", "", "", "é ", " ", "b", ""]
-        );
+        assert_eq!(pieces(&tokenizer, &[0, 1, 2, 1, 0, 1], true), ["", "a", " ", " a", "", " a", ""]);
+        assert_eq!(pieces(&tokenizer, &[1, 3, 4, 2, 2, 5], true), ["a", "", "", "é ", " ", "b", ""]);
         // Two bytes that are a character, then one that is none: this decoder gives up all three.
-        assert_eq!(
-            pieces(&tokenizer, &[1, 3, 4, 4, 5], true).concat(),
-            "a\u{fffd}\u{fffd}\u{fffd}b"
-        );
+        assert_eq!(pieces(&tokenizer, &[1, 3, 4, 4, 5], true).concat(), "a\u{fffd}\u{fffd}\u{fffd}b");
         assert_eq!(pieces(&tokenizer, &[0, 1, 0, 1], false).concat(), "<s> a<s> a");
     }
 }

@@ -21,11 +21,8 @@ pub(crate) fn tokenizer_json(post: bool) -> Value {
     let mut tokens: Vec<String> = special.map(String::from).to_vec();
     tokens.extend(alphabet.iter().map(char::to_string));
     tokens.extend(["ab", "Ġw"].map(String::from));
-    let vocabulary: serde_json::Map<String, Value> = tokens
-        .into_iter()
-        .enumerate()
-        .map(|(id, token)| (token, id.into()))
-        .collect();
+    let vocabulary: serde_json::Map<String, Value> =
+        tokens.into_iter().enumerate().map(|(id, token)| (token, id.into())).collect();
     let added = |(id, content): (usize, &str)| {
         json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
                "normalized": false, "special": true})
@@ -58,11 +55,7 @@ pub(crate) fn tokenizer_json(post: bool) -> Value {
 /// A model folder with that tokenizer and further JSON files.
 pub(crate) fn folder(post: bool, files: &[(&str, Value)]) -> TempDir {
     let dir = tempfile::tempdir().unwrap();
-    std::fs::write(
-        dir.path().join("tokenizer.json"),
-        tokenizer_json(post).to_string(),
-    )
-    .unwrap();
+    std::fs::write(dir.path().join("tokenizer.json"), tokenizer_json(post).to_string()).unwrap();
     for (name, value) in files {
         std::fs::write(dir.path().join(name), value.to_string()).unwrap();
     }

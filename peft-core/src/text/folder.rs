@@ -13,16 +13,11 @@ const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 /// A file's bytes; `None` when there is no such file.
 pub(super) fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, TextError> {
-    let failed = |source| TextError::Read {
-        path: path.into(),
-        source,
-    };
+    let failed = |source| TextError::Read { path: path.into(), source };
     match std::fs::metadata(path) {
-        Ok(metadata) if metadata.len() > limit => Err(TextError::TooLarge {
-            path: path.into(),
-            bytes: metadata.len(),
-            limit,
-        }),
+        Ok(metadata) if metadata.len() > limit => {
+            Err(TextError::TooLarge { path: path.into(), bytes: metadata.len(), limit })
+        }
         Ok(_) => std::fs::read(path).map(Some).map_err(failed),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
         Err(error) => Err(failed(error)),
@@ -52,12 +47,7 @@ pub(super) fn special_token(
         Some(Value::Object(token)) if token.get("content").is_some_and(Value::is_string) => {
             Ok(token.get("content").and_then(Value::as_str).map(String::from))
         }
-        Some(other) => Err(wrong_kind(
-            path,
-            role,
-            "a string or an object with `content`",
-            other,
-        )),
+        Some(other) => Err(wrong_kind(path, role, "a string or an object with `content`", other)),
     }
 }
 
@@ -76,12 +66,7 @@ pub(super) fn eos_token_ids(path: &Path, object: &Map<String, Value>) -> Result<
         return Ok(Vec::new());
     };
     let wrong = || wrong_kind(path, "eos_token_id", "a token id or a list of token ids", value);
-    let id = |value: &Value| {
-        value
-            .as_u64()
-            .and_then(|id| u32::try_from(id).ok())
-            .ok_or_else(wrong)
-    };
+    let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok()).ok_or_else(wrong);
     match value {
         Value::Null => Ok(Vec::new()),
         Value::Array(values) => values.iter().map(id).collect(),
@@ -97,10 +82,8 @@ pub(super) fn chat_template(
 ) -> Result<(Option<String>, Vec<String>), TextError> {
     let path = dir.join("chat_template.jinja");
     if let Some(bytes) = read(&path, MAX_CONFIG_BYTES)? {
-        let source = String::from_utf8(bytes).map_err(|error| TextError::Invalid {
-            path,
-            problem: format!("not UTF-8: {error}"),
-        })?;
+        let source = String::from_utf8(bytes)
+            .map_err(|error| TextError::Invalid { path, problem: format!("not UTF-8: {error}") })?;
         return Ok((Some(source), Vec::new()));
     }
     match config.get("chat_template") {
@@ -108,36 +91,23 @@ pub(super) fn chat_template(
         Some(Value::String(source)) => Ok((Some(source.clone()), Vec::new())),
         Some(Value::Array(entries)) => {
             let text = |entry: &Value, key: &str| entry.get(key)?.as_str().map(String::from);
-            let named: Option<Vec<_>> = entries
-                .iter()
-                .map(|entry| Some((text(entry, "name")?, text(entry, "template")?)))
-                .collect();
+            let named: Option<Vec<_>> =
+                entries.iter().map(|entry| Some((text(entry, "name")?, text(entry, "template")?))).collect();
             let named = named.ok_or_else(|| TextError::Invalid {
                 path: config_path.into(),
                 problem: "`chat_template` is a list, but not of objects with `name` and `template`".into(),
             })?;
-            if let Some((_, source)) = named
-                .iter()
-                .find(|(name, _)| name == "default" || named.len() == 1)
-            {
+            if let Some((_, source)) = named.iter().find(|(name, _)| name == "default" || named.len() == 1) {
                 return Ok((Some(source.clone()), Vec::new()));
             }
             Ok((None, named.into_iter().map(|(name, _)| name).collect()))
         }
-        Some(other) => Err(wrong_kind(
-            config_path,
-            "chat_template",
-            "a string or a list",
-            other,
-        )),
+        Some(other) => Err(wrong_kind(config_path, "chat_template", "a string or a list", other)),
     }
 }
 
 fn wrong_kind(path: &Path, key: &str, expected: &str, found: &Value) -> TextError {
-    TextError::Invalid {
-        path: path.into(),
-        problem: format!("`{key}` should be {expected}, but is {found}"),
-    }
+    TextError::Invalid { path: path.into(), problem: format!("`{key}` should be {expected}, but is {found}") }
 }
 
 /// What to do about a folder without `tokenizer.json`.
@@ -145,13 +115,7 @@ pub(super) fn without_tokenizer_hint(dir: &Path) -> String {
     if !dir.is_dir() {
         return ", which is not a folder".into();
     }
-    let beside = [
-        "tokenizer.model",
-        "spiece.model",
-        "sentencepiece.bpe.model",
-        "vocab.json",
-        "vocab.txt",
-    ];
+    let beside = ["tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "vocab.txt"];
     match beside.iter().find(|name| dir.join(name).exists()) {
         Some(name) => format!(
             "; there is {name}, which needs converting once with Python: AutoTokenizer.from_pretrained(\"{0}\").save_pretrained(\"{0}\")",

@@ -31,23 +31,14 @@ impl Json {
         let (item_separator, key_separator) = match kwargs.get::<Option<Vec<String>>>("separators")? {
             Some(pair) if pair.len() == 2 => (pair[0].clone(), pair[1].clone()),
             Some(_) => {
-                return Err(Error::new(
-                    ErrorKind::InvalidOperation,
-                    "separators are a pair of strings",
-                ));
+                return Err(Error::new(ErrorKind::InvalidOperation, "separators are a pair of strings"));
             }
             None => (default.to_string(), ": ".to_string()),
         };
         let sort_keys = kwargs.get::<Option<bool>>("sort_keys")?.unwrap_or(false);
         let ensure_ascii = kwargs.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
         kwargs.assert_all_used()?;
-        Ok(Self {
-            indent,
-            item_separator,
-            key_separator,
-            sort_keys,
-            ensure_ascii,
-        })
+        Ok(Self { indent, item_separator, key_separator, sort_keys, ensure_ascii })
     }
 
     /// The value as JSON text.
@@ -59,10 +50,7 @@ impl Json {
 
     fn write(&self, out: &mut String, value: &Value, depth: usize) -> Result<(), Error> {
         if depth > 100 {
-            return Err(Error::new(
-                ErrorKind::InvalidOperation,
-                "value is nested too deep for JSON",
-            ));
+            return Err(Error::new(ErrorKind::InvalidOperation, "value is nested too deep for JSON"));
         }
         match value.kind() {
             ValueKind::None => out.push_str("null"),
@@ -187,21 +175,14 @@ fn repr(value: &Value, depth: usize) -> String {
                 let item = value.get_item(&key).unwrap_or_default();
                 format!("{}: {}", repr(&key, depth + 1), repr(&item, depth + 1))
             };
-            format!(
-                "{{{}}}",
-                join(value.try_iter().into_iter().flatten().map(pair).collect())
-            )
+            format!("{{{}}}", join(value.try_iter().into_iter().flatten().map(pair).collect()))
         }
         _ => value.to_string(),
     }
 }
 
 fn string_repr(text: &str) -> String {
-    let quote = if text.contains('\'') && !text.contains('"') {
-        '"'
-    } else {
-        '\''
-    };
+    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
     let mut out = String::from(quote);
     for c in text.chars() {
         match c {
@@ -240,11 +221,7 @@ fn float_repr(x: f64) -> String {
     match exponent.parse::<i32>().unwrap_or(0) {
         exponent @ -4..16 => {
             let plain = format!("{x}");
-            if exponent >= 0 && !plain.contains('.') {
-                plain + ".0"
-            } else {
-                plain
-            }
+            if exponent >= 0 && !plain.contains('.') { plain + ".0" } else { plain }
         }
         exponent if exponent < 0 => format!("{mantissa}e-{:02}", -exponent),
         exponent => format!("{mantissa}e+{exponent:02}"),

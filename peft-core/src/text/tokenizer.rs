@@ -11,15 +11,8 @@ use super::{ChatTemplate, DecodeStream, TextError};
 use crate::nearest::did_you_mean;
 
 /// The roles of special tokens in `tokenizer_config.json` and `special_tokens_map.json`.
-const ROLES: [&str; 7] = [
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "pad_token",
-    "sep_token",
-    "cls_token",
-    "mask_token",
-];
+const ROLES: [&str; 7] =
+    ["bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token"];
 
 /// The tokens of one text.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -59,10 +52,7 @@ impl Tokenizer {
         let dir = dir.as_ref();
         let path = dir.join("tokenizer.json");
         let Some(bytes) = read(&path, MAX_TOKENIZER_BYTES)? else {
-            return Err(TextError::NoTokenizer {
-                dir: dir.into(),
-                hint: without_tokenizer_hint(dir),
-            });
+            return Err(TextError::NoTokenizer { dir: dir.into(), hint: without_tokenizer_hint(dir) });
         };
         let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| TextError::Invalid {
             path: path.clone(),
@@ -71,9 +61,7 @@ impl Tokenizer {
         drop(bytes);
         // A published file may cut or pad by itself; cutting is this toolkit's explicit business.
         inner.with_padding(None);
-        inner
-            .with_truncation(None)
-            .map_err(|error| TextError::Tokenizer(error.to_string()))?;
+        inner.with_truncation(None).map_err(|error| TextError::Tokenizer(error.to_string()))?;
 
         let config_path = dir.join("tokenizer_config.json");
         let config = read_object(&config_path)?;
@@ -94,19 +82,12 @@ impl Tokenizer {
                 None => {
                     let vocabulary = inner.get_vocab(true);
                     let hint = did_you_mean(&token, vocabulary.keys().map(String::as_str));
-                    Err(TextError::UnknownSpecialToken {
-                        path: path.clone(),
-                        role,
-                        token,
-                        hint,
-                    })
+                    Err(TextError::UnknownSpecialToken { path: path.clone(), role, token, hint })
                 }
             },
         };
         let (bos, mut eos) = (known("bos_token")?, known("eos_token")?);
-        let pad = special_tokens
-            .get("pad_token")
-            .and_then(|token| inner.token_to_id(token));
+        let pad = special_tokens.get("pad_token").and_then(|token| inner.token_to_id(token));
 
         let mut stop_ids = BTreeSet::from_iter(eos);
         for name in ["generation_config.json", "config.json"] {
@@ -198,10 +179,7 @@ impl Tokenizer {
             }
             previous_end = offset.1;
         }
-        Ok(Encoding {
-            ids: encoding.get_ids().to_vec(),
-            offsets,
-        })
+        Ok(Encoding { ids: encoding.get_ids().to_vec(), offsets })
     }
 
     /// The text of `ids`; with `skip_special` without the special tokens. Bytes that are not UTF-8 become U+FFFD.
@@ -209,9 +187,7 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TextError> {
-        self.inner
-            .decode(ids, skip_special)
-            .map_err(|error| TextError::Tokenizer(error.to_string()))
+        self.inner.decode(ids, skip_special).map_err(|error| TextError::Tokenizer(error.to_string()))
     }
 
     /// A decoder that takes one token at a time and gives out text as soon as it is complete.
@@ -288,15 +264,11 @@ impl Tokenizer {
             None => {
                 let hint = match self.template_names.as_slice() {
                     [] => String::new(),
-                    names => format!(
-                        "; there are templates named {}, but none named default",
-                        names.join(", ")
-                    ),
+                    names => {
+                        format!("; there are templates named {}, but none named default", names.join(", "))
+                    }
                 };
-                Err(TextError::NoTemplate {
-                    dir: self.dir.clone(),
-                    hint,
-                })
+                Err(TextError::NoTemplate { dir: self.dir.clone(), hint })
             }
         }
     }
@@ -337,19 +309,13 @@ mod tests {
             };
             assert_eq!(count("x"), usize::from(expected), "{post} {add:?}");
             assert_eq!(count("<s>x"), 1, "{post} {add:?}");
-            assert_eq!(
-                tokenizer.encode("x", false).unwrap().ids,
-                [tokenizer.id("x").unwrap()]
-            );
+            assert_eq!(tokenizer.encode("x", false).unwrap().ids, [tokenizer.id("x").unwrap()]);
         }
     }
 
     #[test]
     fn a_last_token_is_added_where_the_configuration_says_so() {
-        let tokenizer = open(
-            true,
-            json!({"bos_token": "<s>", "eos_token": "</s>", "add_eos_token": true}),
-        );
+        let tokenizer = open(true, json!({"bos_token": "<s>", "eos_token": "</s>", "add_eos_token": true}));
         let x = tokenizer.id("x").unwrap();
         assert_eq!(tokenizer.encode("x", true).unwrap().ids, [0, x, 1]);
         assert_eq!(tokenizer.encode("x</s>", true).unwrap().ids, [0, x, 1]);
@@ -359,25 +325,15 @@ mod tests {
     fn offsets_count_characters_and_cover_spaces() {
         let tokenizer = plain();
         let encoding = tokenizer.encode("é  ab w", true).unwrap();
-        let tokens: Vec<String> = encoding
-            .ids
-            .iter()
-            .map(|&id| tokenizer.token(id).unwrap())
-            .collect();
+        let tokens: Vec<String> = encoding.ids.iter().map(|&id| tokenizer.token(id).unwrap()).collect();
         assert_eq!(tokens, ["<s>", "Ã", "©", "Ġ", "Ġ", "ab", "Ġw"]);
         // The second space belongs to the word after it for the splitter; byte pairs keep it a token of its own.
-        assert_eq!(
-            encoding.offsets,
-            [(0, 0), (0, 1), (0, 1), (1, 2), (2, 3), (3, 5), (6, 7)]
-        );
+        assert_eq!(encoding.offsets, [(0, 0), (0, 1), (0, 1), (1, 2), (2, 3), (3, 5), (6, 7)]);
     }
 
     #[test]
     fn a_limit_in_the_file_cuts_nothing() {
-        assert_eq!(
-            plain().encode("cccccccccccccccccccc", true).unwrap().ids.len(),
-            21
-        );
+        assert_eq!(plain().encode("cccccccccccccccccccc", true).unwrap().ids.len(), 21);
     }
 
     #[test]
@@ -385,31 +341,19 @@ mod tests {
         let dir = folder(
             false,
             &[
-                (
-                    "tokenizer_config.json",
-                    json!({"bos_token": {"content": "<s>"}, "pad_token": "absent"}),
-                ),
-                (
-                    "special_tokens_map.json",
-                    json!({"eos_token": {"content": "</s>"}, "bos_token": "</s>"}),
-                ),
+                ("tokenizer_config.json", json!({"bos_token": {"content": "<s>"}, "pad_token": "absent"})),
+                ("special_tokens_map.json", json!({"eos_token": {"content": "</s>"}, "bos_token": "</s>"})),
                 ("generation_config.json", json!({"eos_token_id": [3, 1]})),
                 ("config.json", json!({"eos_token_id": 2})),
             ],
         );
         let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
-        assert_eq!(
-            (tokenizer.bos(), tokenizer.eos(), tokenizer.pad()),
-            (Some(0), Some(1), 1)
-        );
+        assert_eq!((tokenizer.bos(), tokenizer.eos(), tokenizer.pad()), (Some(0), Some(1), 1));
         assert_eq!(tokenizer.stop_ids(), [1, 2, 3]);
         assert_eq!(tokenizer.special_tokens()["bos_token"], "<s>");
         assert_eq!(tokenizer.vocab_size(), 4 + 256 + 2);
 
-        let dir = folder(
-            false,
-            &[("config.json", json!({"eos_token_id": 3, "bos_token_id": 0}))],
-        );
+        let dir = folder(false, &[("config.json", json!({"eos_token_id": 3, "bos_token_id": 0}))]);
         let tokenizer = Tokenizer::from_dir(dir.path()).unwrap();
         assert_eq!((tokenizer.bos(), tokenizer.eos()), (None, Some(3)));
     }
@@ -451,12 +395,7 @@ mod tests {
         assert_eq!(render(&with(named(&["rag"]))).unwrap(), "T rag");
         let message = render(&with(named(&["rag", "tools"]))).unwrap_err().to_string();
         assert!(message.contains("named rag, tools"), "{message}");
-        assert!(
-            render(&with(json!({})))
-                .unwrap_err()
-                .to_string()
-                .contains("no chat template")
-        );
+        assert!(render(&with(json!({}))).unwrap_err().to_string().contains("no chat template"));
         let dir = with(json!({"chat_template": "one"}));
         std::fs::write(dir.path().join("chat_template.jinja"), "file").unwrap();
         assert_eq!(render(&dir).unwrap(), "file");

@@ -37,19 +37,9 @@ pub fn evaluate(
         let tape = Tape::inference();
         let context = model.context(batch.batch_size, batch.seq_len, 0);
         let embedded = model.embed(&tape, model.ids(&batch.ids));
-        let hidden = model
-            .layers()
-            .iter()
-            .fold(embedded, |x, layer| layer.forward(&tape, x, &context, None));
+        let hidden = model.layers().iter().fold(embedded, |x, layer| layer.forward(&tape, x, &context, None));
         let rows = model.final_norm(&tape, hidden.select(0, model.ids(&batch.positions)));
-        let out = head_loss(
-            model,
-            rows,
-            model.ids(&batch.targets),
-            chunk_rows,
-            None,
-            &mut BTreeMap::new(),
-        );
+        let out = head_loss(model, rows, model.ids(&batch.targets), chunk_rows, None, &mut BTreeMap::new());
         loss += f64::from(out.loss_sum.into_scalar::<f32>());
         correct += out.correct.into_scalar::<i64>() as u64;
         count += batch.targets.len() as u64;
@@ -87,39 +77,20 @@ pub fn exact_match(
     const SLACK: usize = 8;
     let mut generations = Vec::with_capacity(examples.len());
     for example in examples {
-        let Some(end) = example
-            .supervised
-            .iter()
-            .rposition(|supervised| *supervised)
-            .map(|last| last + 1)
+        let Some(end) = example.supervised.iter().rposition(|supervised| *supervised).map(|last| last + 1)
         else {
             continue;
         };
-        let start = example.supervised[..end]
-            .iter()
-            .rposition(|s| !s)
-            .map_or(0, |before| before + 1);
+        let start = example.supervised[..end].iter().rposition(|s| !s).map_or(0, |before| before + 1);
         // Without a single token to start from there is nothing to condition on.
         let start = start.max(1);
         let (prompt, reference) = (&example.ids[..start], &example.ids[start..end]);
         let budget = reference.len() + SLACK;
-        let generated = generate(
-            model,
-            prompt,
-            budget,
-            tokenizer.stop_ids(),
-            &Sampling::greedy(),
-            |_| true,
-        );
+        let generated = generate(model, prompt, budget, tokenizer.stop_ids(), &Sampling::greedy(), |_| true);
         let text = |ids: &[u32]| tokenizer.decode(ids, true);
         let (reference, generated) = (text(reference)?, text(&generated)?);
         let matched = reference.trim() == generated.trim();
-        generations.push(Generation {
-            prompt: text(prompt)?,
-            reference,
-            generated,
-            matched,
-        });
+        generations.push(Generation { prompt: text(prompt)?, reference, generated, matched });
     }
     Ok(generations)
 }

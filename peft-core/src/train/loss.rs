@@ -34,9 +34,7 @@ pub(super) fn head_loss(
     gradients: &mut BTreeMap<String, Tensor<2>>,
 ) -> HeadLoss {
     let [count, _] = rows.dims();
-    let chunk = chunk_rows
-        .unwrap_or(CHUNK_ELEMENTS / model.config.vocab_size)
-        .clamp(1, count.max(1));
+    let chunk = chunk_rows.unwrap_or(CHUNK_ELEMENTS / model.config.vocab_size).clamp(1, count.max(1));
     let frozen = model.frozen_head();
     let device = &model.device;
     let mut loss_sum = Tensor::zeros([1], device);
@@ -69,18 +67,10 @@ pub(super) fn head_loss(
                 out
             }
         };
-        let CrossEntropy {
-            loss_sum: loss,
-            correct: right,
-            ..
-        } = out;
+        let CrossEntropy { loss_sum: loss, correct: right, .. } = out;
         loss_sum = loss_sum + loss;
         correct = correct + right;
     }
     let gradient = (!row_gradients.is_empty()).then(|| Tensor::cat(row_gradients, 0));
-    HeadLoss {
-        loss_sum,
-        correct,
-        gradient,
-    }
+    HeadLoss { loss_sum, correct, gradient }
 }

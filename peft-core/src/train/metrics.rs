@@ -54,10 +54,7 @@ pub(super) struct MetricsLog {
 impl MetricsLog {
     /// Opens the log of a run that continues after `step`: later lines, and a torn last line, are cut off.
     pub fn open(path: &Path, step: u64) -> Result<Self, TrainError> {
-        let io = |source| TrainError::Io {
-            path: path.to_path_buf(),
-            source,
-        };
+        let io = |source| TrainError::Io { path: path.to_path_buf(), source };
         let mut kept = String::new();
         if step > 0 && path.exists() {
             let old = std::fs::read_to_string(path).map_err(io)?;
@@ -73,18 +70,12 @@ impl MetricsLog {
         }
         crate::checkpoint::write_file(path, kept.as_bytes())?;
         let file = OpenOptions::new().append(true).open(path).map_err(io)?;
-        Ok(Self {
-            path: path.to_path_buf(),
-            file,
-        })
+        Ok(Self { path: path.to_path_buf(), file })
     }
 
     /// Appends one object.
     pub fn write(&mut self, metrics: &impl Serialize) -> Result<(), TrainError> {
-        let io = |source| TrainError::Io {
-            path: self.path.clone(),
-            source,
-        };
+        let io = |source| TrainError::Io { path: self.path.clone(), source };
         let mut line = serde_json::to_vec(metrics).map_err(|error| io(error.into()))?;
         line.push(b'\n');
         self.file.write_all(&line).map_err(io)

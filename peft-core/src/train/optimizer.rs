@@ -31,10 +31,7 @@ pub struct NamedOptimizer<O: Optimizer> {
 impl<O: Optimizer> NamedOptimizer<O> {
     /// Without memory.
     pub fn new(optimizer: O) -> Self {
-        Self {
-            optimizer,
-            states: BTreeMap::new(),
-        }
+        Self { optimizer, states: BTreeMap::new() }
     }
 }
 
@@ -53,10 +50,8 @@ impl<O: Optimizer> ParameterOptimizer for NamedOptimizer<O> {
         for (name, state) in &self.states {
             state.state_flatten(name, &mut sink);
         }
-        let scalars = sink
-            .scalars
-            .into_iter()
-            .filter_map(|(name, value)| Some((name, i64::try_from(value).ok()?)));
+        let scalars =
+            sink.scalars.into_iter().filter_map(|(name, value)| Some((name, i64::try_from(value).ok()?)));
         (sink.tensors, scalars.collect())
     }
 
@@ -67,12 +62,8 @@ impl<O: Optimizer> ParameterOptimizer for NamedOptimizer<O> {
         scalars: BTreeMap<String, i64>,
         device: &Device,
     ) -> Result<(), String> {
-        let mut source = StateSource::new(
-            scalars
-                .into_iter()
-                .map(|(name, value)| (name, value.into()))
-                .collect(),
-        );
+        let mut source =
+            StateSource::new(scalars.into_iter().map(|(name, value)| (name, value.into())).collect());
         for (name, data) in tensors {
             source.insert_tensor(name, data);
         }

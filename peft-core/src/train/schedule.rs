@@ -58,10 +58,7 @@ mod tests {
     #[test]
     fn warm_up_and_fall_by_hand() {
         let linear = |step| Schedule::Linear.factor(step, 2, 6);
-        assert_eq!(
-            [linear(0), linear(1), linear(2), linear(3), linear(5)],
-            [0.0, 0.5, 1.0, 0.75, 0.25]
-        );
+        assert_eq!([linear(0), linear(1), linear(2), linear(3), linear(5)], [0.0, 0.5, 1.0, 0.75, 0.25]);
         assert!((Schedule::Cosine.factor(4, 2, 6) - 0.5).abs() < 1e-12);
         assert_eq!(Schedule::Constant.factor(5, 2, 6), 1.0);
         assert_eq!(Warmup::Ratio(0.1).steps(15), 2);

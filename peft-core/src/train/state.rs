@@ -41,10 +41,7 @@ fn folder(output_dir: &Path, step: u64) -> PathBuf {
 
 /// Complete checkpoints, oldest first.
 pub(super) fn list(output_dir: &Path) -> Vec<(u64, PathBuf)> {
-    let entries = std::fs::read_dir(output_dir.join("checkpoints"))
-        .into_iter()
-        .flatten()
-        .flatten();
+    let entries = std::fs::read_dir(output_dir.join("checkpoints")).into_iter().flatten().flatten();
     let mut found: Vec<(u64, PathBuf)> = entries
         .filter_map(|entry| {
             let step = entry.file_name().to_str()?.strip_prefix("step-")?.parse().ok()?;
@@ -68,17 +65,11 @@ pub(super) fn save(
     let path = folder(output_dir, step);
     let staged = StagedDir::replacing(&path)?;
     let artifact = staged.path().join(method.artifact());
-    std::fs::create_dir_all(&artifact).map_err(|source| TrainError::Io {
-        path: artifact.clone(),
-        source,
-    })?;
+    std::fs::create_dir_all(&artifact).map_err(|source| TrainError::Io { path: artifact.clone(), source })?;
     method.export(model, &artifact)?;
 
     let (memory, scalars) = optimizer.save();
-    let parameters = model
-        .parameters()
-        .into_iter()
-        .filter(|parameter| parameter.trainable);
+    let parameters = model.parameters().into_iter().filter(|parameter| parameter.trainable);
     let mut tensors: Vec<LazyTensor<TrainError>> = parameters
         .map(|parameter| {
             let dims = parameter.value.dims().to_vec();
@@ -88,33 +79,19 @@ pub(super) fn save(
         .collect();
     for (name, data) in &memory {
         let bytes = || Ok(Cow::Owned(f32_bytes(&data.iter::<f32>().collect::<Vec<_>>())));
-        tensors.push(LazyTensor::new(
-            format!("{OPTIMIZER}{name}"),
-            Dtype::F32,
-            data.shape().to_vec(),
-            bytes,
-        ));
+        tensors.push(LazyTensor::new(format!("{OPTIMIZER}{name}"), Dtype::F32, data.shape().to_vec(), bytes));
     }
     write_safetensors(&staged.path().join(TENSORS), tensors, &BTreeMap::new())?;
-    let state = StateFile {
-        step,
-        fingerprint: fingerprint.clone(),
-        optimizer: scalars,
-    };
-    let json = serde_json::to_vec_pretty(&state).map_err(|error| TrainError::Io {
-        path: path.join(STATE),
-        source: error.into(),
-    })?;
+    let state = StateFile { step, fingerprint: fingerprint.clone(), optimizer: scalars };
+    let json = serde_json::to_vec_pretty(&state)
+        .map_err(|error| TrainError::Io { path: path.join(STATE), source: error.into() })?;
     crate::checkpoint::write_file(&staged.path().join(STATE), &json)?;
     staged.commit()?;
 
     if let Some(keep) = keep {
         let saved = list(output_dir);
         for (_, old) in saved.iter().take(saved.len().saturating_sub(keep.max(1))) {
-            std::fs::remove_dir_all(old).map_err(|source| TrainError::Io {
-                path: old.clone(),
-                source,
-            })?;
+            std::fs::remove_dir_all(old).map_err(|source| TrainError::Io { path: old.clone(), source })?;
         }
     }
     Ok(path)
@@ -132,10 +109,7 @@ pub(super) fn load(
     fingerprint: &Fingerprint,
 ) -> Result<u64, TrainError> {
     let json_path = path.join(STATE);
-    let wrong = |path: &Path, message: String| TrainError::State {
-        path: path.to_path_buf(),
-        message,
-    };
+    let wrong = |path: &Path, message: String| TrainError::State { path: path.to_path_buf(), message };
     let state: StateFile = serde_json::from_slice(&read_bounded(&json_path, MAX_STATE_BYTES)?)
         .map_err(|error| wrong(&json_path, format!("not a saved state: {error}")))?;
     for (key, value) in fingerprint {
@@ -150,18 +124,12 @@ pub(super) fn load(
     let file = SafetensorsFile::open(&path.join(TENSORS))?;
     let device = model.device.clone();
     let mut names = Vec::new();
-    for parameter in model
-        .parameters_mut()
-        .into_iter()
-        .filter(|parameter| parameter.trainable)
-    {
+    for parameter in model.parameters_mut().into_iter().filter(|parameter| parameter.trainable) {
         let tensor = file.tensor(&format!("{PARAMETER}{}", parameter.name))?;
         let dims = parameter.value.dims();
         if tensor.shape != dims {
-            let message = format!(
-                "`{}` has shape {:?}, the model has {dims:?}",
-                parameter.name, tensor.shape
-            );
+            let message =
+                format!("`{}` has shape {:?}, the model has {dims:?}", parameter.name, tensor.shape);
             return Err(wrong(file.path(), message));
         }
         parameter.value = Tensor::from_data(TensorData::new(tensor.to_f32()?, dims), (&device, DType::F32));
@@ -173,18 +141,10 @@ pub(super) fn load(
             continue;
         };
         let tensor = file.tensor(key)?;
-        memory.insert(
-            name.to_string(),
-            TensorData::new(tensor.to_f32()?, tensor.shape.to_vec()),
-        );
+        memory.insert(name.to_string(), TensorData::new(tensor.to_f32()?, tensor.shape.to_vec()));
     }
     optimizer
         .load(&names, memory, state.optimizer, &device)
-        .map_err(|name| {
-            wrong(
-                file.path(),
-                format!("the optimizer's memory of `{name}` is missing"),
-            )
-        })?;
+        .map_err(|name| wrong(file.path(), format!("the optimizer's memory of `{name}` is missing")))?;
     Ok(state.step)
 }

@@ -62,16 +62,11 @@ pub fn accumulate(
     let segments = segments(model.layers().len(), settings.gradient_checkpointing);
     let trains: Vec<bool> = segments
         .iter()
-        .map(|range| {
-            model.layers()[range.clone()]
-                .iter()
-                .any(|layer| layer.is_trainable())
-        })
+        .map(|range| model.layers()[range.clone()].iter().any(|layer| layer.is_trainable()))
         .collect();
     // Whether a gradient must leave the segment at its lower end.
-    let below: Vec<bool> = (0..segments.len())
-        .map(|i| model.trains_embedding() || trains[..i].contains(&true))
-        .collect();
+    let below: Vec<bool> =
+        (0..segments.len()).map(|i| model.trains_embedding() || trains[..i].contains(&true)).collect();
     let last = segments.len() - 1;
 
     let ids = model.ids(&batch.ids);
@@ -105,17 +100,11 @@ pub fn accumulate(
     let row_gradient = leaf.grad_remove(&mut grads);
     add_gradients(&mut step.gradients, norm_tape.gradients(&mut grads));
     let Some(row_gradient) = row_gradient else { return };
-    let mut dy = output
-        .zeros_like()
-        .select_assign(0, rows, row_gradient, IndexingUpdateOp::Add);
+    let mut dy = output.zeros_like().select_assign(0, rows, row_gradient, IndexingUpdateOp::Add);
 
     let mut recorded = Some(recorded);
     for index in (0..segments.len()).rev() {
-        let again = || {
-            inputs
-                .pop()
-                .map(|x| record(model, &segments[index], x, below[index], key, &context))
-        };
+        let again = || inputs.pop().map(|x| record(model, &segments[index], x, below[index], key, &context));
         let Some(Recorded { output, leaf, tape }) = recorded.take().or_else(again) else {
             return;
         };
@@ -161,27 +150,19 @@ fn record(
 ) -> Recorded {
     let tape = Tape::recording(key);
     let leaf = input.autodiff();
-    let leaf = if needs_input_gradient {
-        leaf.require_grad()
-    } else {
-        leaf
-    };
+    let leaf = if needs_input_gradient { leaf.require_grad() } else { leaf };
     let output = run(model, segment, &tape, leaf.clone(), context);
     Recorded { output, leaf, tape }
 }
 
 fn run(model: &Decoder, segment: &Range<usize>, tape: &Tape, x: Tensor<2>, context: &Context) -> Tensor<2> {
-    model.layers()[segment.clone()]
-        .iter()
-        .fold(x, |x, layer| layer.forward(tape, x, context, None))
+    model.layers()[segment.clone()].iter().fold(x, |x, layer| layer.forward(tape, x, context, None))
 }
 
 /// The 2-norm over all gradients together.
 pub fn global_norm(gradients: &BTreeMap<String, Tensor<2>>) -> f64 {
-    let squares: Vec<Tensor<1>> = gradients
-        .values()
-        .map(|gradient| gradient.clone().square().sum())
-        .collect();
+    let squares: Vec<Tensor<1>> =
+        gradients.values().map(|gradient| gradient.clone().square().sum()).collect();
     if squares.is_empty() {
         return 0.0;
     }

@@ -126,30 +126,18 @@ impl Trainer<'_> {
 
     fn steps_per_epoch(&self) -> u64 {
         let micro_batches = self.train.len().div_ceil(self.config.micro_batch_size);
-        micro_batches
-            .div_ceil(self.config.gradient_accumulation_steps)
-            .max(1) as u64
+        micro_batches.div_ceil(self.config.gradient_accumulation_steps).max(1) as u64
     }
 
     /// Trains, from the checkpoint folder `resume` if given, and exports the result.
     pub fn run(mut self, resume: Option<&Path>, observer: &mut dyn Observer) -> crate::Result<RunSummary> {
-        if !self
-            .model
-            .parameters()
-            .iter()
-            .any(|parameter| parameter.trainable)
-        {
+        if !self.model.parameters().iter().any(|parameter| parameter.trainable) {
             return Err(TrainError::NothingToTrain.into());
         }
         require_vocabulary(self.model, "training data", self.train)?;
         require_vocabulary(self.model, "validation data", self.validation)?;
         let done = match resume {
-            Some(path) => state::load(
-                path,
-                self.model,
-                self.optimizer.as_mut(),
-                &self.config.fingerprint,
-            )?,
+            Some(path) => state::load(path, self.model, self.optimizer.as_mut(), &self.config.fingerprint)?,
             None => 0,
         };
         // A save that must fail should fail now and not after hours.
@@ -222,13 +210,7 @@ impl Trainer<'_> {
     fn epoch(&self, epoch: u64) -> Vec<Vec<usize>> {
         let lengths: Vec<usize> = self.train.iter().map(|example| example.ids.len()).collect();
         let config = &self.config;
-        epoch_order(
-            &lengths,
-            config.micro_batch_size,
-            config.shuffle_data,
-            config.seed,
-            epoch,
-        )
+        epoch_order(&lengths, config.micro_batch_size, config.shuffle_data, config.seed, epoch)
     }
 
     fn step(
@@ -249,11 +231,7 @@ impl Trainer<'_> {
 
         let mut sums = StepGradients::default();
         for (micro_batch, batch) in batches.iter().enumerate() {
-            let key = DropoutKey {
-                seed: self.config.seed,
-                step,
-                micro_batch: micro_batch as u64,
-            };
+            let key = DropoutKey { seed: self.config.seed, step, micro_batch: micro_batch as u64 };
             accumulate(self.model, batch, scale, key, self.config.step, &mut sums);
         }
         let loss = sums.loss_sum * scale;
@@ -265,30 +243,18 @@ impl Trainer<'_> {
                     Ok(path) => format!("the state before this step is in {}", path.display()),
                     Err(error) => format!("and the state before this step could not be saved: {error}"),
                 };
-                return Err(TrainError::NonFinite {
-                    step: step + 1,
-                    what,
-                    value,
-                    saved,
-                });
+                return Err(TrainError::NonFinite { step: step + 1, what, value, saved });
             }
         }
 
         let config = &self.config;
         let rate = config.learning_rate * config.schedule.factor(step, config.warmup.steps(total), total);
-        let clip = config
-            .max_grad_norm
-            .map_or(1.0, |max| (max / (grad_norm + 1e-6)).min(1.0));
+        let clip = config.max_grad_norm.map_or(1.0, |max| (max / (grad_norm + 1e-6)).min(1.0));
         for parameter in self.model.parameters_mut() {
             if let Some(gradient) = sums.gradients.remove(&parameter.name) {
-                let gradient = if clip < 1.0 {
-                    gradient.mul_scalar(clip)
-                } else {
-                    gradient
-                };
+                let gradient = if clip < 1.0 { gradient.mul_scalar(clip) } else { gradient };
                 parameter.value =
-                    self.optimizer
-                        .step(&parameter.name, rate, parameter.value.clone(), gradient);
+                    self.optimizer.step(&parameter.name, rate, parameter.value.clone(), gradient);
             }
         }
         let peak_memory_bytes = peak_memory_bytes(&self.model.device).max(peak);
@@ -307,12 +273,8 @@ impl Trainer<'_> {
 
     fn validate(&self, step: u64, generations: bool) -> crate::Result<EvalMetrics> {
         let config = &self.config;
-        let evaluation = evaluate(
-            self.model,
-            self.validation,
-            config.eval_batch_size,
-            config.step.loss_chunk_rows,
-        );
+        let evaluation =
+            evaluate(self.model, self.validation, config.eval_batch_size, config.step.loss_chunk_rows);
         let eval_exact_match = match config.eval_generations.min(self.validation.len()) {
             count if count > 0 && generations => {
                 let answers = exact_match(self.model, self.tokenizer, &self.validation[..count])?;
@@ -333,15 +295,7 @@ impl Trainer<'_> {
     fn save(&self, step: u64) -> Result<PathBuf, TrainError> {
         let config = &self.config;
         let (optimizer, limit) = (self.optimizer.as_ref(), config.save_total_limit);
-        state::save(
-            &config.output_dir,
-            step,
-            self.model,
-            self.method,
-            optimizer,
-            &config.fingerprint,
-            limit,
-        )
+        state::save(&config.output_dir, step, self.model, self.method, optimizer, &config.fingerprint, limit)
     }
 
     /// The method's result beside its final place.
@@ -362,16 +316,9 @@ pub fn require_vocabulary(
     examples: &[Example],
 ) -> Result<(), TrainError> {
     let vocab_size = model.config.vocab_size;
-    let outside = examples
-        .iter()
-        .flat_map(|example| &example.ids)
-        .find(|id| **id as usize >= vocab_size);
+    let outside = examples.iter().flat_map(|example| &example.ids).find(|id| **id as usize >= vocab_size);
     match outside {
         None => Ok(()),
-        Some(id) => Err(TrainError::Vocabulary {
-            source_name,
-            id: i64::from(*id),
-            vocab_size,
-        }),
+        Some(id) => Err(TrainError::Vocabulary { source_name, id: i64::from(*id), vocab_size }),
     }
 }

@@ -3,10 +3,8 @@
 use super::*;
 
 fn names(dir: &Path) -> Vec<String> {
-    let mut names: Vec<_> = fs::read_dir(dir)
-        .unwrap()
-        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
-        .collect();
+    let mut names: Vec<_> =
+        fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     names.sort();
     names
 }
@@ -31,9 +29,7 @@ fn a_failing_write_leaves_the_old_file_and_nothing_else() {
     write_file(&path, b"old").unwrap();
     let error = write_with(&path, |out| {
         out.write_all(b"half").map_err(CheckpointError::write(&path))?;
-        Err(CheckpointError::write(&path)(io::Error::from_raw_os_error(
-            libc::ENOSPC,
-        )))
+        Err(CheckpointError::write(&path)(io::Error::from_raw_os_error(libc::ENOSPC)))
     })
     .unwrap_err();
     assert!(matches!(error, CheckpointError::WriteFailed { .. }) && !error.is_bad_input());
@@ -93,10 +89,7 @@ fn what_comes_to_stand_there_meanwhile_survives() {
     let staged = StagedDir::new(&target).unwrap();
     fs::create_dir(&target).unwrap();
     fs::write(target.join("other"), "").unwrap();
-    assert!(matches!(
-        staged.commit(),
-        Err(CheckpointError::OutputNotEmpty { .. })
-    ));
+    assert!(matches!(staged.commit(), Err(CheckpointError::OutputNotEmpty { .. })));
     assert_eq!(names(&target), ["other"]);
     assert_eq!(names(folder.path()), ["out"]);
 }
@@ -124,10 +117,7 @@ fn the_exchange_in_steps_does_the_same() {
     fs::write(new.join("n"), "").unwrap();
     fs::write(old.join("o"), "").unwrap();
     exchange_in_steps(&new, &old).unwrap();
-    assert_eq!(
-        (names(&new), names(&old)),
-        (vec!["o".to_string()], vec!["n".to_string()])
-    );
+    assert_eq!((names(&new), names(&old)), (vec!["o".to_string()], vec!["n".to_string()]));
 }
 
 #[test]
@@ -150,13 +140,7 @@ fn files_and_nameless_paths_are_no_output_folder() {
     let file = folder.path().join("file");
     fs::write(&file, "").unwrap();
     for path in [file.as_path(), Path::new("/")] {
-        assert!(matches!(
-            StagedDir::new(path),
-            Err(CheckpointError::InvalidOutput { .. })
-        ));
+        assert!(matches!(StagedDir::new(path), Err(CheckpointError::InvalidOutput { .. })));
     }
-    assert!(matches!(
-        StagedDir::new(Path::new("/proc")),
-        Err(CheckpointError::OutputNotEmpty { .. })
-    ));
+    assert!(matches!(StagedDir::new(Path::new("/proc")), Err(CheckpointError::OutputNotEmpty { .. })));
 }

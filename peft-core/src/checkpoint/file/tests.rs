@@ -40,10 +40,7 @@ fn a_sound_file_opens() {
     assert_eq!(file.names().collect::<Vec<_>>(), ["e", "s", "w"]);
     assert_eq!(file.metadata()["format"], "pt");
     let w = file.tensor("w").unwrap();
-    assert_eq!(
-        (w.dtype, w.shape, w.bytes, w.numel()),
-        (Dtype::U8, &[4][..], &[0, 1, 2, 3][..], 4)
-    );
+    assert_eq!((w.dtype, w.shape, w.bytes, w.numel()), (Dtype::U8, &[4][..], &[0, 1, 2, 3][..], 4));
     assert!(matches!(w.to_f32(), Err(CheckpointError::TensorDtype { .. })));
     let s = file.tensor("s").unwrap();
     // Bytes 4 and 5: 0x0504 as bf16 is 0x05040000 as f32.
@@ -61,29 +58,15 @@ fn a_missing_tensor_names_the_nearest() {
 
 #[test]
 fn short_and_cut_files_are_refused() {
-    assert!(matches!(
-        open_bytes(b""),
-        Err(CheckpointError::TooShort { bytes: 0, .. })
-    ));
-    assert!(matches!(
-        open_bytes(&[1; 7]),
-        Err(CheckpointError::TooShort { bytes: 7, .. })
-    ));
+    assert!(matches!(open_bytes(b""), Err(CheckpointError::TooShort { bytes: 0, .. })));
+    assert!(matches!(open_bytes(&[1; 7]), Err(CheckpointError::TooShort { bytes: 7, .. })));
     assert!(matches!(
         open_bytes(&[9, 0, 0, 0, 0, 0, 0, 0, b'{', b'}']),
-        Err(CheckpointError::HeaderPastEnd {
-            claimed: 9,
-            available: 2,
-            ..
-        })
+        Err(CheckpointError::HeaderPastEnd { claimed: 9, available: 2, .. })
     ));
     assert!(matches!(
         open(&format!("{{{}}}", four("w", 0, 4)), 3),
-        Err(CheckpointError::TensorPastEnd {
-            end: 4,
-            available: 3,
-            ..
-        })
+        Err(CheckpointError::TensorPastEnd { end: 4, available: 3, .. })
     ));
 }
 
@@ -91,17 +74,8 @@ fn short_and_cut_files_are_refused() {
 fn a_huge_header_is_refused_by_its_length_alone() {
     let mut bytes = 100_000_001u64.to_le_bytes().to_vec();
     bytes.extend(b"{}");
-    assert!(matches!(
-        open_bytes(&bytes),
-        Err(CheckpointError::HeaderTooLong {
-            claimed: 100_000_001,
-            ..
-        })
-    ));
-    assert!(matches!(
-        open_bytes(&[0xff; 32]),
-        Err(CheckpointError::HeaderTooLong { .. })
-    ));
+    assert!(matches!(open_bytes(&bytes), Err(CheckpointError::HeaderTooLong { claimed: 100_000_001, .. })));
+    assert!(matches!(open_bytes(&[0xff; 32]), Err(CheckpointError::HeaderTooLong { .. })));
 }
 
 #[test]
@@ -117,10 +91,7 @@ fn headers_that_are_no_object_of_tensors_are_refused() {
     for header in cases {
         let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
         bytes.extend(header);
-        assert!(matches!(
-            open_bytes(&bytes),
-            Err(CheckpointError::InvalidHeader { .. })
-        ));
+        assert!(matches!(open_bytes(&bytes), Err(CheckpointError::InvalidHeader { .. })));
     }
 }
 
@@ -146,38 +117,22 @@ fn overlaps_holes_and_rests_are_refused() {
         open(&two(5), 9),
         Err(CheckpointError::Hole { tensor, begin: 5, expected: 4, .. }) if tensor == "b"
     ));
-    assert!(matches!(
-        open(&two(4), 10),
-        Err(CheckpointError::TrailingBytes { bytes: 2, .. })
-    ));
+    assert!(matches!(open(&two(4), 10), Err(CheckpointError::TrailingBytes { bytes: 2, .. })));
 }
 
 #[test]
 fn sizes_that_disagree_or_overflow_are_refused() {
     assert!(matches!(
         open(&format!("{{{}}}", four("w", 0, 5)), 5),
-        Err(CheckpointError::WrongSpan {
-            expected: 4,
-            begin: 0,
-            end: 5,
-            ..
-        })
+        Err(CheckpointError::WrongSpan { expected: 4, begin: 0, end: 5, .. })
     ));
     // Backwards offsets.
-    assert!(matches!(
-        open(&format!("{{{}}}", four("w", 4, 0)), 4),
-        Err(CheckpointError::WrongSpan { .. })
-    ));
+    assert!(matches!(open(&format!("{{{}}}", four("w", 4, 0)), 4), Err(CheckpointError::WrongSpan { .. })));
     let huge = r#"{"w":{"dtype":"F32","shape":[9223372036854775807,4],"data_offsets":[0,4]}}"#;
     assert!(matches!(open(huge, 4), Err(CheckpointError::SizeOverflow { .. })));
-    let deep = format!(
-        r#"{{"w":{{"dtype":"U8","shape":{:?},"data_offsets":[0,1]}}}}"#,
-        [1; MAX_DIMENSIONS + 1]
-    );
-    assert!(matches!(
-        open(&deep, 1),
-        Err(CheckpointError::TooManyDimensions { found: 17, .. })
-    ));
+    let deep =
+        format!(r#"{{"w":{{"dtype":"U8","shape":{:?},"data_offsets":[0,1]}}}}"#, [1; MAX_DIMENSIONS + 1]);
+    assert!(matches!(open(&deep, 1), Err(CheckpointError::TooManyDimensions { found: 17, .. })));
 }
 
 #[test]
@@ -189,10 +144,7 @@ fn unknown_dtypes_are_named() {
 #[test]
 fn other_files_in_place_of_weights_are_recognised() {
     let cases: [(&[u8], &str); 5] = [
-        (
-            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
-            "git lfs pull",
-        ),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
         (b"<!DOCTYPE html><html></html>", "web page"),
         (b"<HTML lang=en>", "web page"),
         (b"PK\x03\x04\x00\x00\x08\x08\x00", "pickle"),
@@ -207,10 +159,7 @@ fn other_files_in_place_of_weights_are_recognised() {
 #[test]
 fn folders_and_missing_files_are_refused() {
     let folder = tempfile::tempdir().unwrap();
-    assert!(matches!(
-        SafetensorsFile::open(folder.path()),
-        Err(CheckpointError::NotAFile { .. })
-    ));
+    assert!(matches!(SafetensorsFile::open(folder.path()), Err(CheckpointError::NotAFile { .. })));
     let error = SafetensorsFile::open(folder.path().join("none")).unwrap_err();
     assert!(matches!(error, CheckpointError::ReadFailed { .. }) && error.is_bad_input());
 }

@@ -37,17 +37,8 @@ fn sharded() -> TempDir {
     let folder = folder();
     let dir = folder.path();
     write(&dir.join("model-00001-of-00002.safetensors"), &[("a", 1)]);
-    write(
-        &dir.join("model-00002-of-00002.safetensors"),
-        &[("b", 2), ("extra", 3)],
-    );
-    write_index(
-        dir,
-        &[
-            ("a", "model-00001-of-00002.safetensors"),
-            ("b", "model-00002-of-00002.safetensors"),
-        ],
-    );
+    write(&dir.join("model-00002-of-00002.safetensors"), &[("b", 2), ("extra", 3)]);
+    write_index(dir, &[("a", "model-00001-of-00002.safetensors"), ("b", "model-00002-of-00002.safetensors")]);
     folder
 }
 
@@ -77,17 +68,11 @@ fn shards_open_with_what_the_index_leaves_out() {
 #[test]
 fn the_index_decides_between_two_shards_and_two_unlisted_are_refused() {
     let folder = sharded();
-    write(
-        &folder.path().join("model-00001-of-00002.safetensors"),
-        &[("a", 1), ("b", 9)],
-    );
+    write(&folder.path().join("model-00001-of-00002.safetensors"), &[("a", 1), ("b", 9)]);
     let model = Checkpoint::open(folder.path()).unwrap();
     assert_eq!(model.tensor("b").unwrap().bytes, [2, 2]);
 
-    write(
-        &folder.path().join("model-00001-of-00002.safetensors"),
-        &[("a", 1), ("extra", 9)],
-    );
+    write(&folder.path().join("model-00001-of-00002.safetensors"), &[("a", 1), ("extra", 9)]);
     let error = Checkpoint::open(folder.path()).unwrap_err();
     assert!(matches!(error, CheckpointError::AmbiguousTensor { tensor, .. } if tensor == "extra"));
 }
@@ -95,19 +80,13 @@ fn the_index_decides_between_two_shards_and_two_unlisted_are_refused() {
 #[test]
 fn the_fingerprint_is_that_of_sha256sum() {
     let folder = sharded();
-    let list: String = [
-        "config.json",
-        "model-00001-of-00002.safetensors",
-        "model-00002-of-00002.safetensors",
-    ]
-    .iter()
-    .map(|name| {
-        format!(
-            "{}  {name}\n",
-            hex(&Sha256::digest(fs::read(folder.path().join(name)).unwrap()))
-        )
-    })
-    .collect();
+    let list: String =
+        ["config.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+            .iter()
+            .map(|name| {
+                format!("{}  {name}\n", hex(&Sha256::digest(fs::read(folder.path().join(name)).unwrap())))
+            })
+            .collect();
     let fingerprint = Checkpoint::open(folder.path()).unwrap().sha256();
     assert_eq!(fingerprint, hex(&Sha256::digest(list)));
     assert_eq!(hex(&Sha256::digest(b"abc"))[..8], *"ba7816bf");
@@ -126,21 +105,11 @@ fn what_an_index_promises_must_be_there() {
     let message = Checkpoint::open(dir).unwrap_err().to_string();
     assert!(message.contains("did you mean `model-0000"), "{message}");
     write_index(dir, &[]);
-    assert!(matches!(
-        Checkpoint::open(dir),
-        Err(CheckpointError::InvalidJson { .. })
-    ));
-    fs::write(
-        dir.join(INDEX_FILE),
-        r#"{"weight_map":{"a":"x.safetensors","a":"y.safetensors"}}"#,
-    )
-    .unwrap();
+    assert!(matches!(Checkpoint::open(dir), Err(CheckpointError::InvalidJson { .. })));
+    fs::write(dir.join(INDEX_FILE), r#"{"weight_map":{"a":"x.safetensors","a":"y.safetensors"}}"#).unwrap();
     assert!(matches!(Checkpoint::open(dir), Err(CheckpointError::DuplicateKey { key, .. }) if key == "a"));
     fs::write(dir.join(INDEX_FILE), r#"{"weight_map":{"a":1}}"#).unwrap();
-    assert!(matches!(
-        Checkpoint::open(dir),
-        Err(CheckpointError::InvalidJson { .. })
-    ));
+    assert!(matches!(Checkpoint::open(dir), Err(CheckpointError::InvalidJson { .. })));
 }
 
 #[test]
@@ -159,10 +128,7 @@ fn shard_names_that_lead_out_are_refused() {
     for shard in outside {
         write_index(folder.path(), &[("a", shard)]);
         let error = Checkpoint::open(folder.path()).unwrap_err();
-        assert!(
-            matches!(error, CheckpointError::UnsafeShardName { .. }),
-            "{shard}: {error}"
-        );
+        assert!(matches!(error, CheckpointError::UnsafeShardName { .. }), "{shard}: {error}");
     }
 }
 
@@ -180,10 +146,7 @@ fn links_out_of_the_folder_are_refused() {
     // A linked subfolder leads out as well.
     symlink(secret.path(), dir.join("sub")).unwrap();
     write_index(dir, &[("a", "sub/s.safetensors")]);
-    assert!(matches!(
-        Checkpoint::open(dir),
-        Err(CheckpointError::LeadsOut { .. })
-    ));
+    assert!(matches!(Checkpoint::open(dir), Err(CheckpointError::LeadsOut { .. })));
 }
 
 #[test]
@@ -208,56 +171,28 @@ fn links_inside_a_hub_cache_are_followed_but_not_into_another_repository() {
     fs::create_dir_all(cache.path().join("models--org--other/blobs")).unwrap();
     write(&cache.path().join("models--org--other/blobs/w1"), &[("a", 1)]);
     fs::remove_file(snapshot.join(WEIGHTS_FILE)).unwrap();
-    symlink(
-        "../../../models--org--other/blobs/w1",
-        snapshot.join(WEIGHTS_FILE),
-    )
-    .unwrap();
-    assert!(matches!(
-        Checkpoint::open(&snapshot),
-        Err(CheckpointError::LeadsOut { .. })
-    ));
+    symlink("../../../models--org--other/blobs/w1", snapshot.join(WEIGHTS_FILE)).unwrap();
+    assert!(matches!(Checkpoint::open(&snapshot), Err(CheckpointError::LeadsOut { .. })));
     fs::remove_file(snapshot.join(WEIGHTS_FILE)).unwrap();
     symlink("../../blobs/gone", snapshot.join(WEIGHTS_FILE)).unwrap();
-    assert!(matches!(
-        Checkpoint::open(&snapshot),
-        Err(CheckpointError::ReadFailed { .. })
-    ));
+    assert!(matches!(Checkpoint::open(&snapshot), Err(CheckpointError::ReadFailed { .. })));
 }
 
 #[test]
 fn folders_that_are_no_model_say_what_they_are() {
     let empty = tempfile::tempdir().unwrap();
     let dir = empty.path();
-    assert!(matches!(
-        Checkpoint::open(&dir.join("none")),
-        Err(CheckpointError::NoFolder { .. })
-    ));
-    assert!(matches!(
-        Checkpoint::open(dir),
-        Err(CheckpointError::NoConfig { .. })
-    ));
+    assert!(matches!(Checkpoint::open(&dir.join("none")), Err(CheckpointError::NoFolder { .. })));
+    assert!(matches!(Checkpoint::open(dir), Err(CheckpointError::NoConfig { .. })));
     fs::write(dir.join(ADAPTER_CONFIG_FILE), "{}").unwrap();
-    assert!(matches!(
-        Checkpoint::open(dir),
-        Err(CheckpointError::IsAdapter { .. })
-    ));
+    assert!(matches!(Checkpoint::open(dir), Err(CheckpointError::IsAdapter { .. })));
     fs::remove_file(dir.join(ADAPTER_CONFIG_FILE)).unwrap();
     fs::write(dir.join(CONFIG_FILE), "[]").unwrap();
-    assert!(matches!(
-        Checkpoint::open(dir),
-        Err(CheckpointError::InvalidJson { .. })
-    ));
+    assert!(matches!(Checkpoint::open(dir), Err(CheckpointError::InvalidJson { .. })));
     fs::write(dir.join(CONFIG_FILE), "{}").unwrap();
-    assert!(matches!(
-        Checkpoint::open(dir),
-        Err(CheckpointError::NoWeights { .. })
-    ));
+    assert!(matches!(Checkpoint::open(dir), Err(CheckpointError::NoWeights { .. })));
     fs::write(dir.join("training_args.bin"), "").unwrap();
-    assert!(matches!(
-        Checkpoint::open(dir),
-        Err(CheckpointError::NoWeights { .. })
-    ));
+    assert!(matches!(Checkpoint::open(dir), Err(CheckpointError::NoWeights { .. })));
     fs::write(dir.join("pytorch_model.bin"), "").unwrap();
     let message = Checkpoint::open(dir).unwrap_err().to_string();
     assert!(message.contains("pickle is never read"), "{message}");
@@ -267,13 +202,8 @@ fn folders_that_are_no_model_say_what_they_are() {
 fn side_files_are_all_but_weights_and_adapters() {
     let folder = sharded();
     let dir = folder.path();
-    let kept = [
-        "LICENSE",
-        "chat_template.jinja",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer.model",
-    ];
+    let kept =
+        ["LICENSE", "chat_template.jinja", "generation_config.json", "tokenizer.json", "tokenizer.model"];
     let left = [
         ".gitattributes",
         "adapter_config.json",
@@ -293,14 +223,8 @@ fn side_files_are_all_but_weights_and_adapters() {
         .iter()
         .map(|path| path.file_name().unwrap().to_str().unwrap().to_string())
         .collect();
-    assert_eq!(
-        names,
-        [kept[0], kept[1], "config.json", kept[2], kept[3], kept[4]]
-    );
+    assert_eq!(names, [kept[0], kept[1], "config.json", kept[2], kept[3], kept[4]]);
 
     symlink("/etc/passwd", dir.join("notes.txt")).unwrap();
-    assert!(matches!(
-        model.side_files(),
-        Err(CheckpointError::LeadsOut { .. })
-    ));
+    assert!(matches!(model.side_files(), Err(CheckpointError::LeadsOut { .. })));
 }

@@ -27,10 +27,7 @@ pub(super) struct RepoCache {
 impl RepoCache {
     /// The place of `repo`, a valid name, whether it exists or not.
     pub(super) fn new(cache: &Path, repo: &str) -> Self {
-        Self {
-            cache: cache.to_path_buf(),
-            folder: format!("models--{}", repo.replace('/', "--")),
-        }
+        Self { cache: cache.to_path_buf(), folder: format!("models--{}", repo.replace('/', "--")) }
     }
 
     fn root(&self) -> PathBuf {
@@ -134,8 +131,5 @@ pub(super) fn missing_files(snapshot: &Path) -> Result<Vec<String>, CheckpointEr
 /// Names of the repositories in the cache.
 pub(super) fn cached_repos(cache: &Path) -> Vec<String> {
     let names = file_names(cache).unwrap_or_default();
-    names
-        .iter()
-        .filter_map(|name| Some(name.strip_prefix("models--")?.replacen("--", "/", 1)))
-        .collect()
+    names.iter().filter_map(|name| Some(name.strip_prefix("models--")?.replacen("--", "/", 1))).collect()
 }

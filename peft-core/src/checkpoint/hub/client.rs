@@ -87,9 +87,8 @@ impl<'a> Client<'a> {
     /// Opens no connection yet. Errors where endpoint or token cannot be used.
     pub(super) fn new(options: &'a HubOptions, repo: &'a str, revision: &'a str) -> Result<Self, HubError> {
         let endpoint = options.endpoint.trim_end_matches('/');
-        let origin = Origin::of(endpoint).ok_or_else(|| HubError::InvalidEndpoint {
-            endpoint: printable(endpoint),
-        })?;
+        let origin = Origin::of(endpoint)
+            .ok_or_else(|| HubError::InvalidEndpoint { endpoint: printable(endpoint) })?;
         let sendable = |token: &String| token.bytes().all(|byte| byte.is_ascii_graphic());
         if !options.token.iter().all(sendable) {
             return Err(HubError::InvalidToken);
@@ -107,24 +106,13 @@ impl<'a> Client<'a> {
             // A proxy's loopback is another machine's.
             config = config.proxy(None);
         }
-        Ok(Self {
-            agent: config.build().new_agent(),
-            endpoint,
-            origin,
-            options,
-            repo,
-            revision,
-        })
+        Ok(Self { agent: config.build().new_agent(), endpoint, origin, options, repo, revision })
     }
 
     /// Commit and files of the revision.
     pub(super) fn revision_info(&self) -> Result<RevisionInfo, HubError> {
-        let url = format!(
-            "{}/api/models/{}/revision/{}",
-            self.endpoint,
-            self.repo,
-            quote(self.revision, false)
-        );
+        let url =
+            format!("{}/api/models/{}/revision/{}", self.endpoint, self.repo, quote(self.revision, false));
         let mut response = self.send(Method::Get { from: 0 }, &url)?;
         self.check_status(&url, &response, None)?;
         let info: RevisionInfo = read_json(&url, &mut response)?;
@@ -157,10 +145,7 @@ impl<'a> Client<'a> {
             None => header(&response, "content-length"),
         };
         let size = size
-            .map(|size| {
-                size.parse()
-                    .map_err(|_| invalid(&url, "a size that is no number"))
-            })
+            .map(|size| size.parse().map_err(|_| invalid(&url, "a size that is no number")))
             .transpose()?;
         Ok(FileInfo { etag, size })
     }
@@ -177,9 +162,7 @@ impl<'a> Client<'a> {
         self.check_status(&url, &response, Some(file))?;
         let begin = if response.status() == 206 {
             let range = header(&response, "content-range").unwrap_or_default();
-            let begin = range
-                .strip_prefix("bytes ")
-                .and_then(|range| range.split('-').next()?.parse().ok());
+            let begin = range.strip_prefix("bytes ").and_then(|range| range.split('-').next()?.parse().ok());
             begin
                 .filter(|&begin: &u64| begin == from)
                 .ok_or_else(|| invalid(&url, "another range than was asked for"))?
@@ -190,12 +173,7 @@ impl<'a> Client<'a> {
     }
 
     fn file_url(&self, commit: &str, file: &str) -> String {
-        format!(
-            "{}/{}/resolve/{commit}/{}",
-            self.endpoint,
-            self.repo,
-            quote(file, true)
-        )
+        format!("{}/{}/resolve/{commit}/{}", self.endpoint, self.repo, quote(file, true))
     }
 
     /// Sends a request and follows redirects; a `Head` only those on the hub itself.
@@ -249,25 +227,14 @@ impl<'a> Client<'a> {
         };
         let code = header(response, "x-error-code").unwrap_or_default();
         Err(match (status, code.as_str(), file) {
-            (404, "RevisionNotFound", _) => HubError::RevisionNotFound {
-                repo,
-                revision: self.revision.to_string(),
-            },
+            (404, "RevisionNotFound", _) => {
+                HubError::RevisionNotFound { repo, revision: self.revision.to_string() }
+            }
             (404, "RepoNotFound", _) | (404, _, None) => HubError::RepoNotFound { repo, hint: hint() },
-            (404, _, Some(file)) => HubError::FileNotFound {
-                repo,
-                file: file.to_string(),
-            },
+            (404, _, Some(file)) => HubError::FileNotFound { repo, file: file.to_string() },
             (401 | 403, _, _) if self.options.token.is_some() => HubError::AccessDenied { repo, status },
-            (401 | 403, _, _) => HubError::TokenNeeded {
-                repo,
-                status,
-                hint: hint(),
-            },
-            _ => HubError::UnexpectedStatus {
-                url: printable(url),
-                status,
-            },
+            (401 | 403, _, _) => HubError::TokenNeeded { repo, status, hint: hint() },
+            _ => HubError::UnexpectedStatus { url: printable(url), status },
         })
     }
 }
@@ -283,23 +250,14 @@ fn header(response: &Response<Body>, name: &str) -> Option<String> {
 }
 
 fn read_json<T: DeserializeOwned>(url: &str, response: &mut Response<Body>) -> Result<T, HubError> {
-    let body = response
-        .body_mut()
-        .with_config()
-        .limit(MAX_INFO_BYTES)
-        .read_to_vec();
-    let body = body.map_err(|error| HubError::Interrupted {
-        file: printable(url),
-        reason: error.to_string(),
-    })?;
+    let body = response.body_mut().with_config().limit(MAX_INFO_BYTES).read_to_vec();
+    let body =
+        body.map_err(|error| HubError::Interrupted { file: printable(url), reason: error.to_string() })?;
     serde_json::from_slice(&body).map_err(|error| invalid(url, &error.to_string()))
 }
 
 fn invalid(url: &str, reason: &str) -> HubError {
-    HubError::InvalidResponse {
-        url: printable(url),
-        reason: reason.to_string(),
-    }
+    HubError::InvalidResponse { url: printable(url), reason: reason.to_string() }
 }
 
 /// An address without what may be secret in it: signatures after `?`, and user names.
@@ -307,11 +265,7 @@ fn printable(url: &str) -> String {
     let url = url.split(['?', '#']).next().unwrap_or_default();
     let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
     let rest = rest.rsplit('@').next().unwrap_or_default();
-    if scheme.is_empty() {
-        rest.to_string()
-    } else {
-        format!("{scheme}://{rest}")
-    }
+    if scheme.is_empty() { rest.to_string() } else { format!("{scheme}://{rest}") }
 }
 
 /// The address to which a redirect at `url` leads; `None` for relative paths, which the hub never sends.
@@ -362,10 +316,7 @@ mod tests {
         assert_eq!(quote("a b/ü.json", true), "a%20b/%C3%BC.json");
         assert_eq!(join("https://h:1/a?b", "/c").as_deref(), Some("https://h:1/c"));
         assert_eq!(join("https://h/a", "//cdn/c").as_deref(), Some("https://cdn/c"));
-        assert_eq!(
-            join("https://h/a", "http://cdn/c").as_deref(),
-            Some("http://cdn/c")
-        );
+        assert_eq!(join("https://h/a", "http://cdn/c").as_deref(), Some("http://cdn/c"));
         assert_eq!(join("https://h/a", "c"), None);
         assert_eq!(printable("https://cdn/x?Signature=secret"), "https://cdn/x");
         assert_eq!(printable("user:secret@h/x"), "h/x");

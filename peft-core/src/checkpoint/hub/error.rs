@@ -25,13 +25,7 @@ pub enum HubError {
     InvalidToken,
     /// The cache lacks what offline use needs.
     #[error("{repo}: no such folder here, and revision `{revision}` is not complete in {}: missing {missing}; download it once without --offline{hint}", cache.display())]
-    NotCached {
-        repo: String,
-        revision: String,
-        cache: PathBuf,
-        missing: String,
-        hint: String,
-    },
+    NotCached { repo: String, revision: String, cache: PathBuf, missing: String, hint: String },
     /// The hub refuses, with a token.
     #[error(
         "the hub denies access to {repo} (HTTP {status}): accept its licence on its page, and see that the token may read it"
@@ -73,11 +67,7 @@ pub enum HubError {
     InvalidResponse { url: String, reason: String },
     /// The file that arrived is not the file that was announced.
     #[error("{file}: expected {expected}, received {found}; run again to download it anew")]
-    Corrupt {
-        file: String,
-        expected: String,
-        found: String,
-    },
+    Corrupt { file: String, expected: String, found: String },
 }
 
 impl HubError {

@@ -64,17 +64,11 @@ pub fn resolve_with_progress(
         return Err(no_folder(path));
     }
     if !is_repo_name(base) {
-        return Err(HubError::InvalidName {
-            base: base.to_string(),
-        }
-        .into());
+        return Err(HubError::InvalidName { base: base.to_string() }.into());
     }
     let revision = options.revision.as_deref().unwrap_or("main");
     if !is_revision(revision) {
-        return Err(HubError::InvalidRevision {
-            revision: revision.to_string(),
-        }
-        .into());
+        return Err(HubError::InvalidRevision { revision: revision.to_string() }.into());
     }
     let cache = RepoCache::new(&options.cache_dir, base);
     if options.offline {
@@ -82,12 +76,7 @@ pub fn resolve_with_progress(
     }
     let client = Client::new(options, base, revision)?;
     let info = client.revision_info()?;
-    let mut download = Download {
-        client: &client,
-        cache: &cache,
-        commit: &info.sha,
-        progress,
-    };
+    let mut download = Download { client: &client, cache: &cache, commit: &info.sha, progress };
     for file in wanted_files(base, &info)? {
         download.fetch(file)?;
         if file == INDEX_FILE {
@@ -167,11 +156,7 @@ fn wanted_files<'a>(repo: &str, info: &'a RevisionInfo) -> Result<Vec<&'a str>, 
     // As transformers chooses: one file before shards.
     let one_file = top.contains(&WEIGHTS_FILE);
     let weights = if one_file { WEIGHTS_FILE } else { INDEX_FILE };
-    wanted.extend(
-        [ADAPTER_WEIGHTS_FILE, weights]
-            .into_iter()
-            .filter(|file| top.contains(file)),
-    );
+    wanted.extend([ADAPTER_WEIGHTS_FILE, weights].into_iter().filter(|file| top.contains(file)));
     if wanted.len() == small {
         wanted.extend(top.iter().copied().filter(|file| file.ends_with(".safetensors")));
     }
@@ -180,10 +165,7 @@ fn wanted_files<'a>(repo: &str, info: &'a RevisionInfo) -> Result<Vec<&'a str>, 
         let is_pickle =
             |file: &&&str| file.ends_with(".bin") || file.ends_with(".pt") || file.ends_with(".pth");
         return Err(match top.iter().find(is_pickle) {
-            Some(file) => HubError::PickleOnly {
-                repo,
-                file: file.to_string(),
-            },
+            Some(file) => HubError::PickleOnly { repo, file: file.to_string() },
             None => HubError::NoWeights { repo },
         });
     }
@@ -247,15 +229,8 @@ impl Download<'_> {
     /// One connection's worth of the file, appended to `partial`.
     fn transfer(&mut self, file: &str, info: &FileInfo, partial: &Path) -> Result<(), CheckpointError> {
         let failed = || CheckpointError::write(partial);
-        let interrupted = |reason: String| HubError::Interrupted {
-            file: file.to_string(),
-            reason,
-        };
-        let mut out = File::options()
-            .create(true)
-            .append(true)
-            .open(partial)
-            .map_err(failed())?;
+        let interrupted = |reason: String| HubError::Interrupted { file: file.to_string(), reason };
+        let mut out = File::options().create(true).append(true).open(partial).map_err(failed())?;
         let mut done = out.metadata().map_err(failed())?.len();
         if info.size == Some(done) {
             return Ok(());
@@ -280,11 +255,7 @@ impl Download<'_> {
             };
             out.write_all(&buffer[..count]).map_err(failed())?;
             done += count as u64;
-            (self.progress)(Progress {
-                file,
-                done,
-                total: info.size,
-            });
+            (self.progress)(Progress { file, done, total: info.size });
         }
         match info.size {
             Some(size) if done < size => Err(interrupted(format!("{done} of {size} bytes arrived")).into()),
@@ -295,11 +266,8 @@ impl Download<'_> {
 
 /// Checks size, and where the hub names the contents by SHA-256, the hash.
 fn verify(file: &str, info: &FileInfo, partial: &Path) -> Result<(), CheckpointError> {
-    let corrupt = |expected: String, found: String| HubError::Corrupt {
-        file: file.to_string(),
-        expected,
-        found,
-    };
+    let corrupt =
+        |expected: String, found: String| HubError::Corrupt { file: file.to_string(), expected, found };
     let mut contents = File::open(partial).map_err(CheckpointError::read(partial))?;
     let size = contents.metadata().map_err(CheckpointError::read(partial))?.len();
     if let Some(expected) = info.size.filter(|expected| *expected != size) {
@@ -322,9 +290,7 @@ fn is_repo_name(name: &str) -> bool {
         !part.is_empty()
             && !part.starts_with(['-', '.'])
             && !part.ends_with(['-', '.'])
-            && part
-                .bytes()
-                .all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
+            && part.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte))
     };
     name.len() <= 96
         && name.split('/').all(part)

@@ -33,9 +33,7 @@ impl HubOptions {
             None => PathBuf::from(path),
         };
         let home = get("HF_HOME").map(expand).unwrap_or_else(|| {
-            get("XDG_CACHE_HOME")
-                .map_or_else(|| user.join(".cache"), expand)
-                .join("huggingface")
+            get("XDG_CACHE_HOME").map_or_else(|| user.join(".cache"), expand).join("huggingface")
         });
         let cache_dir = get("HF_HUB_CACHE").map_or_else(|| home.join("hub"), expand);
         let token = get("HF_TOKEN").or_else(|| {
@@ -48,9 +46,7 @@ impl HubOptions {
         Self {
             revision: None,
             offline,
-            token: token
-                .map(|token| token.trim().to_string())
-                .filter(|token| !token.is_empty()),
+            token: token.map(|token| token.trim().to_string()).filter(|token| !token.is_empty()),
             endpoint: endpoint.trim_end_matches('/').to_string(),
             cache_dir,
         }
@@ -85,10 +81,7 @@ mod tests {
     #[test]
     fn defaults_are_those_of_the_python_tools() {
         let options = options(&[("HOME", "/nonexistent/u")]);
-        assert_eq!(
-            options.cache_dir,
-            PathBuf::from("/nonexistent/u/.cache/huggingface/hub")
-        );
+        assert_eq!(options.cache_dir, PathBuf::from("/nonexistent/u/.cache/huggingface/hub"));
         assert_eq!(options.endpoint, "https://huggingface.co");
         assert!(!options.offline && options.token.is_none() && options.revision.is_none());
     }
@@ -118,9 +111,6 @@ mod tests {
         let home = folder.path().to_str().unwrap();
         assert_eq!(options(&[("HF_HOME", home)]).token.as_deref(), Some("hf_file"));
         let path = format!("{home}/token");
-        assert_eq!(
-            options(&[("HF_TOKEN_PATH", &path)]).token.as_deref(),
-            Some("hf_file")
-        );
+        assert_eq!(options(&[("HF_TOKEN_PATH", &path)]).token.as_deref(), Some("hf_file"));
     }
 }

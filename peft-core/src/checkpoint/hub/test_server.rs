@@ -47,10 +47,7 @@ struct Request {
 impl TestHub {
     pub(super) fn start(files: &[(&str, &[u8])]) -> Self {
         let state = Arc::new(Mutex::new(State {
-            files: files
-                .iter()
-                .map(|(name, bytes)| (name.to_string(), bytes.to_vec()))
-                .collect(),
+            files: files.iter().map(|(name, bytes)| (name.to_string(), bytes.to_vec())).collect(),
             ..State::default()
         }));
         let cdn = serve(state.clone(), answer_cdn);
@@ -96,11 +93,7 @@ fn read_request(stream: &TcpStream) -> Option<Request> {
             Some((name.to_lowercase(), value.to_string()))
         })
         .collect();
-    Some(Request {
-        method,
-        path,
-        headers,
-    })
+    Some(Request { method, path, headers })
 }
 
 /// Sends a response whose body may be cut short of its announced length.
@@ -111,9 +104,7 @@ fn respond(stream: &mut TcpStream, status: &str, headers: &[(&str, String)], len
     }
     text.push_str("\r\n");
     // A client that has heard enough may be gone.
-    let _ = stream
-        .write_all(text.as_bytes())
-        .and_then(|()| stream.write_all(body));
+    let _ = stream.write_all(text.as_bytes()).and_then(|()| stream.write_all(body));
 }
 
 fn refuse(stream: &mut TcpStream, status: &str, code: &str) {
@@ -123,11 +114,7 @@ fn refuse(stream: &mut TcpStream, status: &str, code: &str) {
 fn answer_hub(state: &mut State, request: Request, stream: &mut TcpStream, cdn: &str) {
     state.seen.push(format!("{} {}", request.method, request.path));
     let authorization = request.headers.get("authorization").cloned();
-    if state
-        .token
-        .as_ref()
-        .is_some_and(|token| authorization != Some(format!("Bearer {token}")))
-    {
+    if state.token.as_ref().is_some_and(|token| authorization != Some(format!("Bearer {token}"))) {
         return refuse(stream, "401 Unauthorized", "GatedRepo");
     }
     if let Some(rest) = request.path.strip_prefix("/api/models/") {
@@ -146,17 +133,11 @@ fn answer_hub(state: &mut State, request: Request, stream: &mut TcpStream, cdn: 
         }
         let mut names: Vec<_> = state.files.keys().collect();
         names.sort();
-        let siblings: Vec<_> = names
-            .iter()
-            .map(|name| serde_json::json!({"rfilename": name}))
-            .collect();
+        let siblings: Vec<_> = names.iter().map(|name| serde_json::json!({"rfilename": name})).collect();
         let body = serde_json::json!({"sha": COMMIT, "siblings": siblings}).to_string();
         return respond(stream, "200 OK", &[], body.len(), body.as_bytes());
     }
-    let file = request
-        .path
-        .split_once(&format!("/resolve/{COMMIT}/"))
-        .map(|(_, file)| file.to_string());
+    let file = request.path.split_once(&format!("/resolve/{COMMIT}/")).map(|(_, file)| file.to_string());
     let Some((file, contents)) = file.and_then(|file| Some((file.clone(), state.files.get(&file)?))) else {
         return refuse(stream, "404 Not Found", "EntryNotFound");
     };
@@ -173,32 +154,21 @@ fn answer_hub(state: &mut State, request: Request, stream: &mut TcpStream, cdn: 
         ];
         return respond(stream, "302 Found", &headers, 0, b"");
     }
-    let body = if request.method == "HEAD" {
-        &[][..]
-    } else {
-        contents
-    };
+    let body = if request.method == "HEAD" { &[][..] } else { contents };
     let headers = [commit, ("ETag", format!("W/\"{}\"", &digest[..40]))];
     respond(stream, "200 OK", &headers, contents.len(), body);
 }
 
 fn answer_cdn(state: &mut State, request: Request, stream: &mut TcpStream) {
     let range = request.headers.get("range").cloned().unwrap_or_default();
-    state
-        .seen
-        .push(format!("{} cdn{} {range}", request.method, request.path));
+    state.seen.push(format!("{} cdn{} {range}", request.method, request.path));
     state.leaked.extend(request.headers.get("authorization").cloned());
     let name = request.path[1..].split('?').next().unwrap();
     let contents = state.forged.as_ref().unwrap_or(&state.files[name]);
-    let from: usize = range
-        .strip_prefix("bytes=")
-        .map_or(0, |range| range.trim_end_matches('-').parse().unwrap());
+    let from: usize =
+        range.strip_prefix("bytes=").map_or(0, |range| range.trim_end_matches('-').parse().unwrap());
     let rest = &contents[from.min(contents.len())..];
-    let sent = if state.breaks > 0 {
-        rest.len() / 2
-    } else {
-        rest.len()
-    };
+    let sent = if state.breaks > 0 { rest.len() / 2 } else { rest.len() };
     state.breaks = state.breaks.saturating_sub(1);
     if from == 0 {
         respond(stream, "200 OK", &[], rest.len(), &rest[..sent]);

@@ -53,10 +53,7 @@ fn a_model_comes_into_the_shared_layout_and_is_not_fetched_again() {
     let snapshot = resolve("org/name", &options).unwrap();
     let root = cache.path().join("models--org--name");
     assert_eq!(snapshot, root.join("snapshots").join(COMMIT));
-    assert_eq!(
-        names(&snapshot),
-        ["LICENSE", "config.json", "model.safetensors", "tokenizer.json"]
-    );
+    assert_eq!(names(&snapshot), ["LICENSE", "config.json", "model.safetensors", "tokenizer.json"]);
     assert_eq!(fs::read(snapshot.join("model.safetensors")).unwrap(), [7; 1000]);
     assert_eq!(fs::read_to_string(root.join("refs/main")).unwrap(), COMMIT);
     let digest = hex(&Sha256::digest([7; 1000]));
@@ -71,18 +68,11 @@ fn a_model_comes_into_the_shared_layout_and_is_not_fetched_again() {
     // What another tool left as a blob is linked, not fetched.
     fs::remove_file(snapshot.join("model.safetensors")).unwrap();
     resolve("org/name", &options).unwrap();
-    assert_eq!(
-        hub.take_seen()[1..],
-        [format!("HEAD /org/name/resolve/{COMMIT}/model.safetensors")]
-    );
+    assert_eq!(hub.take_seen()[1..], [format!("HEAD /org/name/resolve/{COMMIT}/model.safetensors")]);
 
     // And offline the same snapshot is found without the hub, by branch or commit.
     for revision in [None, Some(COMMIT.to_string())] {
-        let offline = HubOptions {
-            offline: true,
-            revision,
-            ..options.clone()
-        };
+        let offline = HubOptions { offline: true, revision, ..options.clone() };
         assert_eq!(resolve("org/name", &offline).unwrap(), snapshot);
     }
     assert!(hub.take_seen().is_empty());
@@ -98,19 +88,11 @@ fn shards_follow_from_the_index_and_other_revisions_have_their_refs() {
         ("consolidated.safetensors", b"no"),
     ]);
     let (cache, options) = options(&hub.endpoint);
-    let options = HubOptions {
-        revision: Some("refs/pr/1".to_string()),
-        ..options
-    };
+    let options = HubOptions { revision: Some("refs/pr/1".to_string()), ..options };
     let snapshot = resolve("org/name", &options).unwrap();
     assert_eq!(
         names(&snapshot),
-        [
-            "config.json",
-            "model.safetensors.index.json",
-            "s1.safetensors",
-            "s2.safetensors"
-        ]
+        ["config.json", "model.safetensors.index.json", "s1.safetensors", "s2.safetensors"]
     );
     let reference = cache.path().join("models--org--name/refs/refs/pr/1");
     assert_eq!(fs::read_to_string(reference).unwrap(), COMMIT);
@@ -118,20 +100,11 @@ fn shards_follow_from_the_index_and_other_revisions_have_their_refs() {
 
 #[test]
 fn an_adapter_needs_no_config_of_a_model() {
-    let hub = TestHub::start(&[
-        ("adapter_config.json", b"{}"),
-        ("adapter_model.safetensors", b"x"),
-    ]);
+    let hub = TestHub::start(&[("adapter_config.json", b"{}"), ("adapter_model.safetensors", b"x")]);
     let (_cache, options) = options(&hub.endpoint);
     let snapshot = resolve("org/name", &options).unwrap();
-    assert_eq!(
-        names(&snapshot),
-        ["adapter_config.json", "adapter_model.safetensors"]
-    );
-    let offline = HubOptions {
-        offline: true,
-        ..options
-    };
+    assert_eq!(names(&snapshot), ["adapter_config.json", "adapter_model.safetensors"]);
+    let offline = HubOptions { offline: true, ..options };
     assert_eq!(resolve("org/name", &offline).unwrap(), snapshot);
 }
 
@@ -144,20 +117,11 @@ fn the_token_opens_the_hub_and_never_reaches_the_cdn() {
     assert!(matches!(error, HubError::TokenNeeded { status: 401, .. }) && error.is_bad_input());
     assert!(error.to_string().contains("set HF_TOKEN"));
 
-    let wrong = HubOptions {
-        token: Some("hf_wrong".to_string()),
-        ..options.clone()
-    };
+    let wrong = HubOptions { token: Some("hf_wrong".to_string()), ..options.clone() };
     let message = hub_error(resolve("org/name", &wrong)).to_string();
-    assert!(
-        message.contains("accept its licence") && !message.contains("hf_wrong"),
-        "{message}"
-    );
+    assert!(message.contains("accept its licence") && !message.contains("hf_wrong"), "{message}");
 
-    let right = HubOptions {
-        token: Some("hf_secret".to_string()),
-        ..options
-    };
+    let right = HubOptions { token: Some("hf_secret".to_string()), ..options };
     resolve("org/name", &right).unwrap();
     let state = hub.state.lock().unwrap();
     assert!(state.seen.iter().any(|request| request.starts_with("GET cdn/")));
@@ -169,10 +133,7 @@ fn a_redirect_on_the_hub_itself_keeps_the_token() {
     let hub = model();
     hub.state.lock().unwrap().token = Some("hf_secret".to_string());
     let (_cache, options) = options(&hub.endpoint);
-    let options = HubOptions {
-        token: Some("hf_secret".to_string()),
-        ..options
-    };
+    let options = HubOptions { token: Some("hf_secret".to_string()), ..options };
     // A renamed repository.
     resolve("org/old", &options).unwrap();
 }
@@ -196,11 +157,7 @@ fn a_broken_download_goes_on_where_it_ended() {
         .take_seen()
         .iter()
         .filter_map(|request| {
-            Some(
-                request
-                    .strip_prefix("GET cdn/model.safetensors?Signature=secret ")?
-                    .to_string(),
-            )
+            Some(request.strip_prefix("GET cdn/model.safetensors?Signature=secret ")?.to_string())
         })
         .collect();
     assert_eq!(ranges, ["", "bytes=500-", "bytes=750-"]);
@@ -228,10 +185,7 @@ fn unknown_repositories_and_revisions_are_named() {
     let error = hub_error(resolve("org/nam", &options));
     assert!(matches!(error, HubError::RepoNotFound { .. }) && error.is_bad_input());
     assert!(error.to_string().contains("did you mean `org/nam3`?"), "{error}");
-    let other = HubOptions {
-        revision: Some("v2".to_string()),
-        ..options
-    };
+    let other = HubOptions { revision: Some("v2".to_string()), ..options };
     let error = hub_error(resolve("org/name", &other));
     assert!(matches!(error, HubError::RevisionNotFound { revision, .. } if revision == "v2"));
 }
@@ -240,15 +194,9 @@ fn unknown_repositories_and_revisions_are_named() {
 fn repositories_without_safetensors_are_refused_before_any_download() {
     let hub = TestHub::start(&[("config.json", b"{}"), ("pytorch_model.bin", b"x")]);
     let (cache, options) = options(&hub.endpoint);
-    assert!(matches!(
-        hub_error(resolve("org/name", &options)),
-        HubError::PickleOnly { .. }
-    ));
+    assert!(matches!(hub_error(resolve("org/name", &options)), HubError::PickleOnly { .. }));
     hub.state.lock().unwrap().files.remove("pytorch_model.bin");
-    assert!(matches!(
-        hub_error(resolve("org/name", &options)),
-        HubError::NoWeights { .. }
-    ));
+    assert!(matches!(hub_error(resolve("org/name", &options)), HubError::NoWeights { .. }));
     assert!(names(cache.path()).is_empty());
 }
 
@@ -258,10 +206,7 @@ fn an_index_cannot_name_files_outside() {
     let hub = TestHub::start(&[("config.json", b"{}"), ("model.safetensors.index.json", index)]);
     let (_cache, options) = options(&hub.endpoint);
     let error = resolve("org/name", &options).unwrap_err();
-    assert!(
-        matches!(error, CheckpointError::UnsafeShardName { .. }),
-        "{error}"
-    );
+    assert!(matches!(error, CheckpointError::UnsafeShardName { .. }), "{error}");
 }
 
 #[test]
@@ -269,10 +214,7 @@ fn offline_opens_no_connection_and_says_what_is_missing() {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     listener.set_nonblocking(true).unwrap();
     let (cache, options) = options(&format!("http://{}", listener.local_addr().unwrap()));
-    let options = HubOptions {
-        offline: true,
-        ..options
-    };
+    let options = HubOptions { offline: true, ..options };
     let error = hub_error(resolve("org/name", &options));
     assert!(matches!(error, HubError::NotCached { .. }) && error.is_bad_input());
     assert!(error.to_string().contains("the whole snapshot"), "{error}");
@@ -293,10 +235,7 @@ fn offline_opens_no_connection_and_says_what_is_missing() {
 
     // A reference that is no commit leads nowhere.
     fs::write(root.join("refs/main"), "../../../etc").unwrap();
-    assert!(matches!(
-        hub_error(resolve("org/name", &options)),
-        HubError::NotCached { .. }
-    ));
+    assert!(matches!(hub_error(resolve("org/name", &options)), HubError::NotCached { .. }));
     assert_eq!(listener.accept().unwrap_err().kind(), io::ErrorKind::WouldBlock);
 }
 
@@ -335,13 +274,8 @@ fn folders_are_themselves_and_paths_are_not_looked_up() {
     let folder = cache.path().join("llama");
     fs::create_dir(&folder).unwrap();
     assert_eq!(resolve(folder.to_str().unwrap(), &options).unwrap(), folder);
-    let message = resolve(&format!("{}/lama", cache.path().display()), &options)
-        .unwrap_err()
-        .to_string();
-    assert!(
-        message.contains("no such folder (did you mean `llama`?)"),
-        "{message}"
-    );
+    let message = resolve(&format!("{}/lama", cache.path().display()), &options).unwrap_err().to_string();
+    assert!(message.contains("no such folder (did you mean `llama`?)"), "{message}");
     for path in ["./none", "~/none", "a/b/c", "../none"] {
         let error = resolve(path, &options).unwrap_err();
         assert!(matches!(error, CheckpointError::NoFolder { .. }) && error.is_bad_input());
@@ -352,36 +286,18 @@ fn folders_are_themselves_and_paths_are_not_looked_up() {
 fn names_revisions_endpoints_and_tokens_are_checked_first() {
     let (_cache, options) = options("http://127.0.0.1:9");
     for name in ["", "org/", "a b", "org/na--me", "-x", "x.git", "o?/x", "org\\x"] {
-        assert!(
-            matches!(hub_error(resolve(name, &options)), HubError::InvalidName { .. }),
-            "{name}"
-        );
+        assert!(matches!(hub_error(resolve(name, &options)), HubError::InvalidName { .. }), "{name}");
     }
     for revision in ["", "../x", "a//b", "a b", "a/../b"] {
-        let options = HubOptions {
-            revision: Some(revision.to_string()),
-            ..options.clone()
-        };
-        assert!(matches!(
-            hub_error(resolve("org/x", &options)),
-            HubError::InvalidRevision { .. }
-        ));
+        let options = HubOptions { revision: Some(revision.to_string()), ..options.clone() };
+        assert!(matches!(hub_error(resolve("org/x", &options)), HubError::InvalidRevision { .. }));
     }
     for endpoint in ["huggingface.co", "file:///etc", "https://user:secret@hub"] {
-        let options = HubOptions {
-            endpoint: endpoint.to_string(),
-            ..options.clone()
-        };
+        let options = HubOptions { endpoint: endpoint.to_string(), ..options.clone() };
         let error = hub_error(resolve("org/x", &options));
         assert!(matches!(error, HubError::InvalidEndpoint { .. }));
         assert!(!error.to_string().contains("secret"));
     }
-    let options = HubOptions {
-        token: Some("a\r\nX: y".to_string()),
-        ..options
-    };
-    assert!(matches!(
-        hub_error(resolve("org/x", &options)),
-        HubError::InvalidToken
-    ));
+    let options = HubOptions { token: Some("a\r\nX: y".to_string()), ..options };
+    assert!(matches!(hub_error(resolve("org/x", &options)), HubError::InvalidToken));
 }

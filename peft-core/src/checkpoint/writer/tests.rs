@@ -46,19 +46,13 @@ fn the_bytes_are_those_of_the_safetensors_library() {
     let path = folder.path().join("x.safetensors");
     let samples = samples();
     for (ours, theirs) in [
-        (
-            metadata(),
-            Some(HashMap::from([("format".to_string(), "pt".to_string())])),
-        ),
+        (metadata(), Some(HashMap::from([("format".to_string(), "pt".to_string())]))),
         (BTreeMap::new(), None),
     ] {
         write_safetensors(&path, lazy(&samples), &ours).unwrap();
         let written = fs::read(&path).unwrap();
         let views = samples.iter().map(|(name, dtype, shape, bytes)| {
-            (
-                *name,
-                TensorView::new(dtype.to_safetensors(), shape.clone(), bytes).unwrap(),
-            )
+            (*name, TensorView::new(dtype.to_safetensors(), shape.clone(), bytes).unwrap())
         });
         assert_eq!(written, safetensors::serialize(views, theirs).unwrap());
         let parsed = SafeTensors::deserialize(&written).unwrap();
@@ -67,10 +61,7 @@ fn the_bytes_are_those_of_the_safetensors_library() {
     let file = SafetensorsFile::open(&path).unwrap();
     for (name, dtype, shape, bytes) in &samples {
         let tensor = file.tensor(name).unwrap();
-        assert_eq!(
-            (tensor.dtype, tensor.shape, tensor.bytes),
-            (*dtype, &shape[..], &bytes[..])
-        );
+        assert_eq!((tensor.dtype, tensor.shape, tensor.bytes), (*dtype, &shape[..], &bytes[..]));
     }
 }
 
@@ -151,17 +142,11 @@ fn the_callers_error_comes_back_and_nothing_is_left() {
     assert!(matches!(error, CallerError::NotFinite));
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 
-    let tensors = vec![LazyTensor::<CallerError>::new("a", Dtype::F32, vec![2], || {
-        Ok(vec![0; 7].into())
-    })];
+    let tensors = vec![LazyTensor::<CallerError>::new("a", Dtype::F32, vec![2], || Ok(vec![0; 7].into()))];
     let error = write_safetensors(&path, tensors, &BTreeMap::new()).unwrap_err();
     assert!(matches!(
         error,
-        CallerError::Checkpoint(CheckpointError::WrongLength {
-            expected: 8,
-            found: 7,
-            ..
-        })
+        CallerError::Checkpoint(CheckpointError::WrongLength { expected: 8, found: 7, .. })
     ));
     assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
 }
@@ -170,20 +155,9 @@ fn the_callers_error_comes_back_and_nothing_is_left() {
 fn a_full_disk_is_a_failed_write() {
     let samples = samples();
     let mut full = OpenOptions::new().write(true).open("/dev/full").unwrap();
-    let error = stream(
-        Path::new("x.safetensors"),
-        &mut full,
-        &lazy(&samples),
-        &metadata(),
-    )
-    .unwrap_err();
+    let error = stream(Path::new("x.safetensors"), &mut full, &lazy(&samples), &metadata()).unwrap_err();
     assert!(matches!(error, CheckpointError::WriteFailed { .. }) && !error.is_bad_input());
-    assert!(
-        error
-            .to_string()
-            .starts_with("x.safetensors: cannot write: No space left"),
-        "{error}"
-    );
+    assert!(error.to_string().starts_with("x.safetensors: cannot write: No space left"), "{error}");
 }
 
 #[test]
@@ -201,12 +175,7 @@ fn repeated_reserved_and_overflowing_tensors_are_refused() {
         Err(CheckpointError::ReservedName { .. })
     ));
     assert!(matches!(
-        write_sharded(
-            Path::new("."),
-            vec![one("a", vec![usize::MAX, 2])],
-            1,
-            &BTreeMap::new()
-        ),
+        write_sharded(Path::new("."), vec![one("a", vec![usize::MAX, 2])], 1, &BTreeMap::new()),
         Err(CheckpointError::SizeOverflow { .. })
     ));
 }

@@ -1,0 +1,96 @@
+//! What is said before and after a run.
+
+use super::{bytes, count, table};
+use crate::recipe::{MethodBlock, Recipe};
+use peft_core::data::Example;
+use peft_core::train::{EvalMetrics, RunSummary};
+use std::path::Path;
+
+/// What is about to run, on stderr. `parameters` are those that train, and all.
+pub fn run_plan(
+    recipe: &Recipe,
+    method: &str,
+    train: &[Example],
+    validation: &[Example],
+    (trainable, total): (u64, u64),
+    steps: u64,
+) {
+    let tokens: u64 = train.iter().map(|example| example.ids.len() as u64).sum();
+    let supervised: u64 = train.iter().map(|e| e.supervised.iter().filter(|s| **s).count() as u64).sum();
+    let rows = vec![
+        vec!["base".to_string(), recipe.base_model.clone()],
+        vec!["method".to_string(), method.to_string()],
+        vec![
+            "trainable".to_string(),
+            format!(
+                "{} of {} parameters ({:.3} %)",
+                count(trainable),
+                count(total),
+                100.0 * trainable as f64 / total as f64
+            ),
+        ],
+        vec![
+            "data".to_string(),
+            format!(
+                "{} examples, {} tokens, {:.1} % supervised",
+                count(train.len() as u64),
+                count(tokens),
+                100.0 * supervised as f64 / tokens.max(1) as f64
+            ),
+        ],
+        vec!["validation".to_string(), format!("{} examples", count(validation.len() as u64))],
+        vec![
+            "steps".to_string(),
+            format!(
+                "{} of {} × {} examples",
+                count(steps),
+                recipe.gradient_accumulation_steps,
+                recipe.micro_batch_size
+            ),
+        ],
+        vec!["output".to_string(), recipe.output_dir.clone()],
+    ];
+    for row in rows {
+        eprintln!("  {:<11} {}", row[0], row[1]);
+    }
+    eprintln!();
+}
+
+/// How a run ended, on stdout: held-out numbers before and after, speed, and the commands to try next.
+pub fn run_summary(recipe: &Recipe, recipe_path: &Path, summary: &RunSummary) {
+    println!();
+    if let Some(after) = &summary.after {
+        let mut rows = vec![vec!["held-out".to_string(), "before".to_string(), "after".to_string()]];
+        let mut row = |name: &str, show: &dyn Fn(&EvalMetrics) -> Option<String>| {
+            if let Some(value) = show(after) {
+                let before = summary.before.as_ref().and_then(show).unwrap_or_else(|| "–".to_string());
+                rows.push(vec![name.to_string(), before, value]);
+            }
+        };
+        row("loss", &|m| Some(format!("{:.4}", m.eval_loss)));
+        row("perplexity", &|m| Some(format!("{:.3}", m.eval_perplexity)));
+        row("token accuracy", &|m| Some(format!("{:.1} %", m.eval_token_accuracy * 100.0)));
+        row("exact match", &|m| m.eval_exact_match.map(|share| format!("{:.1} %", share * 100.0)));
+        println!("{}", table(&rows));
+    }
+    let rate = summary.tokens as f64 / summary.seconds.max(1e-9);
+    let peak =
+        summary.peak_memory_bytes.map_or_else(String::new, |peak| format!(", peak memory {}", bytes(peak)));
+    println!("{} steps, {:.1} s in steps, {rate:.0} tokens/s{peak}", summary.steps, summary.seconds);
+    println!("{}", summary.artifact.display());
+
+    let artifact = summary.artifact.display();
+    println!("\nnext:");
+    match recipe.method {
+        MethodBlock::Lora(_) => {
+            let base = &recipe.base_model;
+            println!("  peft generate --base-model {base} --adapter {artifact} --prompt '…'");
+            println!(
+                "  peft merge    --base-model {base} --adapter {artifact} --output {}/merged",
+                recipe.output_dir
+            );
+        }
+        MethodBlock::Full => println!("  peft generate --base-model {artifact} --prompt '…'"),
+    }
+    println!("  peft train    {} --override learning_rate=… --output-dir …", recipe_path.display());
+}
