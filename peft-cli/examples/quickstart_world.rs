@@ -163,7 +163,7 @@ fn tokenizer(corpus: &[String]) -> Result<Tokenizer, Box<dyn Error + Send + Sync
         .build();
     let mut tokenizer = Tokenizer::new(BPE::default());
     let bytes = ByteLevel::default().add_prefix_space(false);
-    tokenizer.with_pre_tokenizer(Some(bytes.clone())).with_decoder(Some(bytes));
+    tokenizer.with_pre_tokenizer(Some(bytes)).with_decoder(Some(bytes));
     let mut trainer = tokenizers::models::TrainerWrapper::from(std::mem::take(&mut trainer));
     tokenizer.train(&mut trainer, corpus.iter())?;
     let template = TemplateProcessing::builder()

@@ -60,10 +60,8 @@ fn damaged_weights() {
     std::fs::write(&file, &whole[..whole.len() / 2]).unwrap();
     refuses_base(&dir, &["model.safetensors", "cut short"]);
 
-    let (header, data) = (|| {
-        std::fs::write(&file, &whole).unwrap();
-        split(&file)
-    })();
+    std::fs::write(&file, &whole).unwrap();
+    let (header, data) = split(&file);
     let mut overlapping = header.clone();
     overlapping["model.norm.weight"]["data_offsets"] = json!([0, 384]);
     join(&file, &overlapping, &data);

@@ -48,7 +48,7 @@ fn the_quickstart_teaches_the_task_and_its_results_agree() {
     let (before, after) = (&info["result"]["before"], &info["result"]["after"]);
     assert!(before["eval_exact_match"].as_f64().unwrap() < 0.05, "{before}");
     assert!(after["eval_exact_match"].as_f64().unwrap() > 0.9, "{after}");
-    assert!(after["eval_perplexity"].as_f64().unwrap() < 1.1, "{after}");
+    assert!(after["eval_perplexity"].as_f64().unwrap() < 1.5, "{after}");
     assert_eq!(
         info["trainable_parameters"].as_u64(),
         Some(info["recipe"]["method"]["r"].as_u64().unwrap() * 6912)

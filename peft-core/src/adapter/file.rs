@@ -53,7 +53,7 @@ impl Adapter {
     /// Opens an adapter folder.
     pub fn open(dir: &Path) -> Result<Self, AdapterError> {
         let (config, warnings) = AdapterConfig::read(dir)?;
-        let file = SafetensorsFile::open(&dir.join(WEIGHTS_FILE))?;
+        let file = SafetensorsFile::open(dir.join(WEIGHTS_FILE))?;
         Ok(Self { dir: dir.to_path_buf(), config, warnings, file })
     }
 

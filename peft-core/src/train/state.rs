@@ -121,7 +121,7 @@ pub(super) fn load(
         }
     }
 
-    let file = SafetensorsFile::open(&path.join(TENSORS))?;
+    let file = SafetensorsFile::open(path.join(TENSORS))?;
     let device = model.device.clone();
     let mut names = Vec::new();
     for parameter in model.parameters_mut().into_iter().filter(|parameter| parameter.trainable) {
