@@ -14,22 +14,31 @@ pub fn golden(name: &str) -> PathBuf {
     root().join("tests/golden").join(name)
 }
 
-/// The program `peft`, built in the profile of the running tests.
+/// Builds something of `peft-cli` in the profile of the running tests; returns the folder that profile builds into.
+fn build(what: &[&str]) -> PathBuf {
+    // target/PROFILE/deps/all-HASH → target/PROFILE
+    let exe = std::env::current_exe().expect("the test's own path");
+    let dir = exe.ancestors().nth(2).expect("tests run from target/PROFILE/deps").to_path_buf();
+    let mut build = Command::new(env!("CARGO"));
+    build.args(["build", "--quiet", "--workspace"]).args(what).current_dir(root());
+    build.env("CARGO_TARGET_DIR", dir.parent().expect("a target folder"));
+    if dir.ends_with("release") {
+        build.arg("--release");
+    }
+    assert!(build.status().expect("cargo runs").success(), "{what:?} does not build");
+    dir
+}
+
+/// The program `peft`.
 pub fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
-    PROGRAM.get_or_init(|| {
-        // target/PROFILE/deps/all-HASH → target/PROFILE
-        let exe = std::env::current_exe().expect("the test's own path");
-        let dir = exe.ancestors().nth(2).expect("tests run from target/PROFILE/deps").to_path_buf();
-        let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "-p", "peft-cli", "--bin", "peft"]).current_dir(root());
-        build.env("CARGO_TARGET_DIR", dir.parent().expect("a target folder"));
-        if dir.ends_with("release") {
-            build.arg("--release");
-        }
-        assert!(build.status().expect("cargo runs").success(), "peft does not build");
-        dir.join(format!("peft{}", std::env::consts::EXE_SUFFIX))
-    })
+    PROGRAM.get_or_init(|| build(&["--bin", "peft"]).join(format!("peft{}", std::env::consts::EXE_SUFFIX)))
+}
+
+/// The generator of the quickstart's data and untrained base.
+pub fn quickstart_world() -> PathBuf {
+    let name = format!("quickstart_world{}", std::env::consts::EXE_SUFFIX);
+    build(&["--example", "quickstart_world"]).join("examples").join(name)
 }
 
 /// Runs `peft` in the repository's root and returns what came of it.

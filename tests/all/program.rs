@@ -1,8 +1,9 @@
 //! The main job through the program: train, evaluate, generate, merge, inspect.
 
-use peft_tests::{peft_ok, root};
+use peft_tests::{peft_ok, quickstart_world, root};
 use serde_json::Value;
 use std::path::Path;
+use std::process::Command;
 
 pub const BASE: &str = "recipes/quickstart/base";
 pub const HELD_OUT: &str = "recipes/quickstart/held_out.jsonl";
@@ -199,4 +200,39 @@ fn inspect_tells_what_things_are() {
     assert!(example.starts_with("⟦{") && example.ends_with("</s>⟧"), "{shown}");
     let adapter = root().join("tests/golden/adapters/qv").display().to_string();
     assert_eq!(json(&["inspect", &adapter, "--json"])["config"]["r"], 4);
+}
+
+#[test]
+fn the_quickstart_world_is_made_again_and_can_be_pretrained_on() {
+    let dir = tempfile::tempdir().unwrap();
+    assert!(Command::new(quickstart_world()).arg(dir.path()).output().unwrap().status.success());
+    let same = |made: &str, kept: &str| {
+        let read = |path: &Path| std::fs::read(path).unwrap();
+        assert_eq!(
+            read(&dir.path().join(made)),
+            read(&root().join("recipes/quickstart").join(kept)),
+            "{made}"
+        );
+    };
+    same("train.jsonl", "train.jsonl");
+    same("held_out.jsonl", "held_out.jsonl");
+    same("base/tokenizer.json", "base/tokenizer.json");
+    same("base/config.json", "base/config.json");
+    let override_of = |key: &str, path: &str| format!("{key}={}", dir.path().join(path).display());
+    let base = override_of("base_model", "base");
+    let corpus = override_of("datasets.0.path", "corpus.jsonl");
+    let out = dir.path().join("out").display().to_string();
+    let recipe = "recipes/quickstart/pretrain.yaml";
+    peft_ok(&[
+        "train",
+        recipe,
+        "--output-dir",
+        &out,
+        "--override",
+        &base,
+        &corpus,
+        "max_steps=2",
+        "val_set_size=8",
+    ]);
+    assert!(dir.path().join("out/model/model.safetensors").is_file());
 }

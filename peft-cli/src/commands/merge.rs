@@ -46,7 +46,7 @@ pub fn run(args: MergeArgs) -> Result<(), CliError> {
         vec!["weight files".to_string(), render::count(report.files.len() as u64)],
     ];
     print!("{}", render::table(&rows));
-    println!("\nnext:\n  peft generate --base-model {} --prompt '…'", args.output.display());
+    println!("\nnext:\n  {} generate --base-model {} --prompt '…'", render::program(), args.output.display());
     Ok(())
 }
 

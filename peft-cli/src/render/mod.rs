@@ -49,6 +49,11 @@ pub fn table(rows: &[Vec<String>]) -> String {
     out
 }
 
+/// How this program was called, for commands that can be pasted as they are.
+pub fn program() -> String {
+    std::env::args().next().unwrap_or_else(|| "peft".to_string())
+}
+
 /// Bytes in the largest binary unit that keeps a digit before the point.
 pub fn bytes(n: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];

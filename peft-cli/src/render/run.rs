@@ -1,6 +1,6 @@
 //! What is said before and after a run.
 
-use super::{bytes, count, table};
+use super::{bytes, count, program, table};
 use crate::recipe::{MethodBlock, Recipe};
 use peft_core::data::Example;
 use peft_core::train::{EvalMetrics, RunSummary};
@@ -80,17 +80,18 @@ pub fn run_summary(recipe: &Recipe, recipe_path: &Path, summary: &RunSummary) {
     println!("{}", summary.artifact.display());
 
     let artifact = summary.artifact.display();
+    let peft = program();
     println!("\nnext:");
     match recipe.method {
         MethodBlock::Lora(_) => {
             let base = &recipe.base_model;
-            println!("  peft generate --base-model {base} --adapter {artifact} --prompt '…'");
+            println!("  {peft} generate --base-model {base} --adapter {artifact} --prompt '…'");
             println!(
-                "  peft merge    --base-model {base} --adapter {artifact} --output {}/merged",
+                "  {peft} merge    --base-model {base} --adapter {artifact} --output {}/merged",
                 recipe.output_dir
             );
         }
-        MethodBlock::Full => println!("  peft generate --base-model {artifact} --prompt '…'"),
+        MethodBlock::Full => println!("  {peft} generate --base-model {artifact} --prompt '…'"),
     }
-    println!("  peft train    {} --override learning_rate=… --output-dir …", recipe_path.display());
+    println!("  {peft} train    {} --override learning_rate=… --output-dir …", recipe_path.display());
 }
