@@ -54,14 +54,13 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
 
     std::fs::create_dir_all(&output_dir)
         .map_err(|source| CliError::Io { path: output_dir.clone(), source })?;
-    if resume.is_none() {
-        if let Some(kept) = set_aside(&output_dir)? {
-            render::warning(&format!(
-                "an earlier run in {} was moved to {}",
-                output_dir.display(),
-                kept.display()
-            ));
-        }
+    let kept = if resume.is_none() { set_aside(&output_dir)? } else { None };
+    if let Some(kept) = kept {
+        render::warning(&format!(
+            "an earlier run in {} was moved to {}",
+            output_dir.display(),
+            kept.display()
+        ));
     }
     let base_sha256 = base.checkpoint.sha256();
     let data_sha256 = dataset.files.iter().map(|file| file.sha256.as_str()).collect::<Vec<_>>().join(" ");
@@ -158,7 +157,7 @@ fn method(recipe: &Recipe, base: &Checkpoint, offline: bool) -> Result<Box<dyn M
                 Some(name) => Some(open::adapter(name, offline).map_err(MethodError::Cli)?.dir),
                 None => None,
             };
-            let lora = Lora::new(config.clone(), &recipe.base_model, recipe.revision.clone(), start);
+            let lora = Lora::new(config.as_ref().clone(), &recipe.base_model, recipe.revision.clone(), start);
             Ok(Box::new(lora.map_err(MethodError::Key)?))
         }
         MethodBlock::Full if recipe.adapter_name_or_path.is_some() => Err(MethodError::Key(

@@ -86,7 +86,7 @@ impl Default for Recipe {
         Self {
             base_model: String::new(),
             revision: None,
-            method: MethodBlock::Lora(LoraConfig::default()),
+            method: MethodBlock::Lora(Box::default()),
             adapter_name_or_path: None,
             datasets: Vec::new(),
             eval_datasets: Vec::new(),
@@ -126,7 +126,7 @@ impl Default for Recipe {
 #[derive(Debug, Clone)]
 pub enum MethodBlock {
     /// Low-rank adaptation.
-    Lora(LoraConfig),
+    Lora(Box<LoraConfig>),
     /// Every weight.
     Full,
 }
@@ -171,9 +171,9 @@ impl<'de> Deserialize<'de> for MethodBlock {
         let mut map = Map::<String, Value>::deserialize(deserializer)?;
         let kind = map.remove("type").unwrap_or_else(|| "lora".into());
         match kind.as_str() {
-            Some("lora") => {
-                strict::parse(&Value::Object(map)).map(MethodBlock::Lora).map_err(serde::de::Error::custom)
-            }
+            Some("lora") => strict::parse(&Value::Object(map))
+                .map(|config| MethodBlock::Lora(Box::new(config)))
+                .map_err(serde::de::Error::custom),
             Some("full") => match map.keys().next() {
                 None => Ok(MethodBlock::Full),
                 Some(key) => Err(serde::de::Error::custom(format!("method full has no key `{key}`"))),

@@ -40,8 +40,8 @@ fn refuse_unknown(input: &Value, known: &Value, path: &str) -> Result<(), String
             Ok(())
         }
         (Value::Array(input), Value::Array(known)) => {
-            let pairs = input.iter().zip(known).enumerate();
-            pairs.map(|(i, (input, known))| refuse_unknown(input, known, &format!("{path}[{i}]"))).collect()
+            let mut pairs = input.iter().zip(known).enumerate();
+            pairs.try_for_each(|(i, (input, known))| refuse_unknown(input, known, &format!("{path}[{i}]")))
         }
         _ => Ok(()),
     }

@@ -75,10 +75,8 @@ impl Observer for Progress {
                 }
             }
         }
-        if m.step == self.total {
-            if let Some(bar) = &self.bar {
-                bar.finish();
-            }
+        if let Some(bar) = self.bar.as_ref().filter(|_| m.step == self.total) {
+            bar.finish();
         }
     }
 
