@@ -130,7 +130,7 @@ impl Lora {
             projection.delta = None;
         }
         start.attach(model)?;
-        let (there, here) = (start.config.patterns()?, self.config.patterns()?);
+        let patterns = self.config.patterns()?;
         for projection in model.projections_mut() {
             let path = &projection.path;
             if projection.delta.is_some() != targets.contains(path) {
@@ -139,8 +139,8 @@ impl Lora {
                 )));
             }
             let Some(Delta::LowRank(form)) = &mut projection.delta else { continue };
-            let given = (there.rank(path), there.scale(path));
-            let wanted = (here.rank(path), here.scale(path));
+            let given = (form.rank(), form.scale);
+            let wanted = (patterns.rank(path), patterns.scale(path));
             if given != wanted {
                 let message =
                     format!("`{path}` has (rank, scale) {given:?} there, the recipe asks for {wanted:?}");

@@ -4,7 +4,7 @@ use super::data;
 use crate::args::InspectArgs;
 use crate::error::CliError;
 use crate::{open, render};
-use peft_core::adapter::Adapter;
+use peft_core::adapter::{Adapter, is_empty};
 use peft_core::checkpoint::{Checkpoint, Dtype, SafetensorsFile, TensorRef};
 use peft_core::data::{DatasetConfig, load, records::read};
 use peft_core::model::ModelConfig;
@@ -130,16 +130,6 @@ fn adapter(args: &InspectArgs, dir: &Path) -> Result<(), CliError> {
         render::warning(warning);
     }
     Ok(())
-}
-
-/// Nothing a reader would miss.
-fn is_empty(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::Array(items) => items.is_empty(),
-        Value::Object(map) => map.is_empty(),
-        _ => false,
-    }
 }
 
 fn file(args: &InspectArgs, path: &Path) -> Result<(), CliError> {

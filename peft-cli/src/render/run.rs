@@ -16,7 +16,7 @@ pub fn run_plan(
     steps: u64,
 ) {
     let tokens: u64 = train.iter().map(|example| example.ids.len() as u64).sum();
-    let supervised: u64 = train.iter().map(|e| e.supervised.iter().filter(|s| **s).count() as u64).sum();
+    let supervised: u64 = train.iter().map(|example| example.supervised_tokens() as u64).sum();
     let rows = vec![
         vec!["base".to_string(), recipe.base_model.clone()],
         vec!["method".to_string(), method.to_string()],

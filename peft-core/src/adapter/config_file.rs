@@ -191,8 +191,8 @@ impl AdapterConfig {
     }
 }
 
-/// Nothing said, in any of the ways JSON has for it.
-fn is_empty(value: &Value) -> bool {
+/// Whether a configuration's value says nothing, in any of the ways JSON has for it: null, false, nothing inside.
+pub fn is_empty(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) => true,
         Value::Array(items) => items.is_empty(),

@@ -9,6 +9,7 @@ mod rewrite;
 mod targets;
 
 pub use config::{AdapterConfig, InitLoraWeights, alpha_pattern, rank_pattern};
+pub use config_file::is_empty;
 pub use error::AdapterError;
 pub use file::{Adapter, LowRankModule, save};
 pub use fold::{FoldReport, fold};
