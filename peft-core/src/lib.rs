@@ -9,6 +9,7 @@ pub mod checkpoint;
 pub mod data;
 mod error;
 pub mod kernels;
+pub mod linalg;
 pub mod model;
 pub mod nearest;
 pub mod projection;
