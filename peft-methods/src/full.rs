@@ -1,10 +1,9 @@
 //! Full-parameter training: every weight of the model trains, and the result is a checkpoint.
 
-use peft_core::adapter::{RewriteOptions, TensorChange, rewrite_into};
+use peft_core::adapter::{Rewrite, RewriteOptions, rewrite_into};
 use peft_core::checkpoint::Checkpoint;
 use peft_core::model::Decoder;
-use peft_core::train::{Method, TrainError};
-use std::collections::BTreeMap;
+use peft_core::train::{Method, Preparation, TrainError};
 use std::path::Path;
 
 /// Trains all of the checkpoint's weights.
@@ -22,7 +21,7 @@ impl Method for Full {
         "model"
     }
 
-    fn prepare(&self, model: &mut Decoder, _seed: u64) -> peft_core::Result<()> {
+    fn prepare(&self, model: &mut Decoder, _preparation: &Preparation) -> peft_core::Result<()> {
         for parameter in model.parameters_mut() {
             parameter.set_trainable();
         }
@@ -30,12 +29,12 @@ impl Method for Full {
     }
 
     fn export(&self, model: &Decoder, dir: &Path) -> Result<(), TrainError> {
-        let mut changes: BTreeMap<String, TensorChange> = BTreeMap::new();
+        let mut rewrite = Rewrite::default();
         for parameter in model.parameters() {
-            changes.insert(parameter.name.clone(), Box::new(|_| parameter.to_host()));
+            rewrite.changes.insert(parameter.name.clone(), Box::new(|_| parameter.to_host()));
         }
         let options = RewriteOptions { dtype: None, max_shard_size: RewriteOptions::DEFAULT_SHARD };
-        rewrite_into(&self.base, dir, &options, &changes)?;
+        rewrite_into(&self.base, dir, &options, &rewrite)?;
         Ok(())
     }
 }

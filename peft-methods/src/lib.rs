@@ -1,8 +1,8 @@
-//! Parameter-efficient fine-tuning methods, one a file. No method reaches into another; what they share stands in
-//! [`peft_core`].
+//! Parameter-efficient fine-tuning methods, one a file or folder. No method reaches into another; what they share stands
+//! in [`peft_core`].
 
 mod full;
 mod lora;
 
 pub use full::Full;
-pub use lora::{Lora, LoraConfig};
+pub use lora::{Lora, LoraBlock};

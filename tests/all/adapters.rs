@@ -13,10 +13,6 @@ fn adapters() -> Vec<(String, PathBuf, PathBuf)> {
     for entry in std::fs::read_dir(golden("adapters")).unwrap() {
         let dir = entry.unwrap().path();
         let name = dir.file_name().unwrap().to_string_lossy().into_owned();
-        // Which layers a list of targets reaches is not supported and refused; see below.
-        if name == "layers_to_transform" {
-            continue;
-        }
         let config: serde_json::Value =
             serde_json::from_slice(&std::fs::read(dir.join("adapter_config.json")).unwrap()).unwrap();
         let base = config["base_model_name_or_path"].as_str().unwrap();
@@ -24,7 +20,7 @@ fn adapters() -> Vec<(String, PathBuf, PathBuf)> {
         found.push((name, dir, base));
     }
     found.sort();
-    assert!(found.len() >= 10, "golden adapters are missing");
+    assert!(found.len() >= 29, "golden adapters are missing");
     found
 }
 
@@ -61,9 +57,11 @@ fn written_again_the_files_are_pefts() {
         let adapter = Adapter::open(&dir).unwrap();
         let mut model = open(&base);
         adapter.attach(&mut model).unwrap();
-        let whole: Vec<String> =
-            adapter.config.modules_to_save.iter().map(|m| format!("{m}.weight")).collect();
-        for parameter in model.parameters_mut().into_iter().filter(|p| whole.contains(&p.name)) {
+        let placement = adapter.config.lora.place(&open(&base).base_shapes(), false).unwrap();
+        let whole: Vec<String> = placement.saved.iter().map(|path| format!("{path}.weight")).collect();
+        let biases: Vec<String> = placement.biases.iter().map(|path| format!("{path}.bias")).collect();
+        let trained = [whole, biases].concat();
+        for parameter in model.parameters_mut().into_iter().filter(|p| trained.contains(&p.name)) {
             parameter.set_trainable();
         }
         save(&model, &adapter.config, out.path()).unwrap();
@@ -88,7 +86,10 @@ fn written_again_the_files_are_pefts() {
 
 #[test]
 fn a_key_that_changes_the_forward_is_refused() {
-    let error = AdapterConfig::read(&golden("adapters/layers_to_transform")).unwrap_err();
+    let dir = tempfile::tempdir().unwrap();
+    let config = r#"{"peft_type": "LORA", "target_modules": ["q_proj"], "use_qalora": true}"#;
+    std::fs::write(dir.path().join("adapter_config.json"), config).unwrap();
+    let error = AdapterConfig::read(dir.path()).unwrap_err();
     assert!(error.is_bad_input());
-    assert!(error.to_string().contains("`layers_to_transform`"), "{error}");
+    assert!(error.to_string().contains("`use_qalora`"), "{error}");
 }

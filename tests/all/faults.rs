@@ -222,8 +222,12 @@ fn adapters_that_do_not_fit() {
     let mut json: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
     json["use_dora"] = json!(true);
     std::fs::write(&config, json.to_string()).unwrap();
-    refuses(&merge, &["`use_dora`"]);
+    refuses(&merge, &["lora_magnitude_vector", "missing"]);
     json["use_dora"] = json!(false);
+    json["use_qalora"] = json!(true);
+    std::fs::write(&config, json.to_string()).unwrap();
+    refuses(&merge, &["`use_qalora`"]);
+    json["use_qalora"] = json!(false);
     json["r"] = json!(5);
     std::fs::write(&config, json.to_string()).unwrap();
     refuses(&merge, &["lora_A.weight", "expected [5, "]);

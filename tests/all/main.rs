@@ -8,3 +8,4 @@ mod gradients;
 mod program;
 mod rope;
 mod trajectory;
+mod variants;

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 ROOT = Path(__file__).resolve().parent
-TIED, UNTIED = "families/llama_gqa_tied", "families/llama"
+TIED, UNTIED, BIASED = "families/llama_gqa_tied", "families/llama", "families/llama_bias"
 LENGTH, VOCAB = 12, 96
 
 # name: (base, LoraConfig arguments)
@@ -60,8 +60,49 @@ ADAPTERS = {
     ),
     "lora_head": (UNTIED, dict(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"])),
     "gaussian": (UNTIED, dict(r=4, lora_alpha=8, target_modules=["k_proj", "down_proj"], init_lora_weights="gaussian")),
+    "layers_pattern": (
+        UNTIED,
+        dict(r=4, lora_alpha=8, target_modules=["up_proj", "v_proj"], layers_to_transform=0, layers_pattern="layers"),
+    ),
+    # DoRA: magnitudes of the rows (of the columns for an embedding).
+    "dora": (BIASED, dict(r=4, lora_alpha=6, use_dora=True, target_modules=["q_proj", "o_proj", "down_proj"])),
+    "dora_rslora_embedding": (
+        UNTIED, dict(r=3, lora_alpha=5, use_dora=True, use_rslora=True, target_modules=["embed_tokens", "v_proj"]),
+    ),
+    "bias_all": (BIASED, dict(r=4, lora_alpha=8, bias="all", target_modules=["q_proj", "up_proj"])),
+    "bias_lora_only": (BIASED, dict(r=4, lora_alpha=8, bias="lora_only", target_modules=["q_proj", "up_proj"])),
+    "lora_bias": (BIASED, dict(r=4, lora_alpha=8, lora_bias=True, target_modules=["q_proj", "v_proj"])),
+    "embedding": (UNTIED, dict(r=4, lora_alpha=8, target_modules=["q_proj", "embed_tokens"])),
+    # One weight at both ends of the model: the two ends part unless `ensure_weight_tying`.
+    "embedding_parted": (TIED, dict(r=4, lora_alpha=8, target_modules=["q_proj", "embed_tokens"])),
+    "head_parted": (TIED, dict(r=4, lora_alpha=8, target_modules=["q_proj", "lm_head"])),
+    "both_parted": (TIED, dict(r=4, lora_alpha=8, target_modules=["lm_head", "embed_tokens"])),
+    "embedding_tied": (
+        TIED, dict(r=4, lora_alpha=8, target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True),
+    ),
+    "saved_embedding_parted": (
+        TIED, dict(r=4, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["embed_tokens"]),
+    ),
+    "saved_head_parted": (TIED, dict(r=4, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["lm_head"])),
+    "saved_embedding_tied": (
+        TIED,
+        dict(r=4, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True),
+    ),
+    "saved_head_tied": (
+        TIED,
+        dict(r=4, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["lm_head"], ensure_weight_tying=True),
+    ),
+    "tokens": (UNTIED, dict(r=4, lora_alpha=8, target_modules=["q_proj"], trainable_token_indices=[5, 17, 90])),
+    "tokens_tied": (TIED, dict(r=4, lora_alpha=8, target_modules=["q_proj"], trainable_token_indices=[5, 17, 90])),
+    "tokens_by_module": (
+        UNTIED,
+        dict(
+            r=4, lora_alpha=8, target_modules=["q_proj"],
+            trainable_token_indices={"embed_tokens": [7, 3], "lm_head": [90]},
+        ),
+    ),
 }  # fmt: skip
-MERGED = {"patterns", "all_linear_rslora"}
+MERGED = {"patterns", "all_linear_rslora", "dora", "embedding"}
 
 
 def load_base(base):
@@ -74,9 +115,11 @@ def draw_weights(model, seed):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = 0.2 * torch.randn(parameter.shape, generator=generator)
-            if "lora_" in name:
+            if "lora_magnitude_vector" in name:
+                parameter.mul_(1 + noise)
+            elif "lora_" in name:
                 parameter.copy_(noise)
-            elif "modules_to_save" in name:
+            elif "modules_to_save" in name or "trainable_tokens" in name or parameter.requires_grad:
                 parameter.add_(noise)
 
 

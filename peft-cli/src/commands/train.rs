@@ -9,7 +9,7 @@ use peft_core::data::{Dataset, Example, LoadOptions, load, split_validation};
 use peft_core::kernels::AdamW;
 use peft_core::model::ModelConfig;
 use peft_core::train::{
-    Fingerprint, Method, NamedOptimizer, RunSummary, StepSettings, TrainConfig, Trainer, Warmup,
+    Fingerprint, Method, NamedOptimizer, Preparation, RunSummary, StepSettings, TrainConfig, Trainer, Warmup,
     latest_checkpoint,
 };
 use peft_methods::{Full, Lora};
@@ -50,7 +50,13 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     let (train, validation) = validation(&recipe, &dataset, &base.tokenizer, &options)?;
 
     let mut model = peft_core::model::load(&base.checkpoint, &device, compute)?;
-    method.prepare(&mut model, recipe.seed)?;
+    let preparation = Preparation {
+        seed: recipe.seed,
+        examples: &train,
+        micro_batch_size: recipe.micro_batch_size,
+        step: step_settings(&recipe),
+    };
+    method.prepare(&mut model, &preparation)?;
 
     std::fs::create_dir_all(&output_dir)
         .map_err(|source| CliError::Io { path: output_dir.clone(), source })?;
@@ -195,6 +201,13 @@ fn validation(
     Ok((pick(train), pick(validation)))
 }
 
+fn step_settings(recipe: &Recipe) -> StepSettings {
+    StepSettings {
+        gradient_checkpointing: recipe.gradient_checkpointing,
+        loss_chunk_rows: recipe.loss_chunk_rows,
+    }
+}
+
 fn train_config(recipe: &Recipe, output_dir: &Path, base_sha256: &str, data_sha256: &str) -> TrainConfig {
     TrainConfig {
         output_dir: output_dir.to_path_buf(),
@@ -207,10 +220,7 @@ fn train_config(recipe: &Recipe, output_dir: &Path, base_sha256: &str, data_sha2
         schedule: recipe.lr_scheduler,
         warmup: recipe.warmup_steps.map_or(Warmup::Ratio(recipe.warmup_ratio), Warmup::Steps),
         max_grad_norm: recipe.max_grad_norm,
-        step: StepSettings {
-            gradient_checkpointing: recipe.gradient_checkpointing,
-            loss_chunk_rows: recipe.loss_chunk_rows,
-        },
+        step: step_settings(recipe),
         shuffle_data: recipe.shuffle_data,
         eval_steps: recipe.eval_steps,
         eval_on_start: recipe.eval_on_start,

@@ -3,7 +3,7 @@
 use super::strict;
 use peft_core::data::{DatasetConfig, OnTruncation};
 use peft_core::train::Schedule;
-use peft_methods::LoraConfig;
+use peft_methods::LoraBlock;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -126,7 +126,7 @@ impl Default for Recipe {
 #[derive(Debug, Clone)]
 pub enum MethodBlock {
     /// Low-rank adaptation.
-    Lora(Box<LoraConfig>),
+    Lora(Box<LoraBlock>),
     /// Every weight.
     Full,
 }

@@ -1,10 +1,11 @@
-//! What a LoRA's configuration means: where it attaches, ranks and scales.
+//! What a LoRA's configuration means: where it attaches, what trains, ranks and scales.
 
 use super::error::AdapterError;
 use super::targets::{Pattern, Selection, TargetModules, suffix_regex};
 use fancy_regex::Regex;
-use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use serde_json::{Map, Value, json};
+use std::collections::BTreeMap;
 
 /// Ranks above this are no adapter.
 const MAX_RANK: usize = 1 << 16;
@@ -20,7 +21,7 @@ pub enum InitLoraWeights {
 }
 
 impl Serialize for InitLoraWeights {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         match self {
             InitLoraWeights::KaimingUniform => serializer.serialize_bool(true),
             InitLoraWeights::Gaussian => serializer.serialize_str("gaussian"),
@@ -29,9 +30,9 @@ impl Serialize for InitLoraWeights {
 }
 
 impl<'de> Deserialize<'de> for InitLoraWeights {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         match Value::deserialize(deserializer)? {
-            Value::Bool(true) => Ok(InitLoraWeights::KaimingUniform),
+            Value::Null | Value::Bool(true) => Ok(InitLoraWeights::KaimingUniform),
             Value::String(name) if name == "gaussian" => Ok(InitLoraWeights::Gaussian),
             other => {
                 Err(serde::de::Error::custom(format!("{other} is no initialisation: true or \"gaussian\"")))
@@ -40,65 +41,210 @@ impl<'de> Deserialize<'de> for InitLoraWeights {
     }
 }
 
-/// What a LoRA's configuration says about its forward.
-#[derive(Debug, Clone, PartialEq)]
-pub struct AdapterConfig {
+/// Which biases of the base train.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum BiasTraining {
+    /// None.
+    #[default]
+    None,
+    /// Every bias of the model.
+    All,
+    /// Those of the targets.
+    LoraOnly,
+}
+
+/// Layers by number.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Layers {
+    /// One layer.
+    One(usize),
+    /// Several.
+    Many(Vec<usize>),
+}
+
+impl Layers {
+    /// Whether none is named, which PEFT takes for all.
+    pub fn is_empty(&self) -> bool {
+        matches!(self, Layers::Many(many) if many.is_empty())
+    }
+
+    /// Whether `layer` is one of them.
+    pub fn contains(&self, layer: usize) -> bool {
+        match self {
+            Layers::One(one) => *one == layer,
+            Layers::Many(many) => many.contains(&layer),
+        }
+    }
+}
+
+/// One name or several.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum Names {
+    /// One.
+    One(String),
+    /// Several.
+    Many(Vec<String>),
+}
+
+impl Names {
+    /// As a list.
+    pub fn as_slice(&self) -> &[String] {
+        match self {
+            Names::One(name) => std::slice::from_ref(name),
+            Names::Many(names) => names,
+        }
+    }
+}
+
+/// Rows of the embedding that train: of the embedding layer, or by module.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum TokenIndices {
+    /// Of the model's embedding.
+    Embedding(Vec<u32>),
+    /// By module name.
+    ByModule(BTreeMap<String, Vec<u32>>),
+}
+
+/// Values by regular expression on the end of a module's path, in the order of the file: the first that matches counts.
+pub type PatternMap<T> = Vec<(String, T)>;
+
+/// What a LoRA's configuration says about its forward and what trains, in PEFT's keys.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct LoraConfig {
     /// Rank where no pattern says otherwise.
     pub r: usize,
-    /// Alpha where no pattern says otherwise.
+    /// Numerator of the scale where no pattern says otherwise.
+    #[serde(serialize_with = "plain_number")]
     pub lora_alpha: f64,
-    /// Dropout in training.
+    /// Dropout of the low-rank path's input in training.
     pub lora_dropout: f64,
     /// Scale alpha/√r instead of alpha/r.
     pub use_rslora: bool,
-    /// Where changes attach.
+    /// Trains the rows' lengths apart from their directions (DoRA, arXiv 2402.09353).
+    pub use_dora: bool,
+    /// List of names, regular expression, or `all-linear`; none is q and v.
     pub target_modules: Option<TargetModules>,
-    /// Where they do not.
+    /// Left out.
     pub exclude_modules: Option<Pattern>,
-    /// Rank by regular expression on the end of a module's path; the first that matches counts.
-    pub rank_pattern: Vec<(String, usize)>,
-    /// Alpha likewise.
-    pub alpha_pattern: Vec<(String, f64)>,
+    /// Only these layers, where targets are a list of names.
+    pub layers_to_transform: Option<Layers>,
+    /// Name of the list that layers are numbered in; any by default.
+    pub layers_pattern: Option<Names>,
+    /// Rank by module.
+    #[serde(with = "rank_map")]
+    pub rank_pattern: PatternMap<usize>,
+    /// Alpha by module.
+    #[serde(with = "alpha_map")]
+    pub alpha_pattern: PatternMap<f64>,
+    /// Which biases of the base train.
+    pub bias: BiasTraining,
+    /// A trained bias beside `B`.
+    pub lora_bias: bool,
     /// Modules trained and saved whole.
-    pub modules_to_save: Vec<String>,
-    /// How the factors started.
+    pub modules_to_save: Option<Vec<String>>,
+    /// Rows of the embedding trained and saved alone.
+    pub trainable_token_indices: Option<TokenIndices>,
+    /// Where embedding and head share their weight and one of them trains: whether they go on sharing it. PEFT's default
+    /// is false: the two part.
+    pub ensure_weight_tying: Option<bool>,
+    /// How the factors start.
     pub init_lora_weights: InitLoraWeights,
+}
+
+impl Default for LoraConfig {
+    fn default() -> Self {
+        Self {
+            r: 8,
+            lora_alpha: 8.0,
+            lora_dropout: 0.0,
+            use_rslora: false,
+            use_dora: false,
+            target_modules: None,
+            exclude_modules: None,
+            layers_to_transform: None,
+            layers_pattern: None,
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+            bias: BiasTraining::None,
+            lora_bias: false,
+            modules_to_save: None,
+            trainable_token_indices: None,
+            ensure_weight_tying: None,
+            init_lora_weights: InitLoraWeights::KaimingUniform,
+        }
+    }
+}
+
+/// An adapter's configuration: a LoRA on a named base.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+#[serde(default)]
+pub struct AdapterConfig {
+    /// The LoRA.
+    #[serde(flatten)]
+    pub lora: LoraConfig,
     /// The base, as the user named it.
     pub base_model_name_or_path: Option<String>,
     /// Its revision.
     pub revision: Option<String>,
 }
 
-/// The entries of a `rank_pattern`, in their order.
-///
-/// # Errors
-/// A message about the first value that is no rank.
-pub fn rank_pattern(map: serde_json::Map<String, Value>) -> Result<Vec<(String, usize)>, String> {
-    let entry =
-        |(key, value): (String, Value)| match value.as_u64().and_then(|rank| usize::try_from(rank).ok()) {
-            Some(rank) => Ok((key, rank)),
-            None => Err(format!("rank_pattern.{key} is {value}, expected a rank")),
-        };
-    map.into_iter().map(entry).collect()
+/// A whole number without a point, as PEFT's users write it.
+fn plain_number<S: Serializer>(number: &f64, serializer: S) -> Result<S::Ok, S::Error> {
+    number_json(*number).serialize(serializer)
 }
 
-/// The entries of an `alpha_pattern`, in their order.
-///
-/// # Errors
-/// A message about the first value that is no number.
-pub fn alpha_pattern(map: serde_json::Map<String, Value>) -> Result<Vec<(String, f64)>, String> {
-    let entry = |(key, value): (String, Value)| match value.as_f64() {
-        Some(alpha) => Ok((key, alpha)),
-        None => Err(format!("alpha_pattern.{key} is {value}, expected a number")),
+fn number_json(number: f64) -> Value {
+    if number.fract() == 0.0 && number.abs() < 1e15 { json!(number as i64) } else { json!(number) }
+}
+
+/// Reads a map in its order; null is empty.
+fn ordered<'de, D: Deserializer<'de>, T>(
+    deserializer: D,
+    expected: &str,
+    value: impl Fn(&Value) -> Option<T>,
+) -> Result<PatternMap<T>, D::Error> {
+    let map = Option::<Map<String, Value>>::deserialize(deserializer)?.unwrap_or_default();
+    let entry = |(key, found): (String, Value)| match value(&found) {
+        Some(parsed) => Ok((key, parsed)),
+        None => Err(serde::de::Error::custom(format!("{key} is {found}, expected {expected}"))),
     };
     map.into_iter().map(entry).collect()
 }
 
-impl AdapterConfig {
-    /// Checks that ranks, alphas and dropout are in range.
+mod rank_map {
+    use super::*;
+
+    pub fn serialize<S: Serializer>(map: &PatternMap<usize>, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(map.iter().map(|(key, rank)| (key, rank)))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PatternMap<usize>, D::Error> {
+        ordered(deserializer, "a rank", |value| value.as_u64().and_then(|rank| usize::try_from(rank).ok()))
+    }
+}
+
+mod alpha_map {
+    use super::*;
+
+    pub fn serialize<S: Serializer>(map: &PatternMap<f64>, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(map.iter().map(|(key, alpha)| (key, number_json(*alpha))))
+    }
+
+    pub fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PatternMap<f64>, D::Error> {
+        ordered(deserializer, "a number", Value::as_f64)
+    }
+}
+
+impl LoraConfig {
+    /// Checks that values are in range and go together.
     ///
     /// # Errors
-    /// A message about the first that is not.
+    /// A message about the first that does not.
     pub fn check(&self) -> Result<(), String> {
         let patterns = self.rank_pattern.iter().map(|(key, rank)| (format!("rank_pattern.{key}"), *rank));
         for (key, rank) in std::iter::once(("r".to_string(), self.r)).chain(patterns) {
@@ -115,6 +261,16 @@ impl AdapterConfig {
         if !(0.0..1.0).contains(&self.lora_dropout) {
             return Err(format!("lora_dropout is {}, expected a probability below 1", self.lora_dropout));
         }
+        if self.lora_bias && self.use_dora {
+            return Err("lora_bias and use_dora exclude each other".to_string());
+        }
+        let by_name = matches!(&self.target_modules, Some(TargetModules::Matching(Pattern::Names(_))) | None);
+        if self.layers_to_transform.is_some() && !by_name {
+            return Err("layers_to_transform needs target_modules to be a list of names".to_string());
+        }
+        if self.layers_pattern.is_some() && self.layers_to_transform.is_none() {
+            return Err("layers_pattern needs layers_to_transform beside it".to_string());
+        }
         Ok(())
     }
 
@@ -123,12 +279,22 @@ impl AdapterConfig {
         Selection {
             targets: self.target_modules.as_ref(),
             exclude: self.exclude_modules.as_ref(),
-            saved: &self.modules_to_save,
+            saved: self.modules_to_save(),
+            layers: self.layers_to_transform.as_ref(),
+            layers_pattern: self.layers_pattern.as_ref().map_or(&[], Names::as_slice),
             strict,
         }
     }
 
+    /// Names of the modules trained whole.
+    pub fn modules_to_save(&self) -> &[String] {
+        self.modules_to_save.as_deref().unwrap_or_default()
+    }
+
     /// Resolves ranks and scales by module.
+    ///
+    /// # Errors
+    /// A pattern that is no regular expression.
     pub fn patterns(&self) -> Result<Patterns<'_>, AdapterError> {
         let mut patterns = Patterns { config: self, ranks: Vec::new(), alphas: Vec::new() };
         for (key, rank) in &self.rank_pattern {
@@ -143,7 +309,7 @@ impl AdapterConfig {
 
 /// Compiled rank and alpha patterns.
 pub struct Patterns<'a> {
-    config: &'a AdapterConfig,
+    config: &'a LoraConfig,
     ranks: Vec<(Regex, usize)>,
     alphas: Vec<(Regex, f64)>,
 }
@@ -171,21 +337,12 @@ mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
 
-    fn config(use_rslora: bool) -> AdapterConfig {
-        AdapterConfig {
-            r: 8,
-            lora_alpha: 16.0,
-            lora_dropout: 0.0,
-            use_rslora,
-            target_modules: None,
-            exclude_modules: None,
-            rank_pattern: vec![(r"layers\.1\..*proj".to_string(), 2), ("q_proj".to_string(), 4)],
-            alpha_pattern: vec![],
-            modules_to_save: vec![],
-            init_lora_weights: InitLoraWeights::KaimingUniform,
-            base_model_name_or_path: None,
-            revision: None,
-        }
+    fn config(use_rslora: bool) -> LoraConfig {
+        let ranks = json!({"layers\\.1\\..*proj": 2, "q_proj": 4});
+        serde_json::from_value(
+            json!({"r": 8, "lora_alpha": 16, "use_rslora": use_rslora, "rank_pattern": ranks}),
+        )
+        .unwrap()
     }
 
     #[test]
@@ -202,5 +359,14 @@ mod tests {
         assert_eq!(patterns.rank("model.layers.1.self_attn.q_proj"), 2);
         assert_eq!(patterns.rank("model.layers.0.self_attn.q_proj"), 4);
         assert_eq!(patterns.rank("model.layers.0.self_attn.eq_proj"), 8);
+    }
+
+    #[test]
+    fn what_does_not_go_together_is_refused() {
+        let check = |value: Value| serde_json::from_value::<LoraConfig>(value).unwrap().check();
+        assert!(check(json!({"lora_bias": true, "use_dora": true})).unwrap_err().contains("use_dora"));
+        assert!(check(json!({"target_modules": "all-linear", "layers_to_transform": 1})).is_err());
+        assert!(check(json!({"layers_pattern": "layers"})).is_err());
+        assert!(check(json!({"target_modules": ["q_proj"], "layers_to_transform": [0, 1]})).is_ok());
     }
 }

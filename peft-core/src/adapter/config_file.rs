@@ -1,10 +1,8 @@
 //! `adapter_config.json` as Hugging Face PEFT writes it for a LoRA.
 
-use super::config::{AdapterConfig, InitLoraWeights, alpha_pattern, rank_pattern};
+use super::config::AdapterConfig;
 use super::error::AdapterError;
-use super::targets::{Pattern, TargetModules};
 use crate::checkpoint::{ADAPTER_CONFIG_FILE, read_bounded, write_file};
-use serde::Deserialize;
 use serde_json::{Map, Value, json};
 use std::path::Path;
 
@@ -28,53 +26,14 @@ fn inert_keys() -> Map<String, Value> {
 /// Keys that would change the forward or the set of tensors, with their neutral value: any other value is refused.
 fn neutral_keys() -> Map<String, Value> {
     let Value::Object(map) = json!({
-        "alora_invocation_tokens": null, "arrow_config": null, "bias": "none", "corda_config": null,
-        "ensure_weight_tying": false, "eva_config": null, "fan_in_fan_out": false, "kasa_config": null,
-        "layer_replication": null, "layers_pattern": null, "layers_to_transform": null, "lora_bias": false,
-        "lora_ga_config": null, "megatron_config": null, "monteclora_config": null, "target_parameters": null,
-        "trainable_token_indices": null, "use_bdlora": null, "use_dora": false, "use_qalora": false,
-        "velora_config": null,
+        "alora_invocation_tokens": null, "arrow_config": null, "corda_config": null, "eva_config": null,
+        "fan_in_fan_out": false, "kasa_config": null, "layer_replication": null, "lora_ga_config": null,
+        "megatron_config": null, "monteclora_config": null, "target_parameters": null, "use_bdlora": null,
+        "use_qalora": false, "velora_config": null,
     }) else {
         return Map::new();
     };
     map
-}
-
-/// The keys that are read, with PEFT's defaults.
-#[derive(Deserialize)]
-#[serde(default)]
-struct Raw {
-    r: usize,
-    lora_alpha: f64,
-    lora_dropout: f64,
-    use_rslora: bool,
-    target_modules: Option<TargetModules>,
-    exclude_modules: Option<Pattern>,
-    rank_pattern: Option<Map<String, Value>>,
-    alpha_pattern: Option<Map<String, Value>>,
-    modules_to_save: Option<Vec<String>>,
-    init_lora_weights: Option<Value>,
-    base_model_name_or_path: Option<String>,
-    revision: Option<String>,
-}
-
-impl Default for Raw {
-    fn default() -> Self {
-        Self {
-            r: 8,
-            lora_alpha: 8.0,
-            lora_dropout: 0.0,
-            use_rslora: false,
-            target_modules: None,
-            exclude_modules: None,
-            rank_pattern: None,
-            alpha_pattern: None,
-            modules_to_save: None,
-            init_lora_weights: None,
-            base_model_name_or_path: None,
-            revision: None,
-        }
-    }
 }
 
 impl AdapterConfig {
@@ -101,35 +60,24 @@ impl AdapterConfig {
             return Err(AdapterError::Unsupported { path: path.clone(), key, value });
         }
 
-        let raw: Raw =
-            serde_json::from_value(Value::Object(json.clone())).map_err(|error| wrong(error.to_string()))?;
-        let init_lora_weights = match raw.init_lora_weights {
+        let mut known = json.clone();
+        match json.get("init_lora_weights") {
             // The values drawn are overwritten by the file's. What matters is whether the way changed the base.
-            None | Some(Value::Bool(_)) => InitLoraWeights::KaimingUniform,
-            Some(Value::String(name)) if name == "gaussian" => InitLoraWeights::Gaussian,
+            Some(Value::Bool(_)) => drop(known.remove("init_lora_weights")),
             Some(Value::String(name)) if ["eva", "orthogonal"].contains(&name.as_str()) => {
-                InitLoraWeights::KaimingUniform
+                known.remove("init_lora_weights");
             }
+            Some(Value::String(name)) if name == "gaussian" => {}
+            None | Some(Value::Null) => {}
             Some(value) => {
                 let key = "init_lora_weights".to_string();
                 return Err(AdapterError::Unsupported { path: path.clone(), key, value: value.to_string() });
             }
-        };
-        let known = Self {
-            r: raw.r,
-            lora_alpha: raw.lora_alpha,
-            lora_dropout: raw.lora_dropout,
-            use_rslora: raw.use_rslora,
-            target_modules: raw.target_modules,
-            exclude_modules: raw.exclude_modules,
-            rank_pattern: rank_pattern(raw.rank_pattern.unwrap_or_default()).map_err(wrong)?,
-            alpha_pattern: alpha_pattern(raw.alpha_pattern.unwrap_or_default()).map_err(wrong)?,
-            modules_to_save: raw.modules_to_save.unwrap_or_default(),
-            init_lora_weights,
-            base_model_name_or_path: raw.base_model_name_or_path,
-            revision: raw.revision,
-        };
-        known.check().map_err(wrong)?;
+        }
+        let mut known: Self =
+            serde_json::from_value(Value::Object(known)).map_err(|error| wrong(error.to_string()))?;
+        known.lora.ensure_weight_tying = Some(known.lora.ensure_weight_tying.unwrap_or(false));
+        known.lora.check().map_err(wrong)?;
         let written = known.to_json();
         let unknown = json.keys().filter(|key| !written.contains_key(*key));
         let warnings = unknown
@@ -147,45 +95,23 @@ impl AdapterConfig {
 
     /// The file's content.
     pub fn to_json(&self) -> Map<String, Value> {
-        let sorted = |pattern: &Pattern| match pattern {
-            Pattern::Names(names) => {
-                let mut names = names.clone();
-                names.sort();
-                json!(names)
-            }
-            Pattern::Regex(regex) => json!(regex),
-        };
-        let number = |n: f64| {
-            if n.fract() == 0.0 && n.abs() < 1e15 { json!(n as i64) } else { json!(n) }
-        };
         let mut map = inert_keys();
         map.append(&mut neutral_keys());
-        let mut put = |key: &str, value: Value| map.insert(key.to_string(), value);
-        put("peft_type", json!("LORA"));
-        put("peft_version", json!(PEFT_VERSION));
-        put("r", json!(self.r));
-        put("lora_alpha", number(self.lora_alpha));
-        put("lora_dropout", json!(self.lora_dropout));
-        put("use_rslora", json!(self.use_rslora));
-        put(
-            "target_modules",
-            match &self.target_modules {
-                None => Value::Null,
-                Some(TargetModules::AllLinear) => json!("all-linear"),
-                Some(TargetModules::Matching(pattern)) => sorted(pattern),
-            },
-        );
-        put("exclude_modules", self.exclude_modules.as_ref().map_or(Value::Null, sorted));
-        put("rank_pattern", self.rank_pattern.iter().map(|(key, rank)| (key.clone(), json!(rank))).collect());
-        put(
-            "alpha_pattern",
-            self.alpha_pattern.iter().map(|(key, alpha)| (key.clone(), number(*alpha))).collect(),
-        );
-        let saved = (!self.modules_to_save.is_empty()).then_some(&self.modules_to_save);
-        put("modules_to_save", json!(saved));
-        put("init_lora_weights", json!(self.init_lora_weights));
-        put("base_model_name_or_path", json!(self.base_model_name_or_path));
-        put("revision", json!(self.revision));
+        if let Ok(Value::Object(mut known)) = serde_json::to_value(self) {
+            // Lists of names are sets to PEFT.
+            for key in ["target_modules", "exclude_modules"] {
+                if let Some(Value::Array(names)) = known.get_mut(key) {
+                    names.sort_by(|a, b| a.as_str().cmp(&b.as_str()));
+                }
+            }
+            map.append(&mut known);
+        }
+        if self.lora.modules_to_save().is_empty() {
+            map.insert("modules_to_save".to_string(), Value::Null);
+        }
+        map.insert("ensure_weight_tying".to_string(), json!(self.lora.ensure_weight_tying.unwrap_or(false)));
+        map.insert("peft_type".to_string(), json!("LORA"));
+        map.insert("peft_version".to_string(), json!(PEFT_VERSION));
         map.sort_keys();
         map
     }

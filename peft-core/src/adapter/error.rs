@@ -1,6 +1,7 @@
 //! What can be wrong with an adapter or its targets.
 
 use crate::checkpoint::{CheckpointError, Dtype};
+use crate::model::ModelError;
 use std::path::PathBuf;
 
 /// Why an adapter cannot be read, attached, folded or written.
@@ -25,9 +26,7 @@ pub enum AdapterError {
         value: String,
     },
     /// A target matches no module.
-    #[error(
-        "target_modules: {pattern} matches no linear module of the model{suggestion}; linear modules: {available}"
-    )]
+    #[error("target_modules: {pattern} matches no module of the model{suggestion}; modules: {available}")]
     NoMatch {
         /// The name or expression.
         pattern: String,
@@ -53,6 +52,22 @@ pub enum AdapterError {
         name: String,
         /// Why it cannot.
         reason: String,
+    },
+    /// A module cannot be changed as asked.
+    #[error("{module}: {reason}")]
+    Target {
+        /// The module or key.
+        module: String,
+        /// Why not.
+        reason: String,
+    },
+    /// One end of a weight that embedding and head share is to change, and nothing says what becomes of the other.
+    #[error(
+        "`{module}` shares its weight with the other end of the model (tie_word_embeddings); set ensure_weight_tying: true to train one weight for both ends, or false to give each end its own (the folded checkpoint is then larger by an embedding)"
+    )]
+    SharedWeight {
+        /// The module named.
+        module: String,
     },
     /// The adapter lacks tensors that its configuration implies.
     #[error("{path}: tensor `{key}` is missing{suggestion}{others}")]
@@ -109,6 +124,9 @@ pub enum AdapterError {
     /// Reading or writing failed.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
+    /// The base is no model that is supported.
+    #[error(transparent)]
+    Model(#[from] ModelError),
 }
 
 impl AdapterError {
@@ -116,6 +134,7 @@ impl AdapterError {
     pub fn is_bad_input(&self) -> bool {
         match self {
             AdapterError::Checkpoint(error) => error.is_bad_input(),
+            AdapterError::Model(error) => error.is_bad_input(),
             _ => true,
         }
     }

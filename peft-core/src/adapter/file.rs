@@ -1,41 +1,52 @@
-//! `adapter_model.safetensors`: reading strictly, attaching to a decoder, writing as PEFT does.
+//! `adapter_model.safetensors`, read strictly.
 //!
-//! Keys are `base_model.model.` + module path + `.lora_A.weight` / `.lora_B.weight`, or the plain parameter name of a
-//! module saved whole.
+//! Keys are `base_model.model.` + module path + the part's name: `.lora_A.weight` and `.lora_B.weight` (for the embedding
+//! `.lora_embedding_A` and `_B`), `.lora_B.bias`, `.lora_magnitude_vector`, `.token_adapter.trainable_tokens_delta`, or
+//! the plain parameter name of a module saved whole. Below a change the base's own tensors are called `.base_layer.*`.
 
 use super::config::AdapterConfig;
 use super::error::AdapterError;
-use super::targets::{select, select_saved};
-use crate::checkpoint::{Dtype, LazyTensor, SafetensorsFile, f32_bytes, write_safetensors};
-use crate::model::Decoder;
+use super::placement::{Placement, SharedWeight};
+use crate::checkpoint::SafetensorsFile;
+use crate::model::{BaseShapes, EMBEDDING, HEAD};
 use crate::nearest::did_you_mean;
-use crate::projection::{Delta, LowRank, Parameter};
-use burn::tensor::{DType, Tensor, TensorData};
-use std::borrow::Cow;
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// The name of the weights' file.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
-const PREFIX: &str = "base_model.model.";
+pub(super) const PREFIX: &str = "base_model.model.";
+pub(super) const BASE_WEIGHT: &str = ".base_layer.weight";
+pub(super) const BASE_BIAS: &str = ".base_layer.bias";
+pub(super) const TOKEN_ROWS: &str = ".token_adapter.trainable_tokens_delta";
 
-/// What PEFT calls the frozen weight below a change.
-const BASE_LAYER: &str = ".base_layer.weight";
-
-/// A low-rank pair of an adapter file.
+/// A low-rank change of an adapter file.
 #[derive(Debug, Clone)]
 pub struct LowRankModule {
-    /// `A`, row-major `[rank, columns]`.
+    /// `A`, row-major `[rank, in]`; for the embedding `[rank, vocab]`.
     pub a: Vec<f32>,
-    /// `B`, row-major `[rows, rank]`.
+    /// `B`, row-major `[out, rank]`; for the embedding `[hidden, rank]`.
     pub b: Vec<f32>,
+    /// The bias beside `B`, `[out]`.
+    pub bias: Option<Vec<f32>>,
+    /// DoRA's magnitudes, `[out]`; for the embedding `[hidden]`.
+    pub magnitude: Option<Vec<f32>>,
     /// `r`.
     pub rank: usize,
-    /// `[rows, columns]` of the weight it changes.
+    /// Shape of the weight it changes.
     pub dims: [usize; 2],
     /// `s`.
     pub scale: f64,
+}
+
+/// Rows in place of a weight's own.
+#[derive(Debug, Clone)]
+pub struct RowsModule {
+    /// The token of each row.
+    pub indices: Vec<u32>,
+    /// Row-major `[tokens, hidden]`.
+    pub values: Vec<f32>,
 }
 
 /// An adapter folder, opened and checked for consistency in itself.
@@ -47,6 +58,20 @@ pub struct Adapter {
     /// Things worth telling the user.
     pub warnings: Vec<String>,
     file: SafetensorsFile,
+}
+
+/// An adapter's tensors, matched with its base.
+pub struct Resolved {
+    /// Changes of linear modules, by path.
+    pub linear: BTreeMap<String, LowRankModule>,
+    /// Change of the embedding.
+    pub embedding: Option<LowRankModule>,
+    /// Replacements of whole tensors, by parameter name.
+    pub whole: BTreeMap<String, Vec<f32>>,
+    /// Replacements of rows, by module path.
+    pub rows: BTreeMap<String, RowsModule>,
+    /// What becomes of a weight that embedding and head share.
+    pub shared: SharedWeight,
 }
 
 impl Adapter {
@@ -62,78 +87,126 @@ impl Adapter {
         &self.file
     }
 
-    /// Reads every tensor against the base: `weights` maps a module path to the shape of its weight, `tied` says
-    /// whether head and embedding share theirs.
+    /// Reads every tensor against the base.
     ///
     /// # Errors
     /// Keys that are missing, have no place, have the wrong shape or hold a non-finite value.
-    pub fn resolve(
-        &self,
-        weights: &BTreeMap<String, Vec<usize>>,
-        tied: bool,
-    ) -> Result<Resolved, AdapterError> {
-        let paths: Vec<String> = weights.keys().cloned().collect();
-        let linear: Vec<&str> =
-            paths.iter().filter(|path| is_linear(path, &weights[*path])).map(String::as_str).collect();
-        let targets = select(&self.config.selection(false), &linear)?;
-        let saved = select_saved(&self.config.modules_to_save, &paths, tied)?;
-        let patterns = self.config.patterns()?;
-
-        let mut expected: BTreeMap<String, Vec<usize>> = BTreeMap::new();
-        for path in &targets {
-            let [rows, columns] = dims(&weights[*path]);
-            let rank = patterns.rank(path);
-            expected.insert(format!("{PREFIX}{path}.lora_A.weight"), vec![rank, columns]);
-            expected.insert(format!("{PREFIX}{path}.lora_B.weight"), vec![rows, rank]);
-        }
-        for path in &saved {
-            expected.insert(format!("{PREFIX}{path}.weight"), weights[path].clone());
-        }
-        // The bias of a module saved whole, and the frozen weight that PEFT adds for a targeted head.
-        let optional = |key: &str| {
-            let name = key.strip_prefix(PREFIX).unwrap_or_default();
-            let bias =
-                name.strip_suffix(".bias").is_some_and(|module| saved.iter().any(|path| path == module));
-            bias || name.strip_suffix(BASE_LAYER).is_some_and(|module| targets.contains(&module))
-        };
-        self.require_same_keys(&expected, optional)?;
-
-        let mut low_rank = BTreeMap::new();
-        let mut whole = BTreeMap::new();
-        for path in targets {
-            let dims = dims(&weights[path]);
-            let base_key = format!("{PREFIX}{path}{BASE_LAYER}");
-            if self.file.contains(&base_key) {
-                whole.insert(format!("{path}.weight"), self.read(&base_key, &weights[path])?);
-            }
-            let a_key = format!("{PREFIX}{path}.lora_A.weight");
-            let b_key = format!("{PREFIX}{path}.lora_B.weight");
-            let (a, b) = (self.read(&a_key, &expected[&a_key])?, self.read(&b_key, &expected[&b_key])?);
-            let module = LowRankModule { a, b, rank: patterns.rank(path), dims, scale: patterns.scale(path) };
-            low_rank.insert(path.to_string(), module);
-        }
-        for path in saved {
-            let key = format!("{PREFIX}{path}.weight");
-            whole.insert(format!("{path}.weight"), self.read(&key, &expected[&key])?);
-            let key = format!("{PREFIX}{path}.bias");
-            if self.file.contains(&key) {
-                whole.insert(format!("{path}.bias"), self.read(&key, &weights[&path][..1])?);
+    pub fn resolve(&self, base: &BaseShapes) -> Result<Resolved, AdapterError> {
+        let placement = self.config.lora.place(base, false)?;
+        let layout = self.layout(base, &placement)?;
+        self.require_same_keys(&layout)?;
+        let mut tensors = BTreeMap::new();
+        for (key, shape) in layout.required.iter().chain(&layout.optional) {
+            if self.file.contains(key) {
+                tensors.insert(key.clone(), self.read(key, shape)?);
             }
         }
-        Ok(Resolved { low_rank, whole })
+        self.require_equal_ends(&placement, &tensors)?;
+        self.gather(base, placement, tensors)
     }
 
-    fn require_same_keys(
+    /// The keys that configuration and base imply, with their shapes.
+    fn layout(&self, base: &BaseShapes, placement: &Placement) -> Result<Layout, AdapterError> {
+        let config = &self.config.lora;
+        let patterns = config.patterns()?;
+        let mut layout = Layout::default();
+        for path in &placement.linear {
+            let (rank, [rows, columns]) = (patterns.rank(path), dims(&base.weights[path]));
+            layout.require(path, ".lora_A.weight", &[rank, columns]);
+            layout.require(path, ".lora_B.weight", &[rows, rank]);
+            if config.lora_bias {
+                layout.require(path, ".lora_B.bias", &[rows]);
+            }
+            if config.use_dora {
+                layout.require(path, ".lora_magnitude_vector", &[rows]);
+            }
+            // The frozen weight that PEFT adds for a head.
+            if path == HEAD {
+                layout.allow(path, BASE_WEIGHT, &[rows, columns]);
+            }
+        }
+        if placement.embedding {
+            let (rank, [vocab, hidden]) = (patterns.rank(EMBEDDING), dims(&base.weights[EMBEDDING]));
+            layout.require(EMBEDDING, ".lora_embedding_A", &[rank, vocab]);
+            layout.require(EMBEDDING, ".lora_embedding_B", &[hidden, rank]);
+            layout.allow(EMBEDDING, BASE_WEIGHT, &[vocab, hidden]);
+            if config.use_dora {
+                layout.require(EMBEDDING, ".lora_magnitude_vector", &[hidden]);
+            }
+            if placement.shared == SharedWeight::Kept {
+                layout.allow(HEAD, BASE_WEIGHT, &[vocab, hidden]);
+                layout.allow(HEAD, ".lora_A.weight", &[rank, hidden]);
+                layout.allow(HEAD, ".lora_B.weight", &[vocab, rank]);
+            }
+        }
+        for path in &placement.saved {
+            layout.require(path, ".weight", &base.weights[path]);
+            if base.biases.contains(path) {
+                layout.allow(path, ".bias", &base.weights[path][..1]);
+            }
+            if path == EMBEDDING && placement.shared == SharedWeight::Kept {
+                layout.allow(HEAD, ".weight", &base.weights[path]);
+            }
+        }
+        for (path, indices) in &placement.rows {
+            layout.require(path, TOKEN_ROWS, &[indices.len(), base.weights[path][1]]);
+        }
+        for path in &placement.biases {
+            let part = if placement.linear.contains(path) { BASE_BIAS } else { ".bias" };
+            layout.require(path, part, &base.weights[path][..1]);
+        }
+        Ok(layout)
+    }
+
+    /// Sorts the tensors read by what they do.
+    fn gather(
         &self,
-        expected: &BTreeMap<String, Vec<usize>>,
-        optional: impl Fn(&str) -> bool,
-    ) -> Result<(), AdapterError> {
+        base: &BaseShapes,
+        placement: Placement,
+        mut tensors: BTreeMap<String, Vec<f32>>,
+    ) -> Result<Resolved, AdapterError> {
+        let patterns = self.config.lora.patterns()?;
+        let mut take = |path: &str, part: &str| tensors.remove(&key(path, part));
+        let mut module = |path: &str, parts: [&str; 2]| LowRankModule {
+            a: take(path, parts[0]).unwrap_or_default(),
+            b: take(path, parts[1]).unwrap_or_default(),
+            bias: take(path, ".lora_B.bias"),
+            magnitude: take(path, ".lora_magnitude_vector"),
+            rank: patterns.rank(path),
+            dims: dims(&base.weights[path]),
+            scale: patterns.scale(path),
+        };
+        let linear: BTreeMap<String, LowRankModule> = placement
+            .linear
+            .iter()
+            .map(|path| (path.clone(), module(path, [".lora_A.weight", ".lora_B.weight"])))
+            .collect();
+        let embedding =
+            placement.embedding.then(|| module(EMBEDDING, [".lora_embedding_A", ".lora_embedding_B"]));
+        let mut rows = BTreeMap::new();
+        for (path, indices) in placement.rows {
+            let values = take(&path, TOKEN_ROWS).unwrap_or_default();
+            rows.insert(path, RowsModule { indices, values });
+        }
+        // Copies of the embedding's part for a head that shares its weight.
+        if placement.shared == SharedWeight::Kept {
+            for part in [".lora_A.weight", ".lora_B.weight", BASE_WEIGHT, ".weight"] {
+                take(HEAD, part);
+            }
+        }
+        let name = |key: &str| key.trim_start_matches(PREFIX).replace(".base_layer.", ".");
+        let whole = tensors.into_iter().map(|(key, values)| (name(&key), values)).collect();
+        Ok(Resolved { linear, embedding, whole, rows, shared: placement.shared })
+    }
+
+    fn require_same_keys(&self, layout: &Layout) -> Result<(), AdapterError> {
         let others = |n: usize| {
             if n > 1 { format!(" (and {} more)", n - 1) } else { String::new() }
         };
-        let missing: Vec<&String> = expected.keys().filter(|key| !self.file.contains(key)).collect();
-        let unexpected: Vec<&str> =
-            self.file.names().filter(|key| !expected.contains_key(*key) && !optional(key)).collect();
+        let Layout { required, optional } = layout;
+        let missing: Vec<&String> = required.keys().filter(|key| !self.file.contains(key)).collect();
+        let known = |key: &str| required.contains_key(key) || optional.contains_key(key);
+        let unexpected: Vec<&str> = self.file.names().filter(|key| !known(key)).collect();
         if let Some(key) = missing.first() {
             return Err(AdapterError::MissingKey {
                 path: self.dir.join(WEIGHTS_FILE),
@@ -146,11 +219,54 @@ impl Adapter {
             return Err(AdapterError::UnexpectedKey {
                 path: self.dir.join(WEIGHTS_FILE),
                 key: key.to_string(),
-                suggestion: did_you_mean(key, expected.keys().map(String::as_str)),
+                suggestion: did_you_mean(key, required.keys().map(String::as_str)),
                 others: others(unexpected.len()),
             });
         }
         Ok(())
+    }
+
+    /// A shared weight that is to stay shared must have been saved with equal changes at both ends.
+    fn require_equal_ends(
+        &self,
+        placement: &Placement,
+        tensors: &BTreeMap<String, Vec<f32>>,
+    ) -> Result<(), AdapterError> {
+        if placement.shared != SharedWeight::Kept {
+            return Ok(());
+        }
+        let differs = |head: &str, embedding: &str, transposed: Option<usize>| {
+            let (head, embedding) =
+                (tensors.get(&key(HEAD, head))?, tensors.get(&key(EMBEDDING, embedding))?);
+            let same = match transposed {
+                None => head == embedding,
+                Some(columns) => {
+                    let rows = embedding.len() / columns;
+                    (0..embedding.len()).all(|i| embedding[i] == head[i % columns * rows + i / columns])
+                }
+            };
+            (!same).then_some(())
+        };
+        let factor = |part: &str| tensors.get(&key(EMBEDDING, part)).map_or(1, Vec::len);
+        let rank = self.config.lora.patterns()?.rank(EMBEDDING);
+        let pairs = [
+            (".weight", ".weight", None),
+            (".lora_B.weight", ".lora_embedding_A", Some((factor(".lora_embedding_A") / rank).max(1))),
+            (".lora_A.weight", ".lora_embedding_B", Some(rank)),
+        ];
+        match pairs
+            .into_iter()
+            .find(|(head, embedding, columns)| differs(head, embedding, *columns).is_some())
+        {
+            None => Ok(()),
+            Some((part, ..)) => Err(AdapterError::Config {
+                path: self.dir.join(WEIGHTS_FILE),
+                message: format!(
+                    "`{}` differs from the embedding's, but ensure_weight_tying says that the two are one",
+                    key(HEAD, part)
+                ),
+            }),
+        }
     }
 
     fn read(&self, key: &str, expected: &[usize]) -> Result<Vec<f32>, AdapterError> {
@@ -166,97 +282,29 @@ impl Adapter {
             false => Err(AdapterError::NonFinite { path, key: key.to_string() }),
         }
     }
+}
 
-    /// Puts the adapter onto a decoder. Its parameters are frozen.
-    pub fn attach(&self, model: &mut Decoder) -> Result<(), AdapterError> {
-        let weights = model_weights(model);
-        let resolved = self.resolve(&weights, model.config.tie_word_embeddings)?;
-        let device = model.device.clone();
-        let tensor = |values: &[f32], dims: [usize; 2]| {
-            Tensor::<2>::from_data(TensorData::new(values.to_vec(), dims), (&device, DType::F32))
-        };
-        for projection in model.projections_mut() {
-            let Some(module) = resolved.low_rank.get(&projection.path) else {
-                continue;
-            };
-            let [rows, columns] = module.dims;
-            let name = |factor: &str| format!("{}.{factor}.weight", projection.path);
-            projection.delta = Some(Delta::LowRank(LowRank {
-                a: Parameter::matrix(name("lora_A"), tensor(&module.a, [module.rank, columns])),
-                b: Parameter::matrix(name("lora_B"), tensor(&module.b, [rows, module.rank])),
-                scale: module.scale,
-                dropout: self.config.lora_dropout,
-            }));
-        }
-        for parameter in model.parameters_mut() {
-            if let Some(values) = resolved.whole.get(&parameter.name) {
-                parameter.value = tensor(values, parameter.value.dims());
-            }
-        }
-        Ok(())
+/// Keys with their shapes.
+#[derive(Default)]
+struct Layout {
+    required: BTreeMap<String, Vec<usize>>,
+    optional: BTreeMap<String, Vec<usize>>,
+}
+
+impl Layout {
+    fn require(&mut self, path: &str, part: &str, shape: &[usize]) {
+        self.required.insert(key(path, part), shape.to_vec());
+    }
+
+    fn allow(&mut self, path: &str, part: &str, shape: &[usize]) {
+        self.optional.insert(key(path, part), shape.to_vec());
     }
 }
 
-/// An adapter's tensors, matched with its base.
-pub struct Resolved {
-    /// By module path.
-    pub low_rank: BTreeMap<String, LowRankModule>,
-    /// By parameter name: replacements of whole tensors.
-    pub whole: BTreeMap<String, Vec<f32>>,
-}
-
-/// Shapes of all weights of the decoder, by module path.
-fn model_weights(model: &Decoder) -> BTreeMap<String, Vec<usize>> {
-    let weight = |p: &&Parameter| !p.name.contains(".lora_") && p.name.ends_with(".weight");
-    let entry = |p: &Parameter| (p.name.trim_end_matches(".weight").to_string(), p.shape.clone());
-    model.parameters().into_iter().filter(weight).map(entry).collect()
-}
-
-/// Whether a weight belongs to a linear module.
-pub(super) fn is_linear(path: &str, shape: &[usize]) -> bool {
-    shape.len() == 2 && !path.ends_with("embed_tokens")
+fn key(path: &str, part: &str) -> String {
+    format!("{PREFIX}{path}{part}")
 }
 
 fn dims(shape: &[usize]) -> [usize; 2] {
     [shape[0], shape[1]]
-}
-
-/// Writes the decoder's adapter, `adapter_config.json` and `adapter_model.safetensors`, into the folder `dir`: the
-/// factors of every change and every other trainable parameter, in f32.
-///
-/// # Errors
-/// A non-finite value, or a failure to write.
-pub fn save(model: &Decoder, config: &AdapterConfig, dir: &Path) -> Result<(), AdapterError> {
-    let factors: BTreeSet<&str> = model
-        .projections()
-        .filter_map(|projection| projection.delta.as_ref())
-        .flat_map(|delta| delta.parameters().into_iter().map(|parameter| parameter.name.as_str()))
-        .collect();
-    let mut tensors = Vec::new();
-    for parameter in model.parameters() {
-        if !parameter.trainable && !factors.contains(parameter.name.as_str()) {
-            continue;
-        }
-        let key = format!("{PREFIX}{}", parameter.name);
-        let bytes = {
-            let key = key.clone();
-            move || {
-                let values = parameter.to_host();
-                match values.iter().all(|value| value.is_finite()) {
-                    true => Ok(Cow::Owned(f32_bytes(&values))),
-                    false => Err(AdapterError::NonFinite { path: dir.join(WEIGHTS_FILE), key: key.clone() }),
-                }
-            }
-        };
-        tensors.push(LazyTensor::new(key, Dtype::F32, parameter.shape.clone(), bytes));
-    }
-    // PEFT saves the frozen weight of a targeted head along with its factors.
-    for head in model.projections().filter(|p| p.path == "lm_head" && p.delta.is_some()) {
-        let bytes = || Ok(Cow::Owned(f32_bytes(&head.weight.to_host())));
-        let key = format!("{PREFIX}{}{BASE_LAYER}", head.path);
-        tensors.push(LazyTensor::new(key, Dtype::F32, head.weight.shape.clone(), bytes));
-    }
-    let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-    write_safetensors(&dir.join(WEIGHTS_FILE), tensors, &metadata)?;
-    config.write(dir)
 }

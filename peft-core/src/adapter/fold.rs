@@ -1,11 +1,13 @@
-//! Folding an adapter into its base: `W ← W + s·B·A`, and whole modules replaced.
+//! Folding an adapter into its base: `W ← W + s·B·A`, with DoRA `W ← m/n ∘ (W + s·B·A)`; biases, whole modules and rows
+//! replaced.
 
 use super::error::AdapterError;
-use super::file::{Adapter, LowRankModule};
-use super::rewrite::{RewriteOptions, TensorChange, rewrite_checkpoint};
+use super::file::{Adapter, LowRankModule, RowsModule};
+use super::placement::SharedWeight;
+use super::rewrite::{Rewrite, RewriteOptions, TensorChange, rewrite_checkpoint};
 use crate::checkpoint::Checkpoint;
+use crate::model::{BaseShapes, EMBEDDING, HEAD, ties_embeddings};
 use burn::tensor::{Device, Tensor, TensorData};
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// What a fold did.
@@ -15,6 +17,8 @@ pub struct FoldReport {
     pub folded: usize,
     /// Tensors replaced whole.
     pub replaced: usize,
+    /// Whether a weight that embedding and head shared became two.
+    pub parted: bool,
     /// Weight files written.
     pub files: Vec<PathBuf>,
 }
@@ -22,50 +26,160 @@ pub struct FoldReport {
 /// Writes `base` with `adapter` folded in to the folder `output`.
 ///
 /// # Errors
-/// An adapter that does not fit the base, or those of [`rewrite_checkpoint`].
+/// An adapter that does not fit the base or cannot be folded into it, or those of [`rewrite_checkpoint`].
 pub fn fold(
     base: &Checkpoint,
     adapter: &Adapter,
     output: &Path,
     options: &RewriteOptions,
 ) -> Result<FoldReport, AdapterError> {
-    let mut weights = BTreeMap::new();
-    for name in base.names() {
-        if let Some(path) = name.strip_suffix(".weight") {
-            weights.insert(path.to_string(), base.tensor(name)?.shape.to_vec());
+    let shapes = base_shapes(base)?;
+    let resolved = adapter.resolve(&shapes)?;
+    let parted = resolved.shared == SharedWeight::Parted;
+    let folded = resolved.linear.len() + usize::from(resolved.embedding.is_some());
+    let replaced = resolved.whole.len();
+
+    let mut rewrite = Rewrite::default();
+    let mut whole = resolved.whole;
+    let head_is_saved = base.contains(&format!("{HEAD}.weight"));
+    if parted {
+        if !head_is_saved {
+            rewrite.copies.insert(format!("{HEAD}.weight"), format!("{EMBEDDING}.weight"));
+        }
+        rewrite.config.insert("tie_word_embeddings".to_string(), false.into());
+    }
+    for (path, module) in resolved.linear {
+        if let Some(change) = &module.bias {
+            let name = format!("{path}.bias");
+            if !shapes.biases.contains(&path) {
+                let reason = "has no bias that lora_bias could be folded into".to_string();
+                return Err(AdapterError::Target { module: path, reason });
+            }
+            let (own, change, scale) = (whole.remove(&name), change.clone(), module.scale as f32);
+            let add = move |bias: Vec<f32>| {
+                let bias = own.clone().unwrap_or(bias);
+                bias.iter().zip(&change).map(|(b, c)| b + scale * c).collect()
+            };
+            rewrite.changes.insert(name, Box::new(add));
+        }
+        let name = format!("{path}.weight");
+        let own = whole.remove(&name);
+        let change = move |weight| {
+            let mut weight = own.clone().unwrap_or(weight);
+            add(&mut weight, &module.a, &module.b, module.rank, module.dims, module.scale);
+            if let Some(lengths) = &module.magnitude {
+                scale_rows(&mut weight, module.dims[1], lengths);
+            }
+            weight
+        };
+        rewrite.changes.insert(name, Box::new(change));
+    }
+    if let Some(module) = resolved.embedding {
+        let own = whole.remove(&format!("{EMBEDDING}.weight"));
+        change_embedding(&mut rewrite, head_is_saved && shapes.tied && !parted, move || {
+            let (own, module) = (own.clone(), module.clone());
+            Box::new(move |weight| fold_embedding(own.clone().unwrap_or(weight), &module))
+        });
+    }
+    for (path, RowsModule { indices, values }) in resolved.rows {
+        let replace = move || -> TensorChange {
+            let (indices, values) = (indices.clone(), values.clone());
+            Box::new(move |mut weight: Vec<f32>| {
+                let width = values.len() / indices.len();
+                for (token, row) in indices.iter().zip(values.chunks_exact(width)) {
+                    let start = *token as usize * width;
+                    weight[start..start + width].copy_from_slice(row);
+                }
+                weight
+            })
+        };
+        match path.as_str() {
+            EMBEDDING => change_embedding(&mut rewrite, head_is_saved && shapes.tied, replace),
+            _ => drop(rewrite.changes.insert(format!("{path}.weight"), replace())),
         }
     }
-    let tied = base.config().get("tie_word_embeddings").and_then(serde_json::Value::as_bool).unwrap_or(false);
-    let resolved = adapter.resolve(&weights, tied || !base.contains("lm_head.weight"))?;
-    let (folded, replaced) = (resolved.low_rank.len(), resolved.whole.len());
-    let mut changes: BTreeMap<String, TensorChange> = BTreeMap::new();
-    let mut whole = resolved.whole;
-    for (path, module) in resolved.low_rank {
-        let name = format!("{path}.weight");
-        let replaced = whole.remove(&name);
-        let change = move |weight| add(replaced.clone().unwrap_or(weight), &module);
-        changes.insert(name, Box::new(change));
-    }
     for (name, values) in whole {
-        changes.insert(name, Box::new(move |_| values.clone()));
+        let both = head_is_saved && shapes.tied && !parted && name == format!("{EMBEDDING}.weight");
+        let replace = move || -> TensorChange {
+            let values = values.clone();
+            Box::new(move |_| values.clone())
+        };
+        match both {
+            true => change_embedding(&mut rewrite, true, replace),
+            false => drop(rewrite.changes.insert(name, replace())),
+        }
     }
-    let files = rewrite_checkpoint(base, output, options, &changes)?;
-    Ok(FoldReport { folded, replaced, files })
+    let files = rewrite_checkpoint(base, output, options, &rewrite)?;
+    Ok(FoldReport { folded, replaced, parted, files })
+}
+
+/// Adds a change of the embedding, and of a copy of it that is saved as the head.
+fn change_embedding(rewrite: &mut Rewrite, and_head: bool, change: impl Fn() -> TensorChange<'static>) {
+    rewrite.changes.insert(format!("{EMBEDDING}.weight"), change());
+    if and_head {
+        rewrite.changes.insert(format!("{HEAD}.weight"), change());
+    }
+}
+
+/// The modules of a checkpoint, by its tensors' names.
+fn base_shapes(base: &Checkpoint) -> Result<BaseShapes, AdapterError> {
+    let mut shapes = BaseShapes { tied: ties_embeddings(base)?, ..BaseShapes::default() };
+    for name in base.names() {
+        if let Some(path) = name.strip_suffix(".weight") {
+            shapes.weights.insert(path.to_string(), base.tensor(name)?.shape.to_vec());
+        }
+        shapes.biases.extend(name.strip_suffix(".bias").map(str::to_string));
+    }
+    if let Some(shape) = shapes.weights.get(EMBEDDING).cloned().filter(|_| shapes.tied) {
+        shapes.weights.insert(HEAD.to_string(), shape);
+    }
+    Ok(shapes)
+}
+
+/// `W + s·(B·A)ᵀ` with DoRA's lengths of columns.
+fn fold_embedding(mut weight: Vec<f32>, module: &LowRankModule) -> Vec<f32> {
+    let [vocab, hidden] = module.dims;
+    let rank = module.rank;
+    let b = transpose(&module.a, rank, vocab);
+    let a = transpose(&module.b, hidden, rank);
+    add(&mut weight, &a, &b, rank, module.dims, module.scale);
+    if let Some(lengths) = &module.magnitude {
+        let mut squares = vec![0f64; hidden];
+        for row in weight.chunks_exact(hidden) {
+            squares.iter_mut().zip(row).for_each(|(sum, v)| *sum += f64::from(*v).powi(2));
+        }
+        for row in weight.chunks_exact_mut(hidden) {
+            for (value, (length, square)) in row.iter_mut().zip(lengths.iter().zip(&squares)) {
+                *value *= length / square.sqrt() as f32;
+            }
+        }
+    }
+    weight
+}
+
+fn transpose(values: &[f32], rows: usize, columns: usize) -> Vec<f32> {
+    (0..rows * columns).map(|i| values[i % rows * columns + i / rows]).collect()
+}
+
+/// Gives the rows of a weight the lengths `m`.
+fn scale_rows(weight: &mut [f32], columns: usize, lengths: &[f32]) {
+    for (row, length) in weight.chunks_exact_mut(columns).zip(lengths) {
+        let own = row.iter().map(|value| f64::from(*value).powi(2)).sum::<f64>().sqrt();
+        let gain = length / own as f32;
+        row.iter_mut().for_each(|value| *value *= gain);
+    }
 }
 
 /// `W + s·B·A` in blocks of rows, so that the dense change is never whole in memory.
-fn add(mut weight: Vec<f32>, module: &LowRankModule) -> Vec<f32> {
+fn add(weight: &mut [f32], a: &[f32], b: &[f32], rank: usize, [_, columns]: [usize; 2], scale: f64) {
     const BLOCK: usize = 1024;
     let device = Device::flex();
-    let [_, columns] = module.dims;
-    let rank = module.rank;
-    let a = Tensor::<2>::from_data(TensorData::new(module.a.clone(), [rank, columns]), &device);
-    for (rows, b) in weight.chunks_mut(BLOCK * columns).zip(module.b.chunks(BLOCK * rank)) {
+    let a = Tensor::<2>::from_data(TensorData::new(a.to_vec(), [rank, columns]), &device);
+    for (rows, b) in weight.chunks_mut(BLOCK * columns).zip(b.chunks(BLOCK * rank)) {
         let b = Tensor::<2>::from_data(TensorData::new(b.to_vec(), [b.len() / rank, rank]), &device);
-        let change = b.matmul(a.clone()).mul_scalar(module.scale).into_data();
+        let change = b.matmul(a.clone()).mul_scalar(scale).into_data();
         for (w, c) in rows.iter_mut().zip(change.iter::<f32>()) {
             *w += c;
         }
     }
-    weight
 }

@@ -5,13 +5,24 @@ use crate::checkpoint::{
     Checkpoint, CheckpointError, Dtype, LazyTensor, StagedDir, TensorRef, from_f32, require_free,
     write_sharded,
 };
-use serde_json::Value;
+use serde_json::{Map, Value};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Computes a tensor's new values from its old ones, row-major f32.
 pub type TensorChange<'a> = Box<dyn Fn(Vec<f32>) -> Vec<f32> + Send + Sync + 'a>;
+
+/// What is different in the new checkpoint.
+#[derive(Default)]
+pub struct Rewrite<'a> {
+    /// Changes by tensor name.
+    pub changes: BTreeMap<String, TensorChange<'a>>,
+    /// Tensors that the old checkpoint lacks, by new name the old one whose values they start from.
+    pub copies: BTreeMap<String, String>,
+    /// New values of keys of config.json.
+    pub config: Map<String, Value>,
+}
 
 /// How the result is stored.
 #[derive(Debug, Clone)]
@@ -27,8 +38,7 @@ impl RewriteOptions {
     pub const DEFAULT_SHARD: u64 = 5_000_000_000;
 }
 
-/// Writes the checkpoint `base` to the folder `output`, with `changes` applied by tensor name. Every other tensor is
-/// copied byte for byte unless the type changes, and the files beside the weights are carried over.
+/// Writes the checkpoint `base` to the folder `output`, changed as `rewrite` says. Every other tensor is copied byte for byte unless the type changes, and the files beside the weights are carried over.
 ///
 /// # Errors
 /// An output folder that is not empty, too little free disk, a result that is not finite, a failure to write. Nothing
@@ -37,10 +47,10 @@ pub fn rewrite_checkpoint(
     base: &Checkpoint,
     output: &Path,
     options: &RewriteOptions,
-    changes: &BTreeMap<String, TensorChange>,
+    rewrite: &Rewrite,
 ) -> Result<Vec<PathBuf>, AdapterError> {
     let staged = StagedDir::new(output)?;
-    let files = rewrite_into(base, staged.path(), options, changes)?;
+    let files = rewrite_into(base, staged.path(), options, rewrite)?;
     staged.commit()?;
     Ok(files.into_iter().map(|file| output.join(file)).collect())
 }
@@ -50,25 +60,27 @@ pub fn rewrite_into(
     base: &Checkpoint,
     dir: &Path,
     options: &RewriteOptions,
-    changes: &BTreeMap<String, TensorChange>,
+    rewrite: &Rewrite,
 ) -> Result<Vec<String>, AdapterError> {
-    let names: Vec<String> = base.names().map(str::to_string).collect();
+    let own = base.names().map(|name| (name, name));
+    let copies = rewrite.copies.iter().map(|(new, old)| (new.as_str(), old.as_str()));
+    let names: Vec<(&str, &str)> = own.chain(copies).collect();
     let mut tensors = Vec::with_capacity(names.len());
     let mut total = 0u64;
-    for name in &names {
-        let tensor = base.tensor(name)?;
+    for (name, source) in names {
+        let tensor = base.tensor(source)?;
         let dtype = options.dtype.filter(|_| tensor.dtype.is_float()).unwrap_or(tensor.dtype);
         total += (tensor.numel() * dtype.size()) as u64;
-        let change = changes.get(name);
+        let change = rewrite.changes.get(name);
         let bytes = move || new_bytes(tensor, dtype, change);
-        tensors.push(LazyTensor::new(name.clone(), dtype, tensor.shape.to_vec(), bytes));
+        tensors.push(LazyTensor::new(name.to_string(), dtype, tensor.shape.to_vec(), bytes));
     }
     require_free(dir, total + (1 << 20))?;
 
     for file in base.side_files()? {
         let Some(name) = file.file_name() else { continue };
-        if name == "config.json" && options.dtype.is_some() {
-            let text = format!("{:#}\n", with_dtype(base.config(), options.dtype));
+        if name == "config.json" && (options.dtype.is_some() || !rewrite.config.is_empty()) {
+            let text = format!("{:#}\n", new_config(base.config(), options.dtype, &rewrite.config));
             crate::checkpoint::write_file(&dir.join(name), text.as_bytes())?;
         } else {
             let bytes = std::fs::read(&file).map_err(CheckpointError::read(&file))?;
@@ -97,12 +109,15 @@ fn new_bytes<'a>(
     Ok(Cow::Owned(from_f32(&values, dtype).map_err(CheckpointError::from)?))
 }
 
-/// config.json with the type of the new weights, under the key that it already uses.
-fn with_dtype(config: &Value, dtype: Option<Dtype>) -> Value {
+/// config.json with the type of the new weights, under the key that it already uses, and with new values.
+fn new_config(config: &Value, dtype: Option<Dtype>, values: &Map<String, Value>) -> Value {
     let mut config = config.clone();
-    if let (Some(map), Some(dtype)) = (config.as_object_mut(), dtype) {
-        let key = if map.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-        map.insert(key.to_string(), Value::String(dtype.config_name().to_string()));
+    if let Some(map) = config.as_object_mut() {
+        if let Some(dtype) = dtype {
+            let key = if map.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+            map.insert(key.to_string(), Value::String(dtype.config_name().to_string()));
+        }
+        map.extend(values.clone());
     }
     config
 }

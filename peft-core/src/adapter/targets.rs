@@ -2,8 +2,11 @@
 //!
 //! A list selects modules whose path is an item or ends with `.item`; a string is a regular expression over the whole
 //! path; `all-linear` is every linear module but the output head. `exclude_modules` and `modules_to_save` win over all.
+//! `layers_to_transform` narrows a list down to modules of some layers, but for items that are whole paths.
 
+use super::config::Layers;
 use super::error::AdapterError;
+use crate::model::{EMBEDDING, HEAD};
 use crate::nearest::did_you_mean;
 use fancy_regex::Regex;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -100,15 +103,19 @@ pub struct Selection<'a> {
     pub exclude: Option<&'a Pattern>,
     /// Modules trained whole, left out too.
     pub saved: &'a [String],
+    /// Only these layers.
+    pub layers: Option<&'a Layers>,
+    /// Expressions for the name of the list that layers are numbered in; none is any.
+    pub layers_pattern: &'a [String],
     /// Whether every listed name must match (a recipe), or only one of them (a file).
     pub strict: bool,
 }
 
-/// The paths among `linear` that the selection takes, in their order.
+/// The paths among `modules` (the linear ones and the embedding) that the selection takes, in their order.
 ///
 /// # Errors
-/// A name or expression that matches nothing, or an expression that does not parse.
-pub fn select<'p>(selection: &Selection, linear: &[&'p str]) -> Result<Vec<&'p str>, AdapterError> {
+/// A name, layer or expression that matches nothing, or an expression that does not parse.
+pub fn select<'p>(selection: &Selection, modules: &[&'p str]) -> Result<Vec<&'p str>, AdapterError> {
     let default = TargetModules::Matching(Pattern::Names(vec!["q_proj".to_string(), "v_proj".to_string()]));
     let targets = selection.targets.unwrap_or(&default);
     let exclude = selection.exclude.map(|pattern| pattern.compile("exclude_modules")).transpose()?;
@@ -117,16 +124,24 @@ pub fn select<'p>(selection: &Selection, linear: &[&'p str]) -> Result<Vec<&'p s
             && !selection.saved.iter().any(|name| is_suffix(path, name))
     };
     let chosen: Vec<&str> = match targets {
-        TargetModules::AllLinear => linear.iter().copied().filter(|path| *path != "lm_head").collect(),
+        TargetModules::AllLinear => {
+            modules.iter().copied().filter(|path| ![HEAD, EMBEDDING].contains(path)).collect()
+        }
         TargetModules::Matching(pattern) => {
             let matcher = pattern.compile("target_modules")?;
             if let (Pattern::Names(names), true) = (pattern, selection.strict) {
-                let unmatched = names.iter().find(|name| !linear.iter().any(|path| is_suffix(path, name)));
+                let unmatched = names.iter().find(|name| !modules.iter().any(|path| is_suffix(path, name)));
                 if let Some(name) = unmatched {
-                    return Err(no_match(format!("`{name}`"), name, linear));
+                    return Err(no_match(format!("`{name}`"), name, modules));
                 }
             }
-            linear.iter().copied().filter(|path| matcher.matches(path)).collect()
+            let layers = LayerFilter::new(selection)?;
+            let whole = |path: &str| match pattern {
+                Pattern::Names(names) => names.iter().any(|name| name == path),
+                Pattern::Regex(_) => true,
+            };
+            let takes = |path: &&str| matcher.matches(path) && (whole(path) || layers.takes(path));
+            modules.iter().copied().filter(takes).collect()
         }
     };
     let chosen: Vec<&str> = chosen.into_iter().filter(allowed).collect();
@@ -134,20 +149,55 @@ pub fn select<'p>(selection: &Selection, linear: &[&'p str]) -> Result<Vec<&'p s
         let (shown, wanted) = match targets {
             TargetModules::AllLinear => ("all-linear after exclusions".to_string(), String::new()),
             TargetModules::Matching(Pattern::Names(names)) => {
-                (format!("{names:?}"), names.first().cloned().unwrap_or_default())
+                let layers = selection.layers.map_or("", |_| " in the layers of layers_to_transform");
+                (format!("{names:?}{layers}"), names.first().cloned().unwrap_or_default())
             }
             TargetModules::Matching(Pattern::Regex(regex)) => {
                 (format!("the regular expression `{regex}` (over whole module paths)"), regex.clone())
             }
         };
-        return Err(no_match(shown, &wanted, linear));
+        return Err(no_match(shown, &wanted, modules));
     }
     Ok(chosen)
 }
 
-fn no_match(pattern: String, wanted: &str, linear: &[&str]) -> AdapterError {
+/// Which layers a list of names reaches.
+struct LayerFilter<'a> {
+    layers: Option<&'a Layers>,
+    numbered: Vec<Regex>,
+}
+
+impl<'a> LayerFilter<'a> {
+    fn new(selection: &Selection<'a>) -> Result<Self, AdapterError> {
+        let compile = |expression: String, shown: &str| {
+            Regex::new(&expression).map_err(|error| AdapterError::Pattern {
+                key: "layers_pattern",
+                pattern: shown.to_string(),
+                message: error.to_string(),
+            })
+        };
+        let numbered = match selection.layers_pattern {
+            // The first number in the path, after a name that is not the path's first.
+            [] => vec![compile(r"^.*?\.[^.]*\.(\d+)\.".to_string(), "")?],
+            patterns => patterns
+                .iter()
+                .map(|pattern| compile(format!(r"^(?:|.*?\.)(?:{pattern})\.(\d+)\."), pattern))
+                .collect::<Result<_, _>>()?,
+        };
+        Ok(Self { layers: selection.layers.filter(|layers| !layers.is_empty()), numbered })
+    }
+
+    fn takes(&self, path: &str) -> bool {
+        let Some(layers) = self.layers else { return true };
+        let captured = self.numbered.iter().find_map(|regex| regex.captures(path).ok().flatten());
+        let number = captured.and_then(|groups| groups.get(1)?.as_str().parse().ok());
+        number.is_some_and(|layer| layers.contains(layer))
+    }
+}
+
+fn no_match(pattern: String, wanted: &str, modules: &[&str]) -> AdapterError {
     let last = |path: &&str| path.rsplit('.').next().unwrap_or_default().to_string();
-    let names: BTreeSet<String> = linear.iter().map(last).collect();
+    let names: BTreeSet<String> = modules.iter().map(last).collect();
     AdapterError::NoMatch {
         pattern,
         suggestion: did_you_mean(wanted, names.iter().map(String::as_str)),
@@ -158,11 +208,12 @@ fn no_match(pattern: String, wanted: &str, linear: &[&str]) -> AdapterError {
 /// The modules among `paths` that `modules_to_save` names.
 ///
 /// # Errors
-/// A name that matches nothing, or the embedding or head of a model that ties them.
-pub fn select_saved(names: &[String], paths: &[String], tied: bool) -> Result<Vec<String>, AdapterError> {
+/// A name that matches nothing.
+pub fn select_saved(names: &[String], paths: &[&str]) -> Result<Vec<String>, AdapterError> {
     let mut chosen = Vec::new();
     for name in names {
-        let matched: Vec<&String> = paths.iter().filter(|path| is_suffix(path, name)).collect();
+        let matched: Vec<String> =
+            paths.iter().filter(|path| is_suffix(path, name)).map(|path| path.to_string()).collect();
         if matched.is_empty() {
             let last: BTreeSet<&str> = paths.iter().filter_map(|path| path.rsplit('.').next()).collect();
             return Err(AdapterError::ModulesToSave {
@@ -170,17 +221,10 @@ pub fn select_saved(names: &[String], paths: &[String], tied: bool) -> Result<Ve
                 reason: format!("matches no module of the model{}", did_you_mean(name, last)),
             });
         }
-        if tied && matched.iter().any(|path| *path == "lm_head" || path.ends_with("embed_tokens")) {
-            return Err(AdapterError::ModulesToSave {
-                name: name.clone(),
-                reason:
-                    "shares its weight with the other end of the model (tie_word_embeddings): a trained copy \
-                         of one would silently part from the other"
-                        .to_string(),
-            });
-        }
-        chosen.extend(matched.into_iter().cloned());
+        chosen.extend(matched);
     }
+    chosen.sort();
+    chosen.dedup();
     Ok(chosen)
 }
 
@@ -197,8 +241,14 @@ mod tests {
     ];
 
     fn choose(targets: TargetModules, exclude: Option<Pattern>) -> Result<Vec<&'static str>, AdapterError> {
-        let selection =
-            Selection { targets: Some(&targets), exclude: exclude.as_ref(), saved: &[], strict: true };
+        let selection = Selection {
+            targets: Some(&targets),
+            exclude: exclude.as_ref(),
+            saved: &[],
+            layers: None,
+            layers_pattern: &[],
+            strict: true,
+        };
         select(&selection, &PATHS)
     }
 
@@ -224,6 +274,30 @@ mod tests {
     fn all_linear_leaves_the_head_and_exclusions_out() {
         let exclude = Some(names(&["foo_proj"]));
         assert_eq!(choose(TargetModules::AllLinear, exclude).unwrap(), [PATHS[0], PATHS[2]]);
+    }
+
+    #[test]
+    fn layers_narrow_a_list_down_but_for_whole_paths() {
+        let chosen = |names: &[&str], layers: Layers, pattern: &[&str]| {
+            let targets = TargetModules::Matching(self::names(names));
+            let layers_pattern: Vec<String> = pattern.iter().map(|name| name.to_string()).collect();
+            let selection = Selection {
+                targets: Some(&targets),
+                exclude: None,
+                saved: &[],
+                layers: Some(&layers),
+                layers_pattern: &layers_pattern,
+                strict: true,
+            };
+            select(&selection, &PATHS)
+        };
+        assert_eq!(chosen(&["q_proj"], Layers::One(1), &[]).unwrap(), [PATHS[2]]);
+        assert_eq!(chosen(&["q_proj", "foo_proj"], Layers::Many(vec![0]), &["layers"]).unwrap(), PATHS[..2]);
+        assert_eq!(chosen(&[PATHS[0], "foo_proj"], Layers::One(1), &[]).unwrap(), [PATHS[0]]);
+        assert!(chosen(&["q_proj"], Layers::One(1), &["h"]).is_err());
+        assert!(
+            chosen(&["q_proj"], Layers::One(7), &[]).unwrap_err().to_string().contains("layers_to_transform")
+        );
     }
 
     #[test]

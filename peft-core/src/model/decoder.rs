@@ -2,13 +2,15 @@
 //!
 //! The reference for every family is its modelling file in transformers (`models/llama/modeling_llama.py` and kin).
 
+use super::HEAD;
 use super::cache::KeyValueCache;
 use super::config::ModelConfig;
 use super::layer::Layer;
 use super::rope::RopeTable;
-use crate::kernels::{as_dtype, causal_mask, rms_norm};
-use crate::projection::{Parameter, Projection, Tape};
+use crate::kernels::{adapted_linear, causal_mask, rms_norm};
+use crate::projection::{Embedding, Parameter, Projection, Tape, TokenRows};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use std::collections::{BTreeMap, BTreeSet};
 
 /// A decoder-only transformer on a device.
 #[derive(Debug, Clone)]
@@ -19,11 +21,14 @@ pub struct Decoder {
     pub device: Device,
     /// Type of the activations.
     pub dtype: DType,
-    pub(super) embed_tokens: Parameter,
+    /// The embedding.
+    pub embed_tokens: Embedding,
     pub(super) layers: Vec<Layer>,
     pub(super) norm: Parameter,
     /// Absent where the head shares the embedding's weight.
     pub(super) lm_head: Option<Projection>,
+    /// Rows in place of those of a head of its own.
+    pub head_rows: Option<TokenRows>,
 }
 
 /// What all layers of one forward share: geometry, rotary table, masks.
@@ -79,7 +84,7 @@ impl Decoder {
 
     /// Embeddings of the tokens, `[tokens, hidden]`.
     pub fn embed(&self, tape: &Tape, ids: Tensor<1, Int>) -> Tensor<2> {
-        as_dtype(tape.read(&self.embed_tokens).select(0, ids), self.dtype)
+        self.embed_tokens.forward(tape, ids, self.dtype)
     }
 
     /// The layers, first to last.
@@ -95,31 +100,58 @@ impl Decoder {
     /// The head: `[tokens, hidden]` → logits `[tokens, vocab]`.
     pub fn head(&self, tape: &Tape, x: Tensor<2>) -> Tensor<2> {
         match &self.lm_head {
-            Some(head) => head.forward(tape, x, None),
-            None => {
-                let weight = as_dtype(tape.read(&self.embed_tokens), x.dtype());
-                x.matmul(weight.transpose())
+            Some(head) => {
+                let logits = head.forward(tape, x.clone(), None);
+                match &self.head_rows {
+                    Some(rows) => rows.replace_logits(tape, logits, x, &head.weight.value),
+                    None => logits,
+                }
             }
+            None => {
+                let embedding = &self.embed_tokens;
+                let term = embedding.head_term(tape, &x);
+                let logits = adapted_linear(x.clone(), tape.read(&embedding.weight), None, term, None);
+                match &embedding.rows {
+                    Some(rows) => rows.replace_logits(tape, logits, x, &embedding.weight.value),
+                    None => logits,
+                }
+            }
+        }
+    }
+
+    /// Gives a head that shares the embedding's weight one of its own, with the same values and, until one of them
+    /// changes, the same memory.
+    pub fn part_head(&mut self) {
+        if self.lm_head.is_none() {
+            let weight = &self.embed_tokens.weight;
+            self.lm_head = Some(Projection {
+                path: HEAD.to_string(),
+                weight: Parameter::matrix("lm_head.weight", weight.value.clone()),
+                bias: None,
+                delta: None,
+            });
+            self.config.tie_word_embeddings = false;
         }
     }
 
     /// The head's weight `[vocab, hidden]` if nothing about the head trains or is added to it.
     pub fn frozen_head(&self) -> Option<Tensor<2>> {
+        let embedding = &self.embed_tokens;
         match &self.lm_head {
-            Some(head)
-                if head.parameters().any(|p| p.trainable) || head.delta.is_some() || head.bias.is_some() =>
-            {
-                None
+            Some(head) => {
+                let changes = head.delta.is_some() || head.bias.is_some() || self.head_rows.is_some();
+                (!changes && !head.weight.trainable).then(|| head.weight.value.clone())
             }
-            Some(head) => Some(head.weight.value.clone()),
-            None if self.embed_tokens.trainable => None,
-            None => Some(self.embed_tokens.value.clone()),
+            None => {
+                let changes = embedding.delta.is_some() || embedding.rows.is_some();
+                (!changes && !embedding.weight.trainable).then(|| embedding.weight.value.clone())
+            }
         }
     }
 
-    /// Whether the embedding trains.
+    /// Whether anything about the embedding trains.
     pub fn trains_embedding(&self) -> bool {
-        self.embed_tokens.trainable
+        self.embed_tokens.parameters().any(|parameter| parameter.trainable)
     }
 
     /// Logits of all positions, `[batch · time, vocab]`, without autodiff.
@@ -151,10 +183,13 @@ impl Decoder {
     pub fn parameters(&self) -> Vec<&Parameter> {
         let layers = self.layers.iter().flat_map(Layer::parameters);
         let head = self.lm_head.iter().flat_map(Projection::parameters);
-        std::iter::once(&self.embed_tokens)
+        let head_rows = self.head_rows.as_ref().map(|rows| &rows.values);
+        self.embed_tokens
+            .parameters()
             .chain(layers)
             .chain(std::iter::once(&self.norm))
             .chain(head)
+            .chain(head_rows)
             .collect()
     }
 
@@ -162,10 +197,13 @@ impl Decoder {
     pub fn parameters_mut(&mut self) -> Vec<&mut Parameter> {
         let layers = self.layers.iter_mut().flat_map(Layer::parameters_mut);
         let head = self.lm_head.iter_mut().flat_map(Projection::parameters_mut);
-        std::iter::once(&mut self.embed_tokens)
+        let head_rows = self.head_rows.as_mut().map(|rows| &mut rows.values);
+        self.embed_tokens
+            .parameters_mut()
             .chain(layers)
             .chain(std::iter::once(&mut self.norm))
             .chain(head)
+            .chain(head_rows)
             .collect()
     }
 
@@ -179,14 +217,36 @@ impl Decoder {
         self.layers.iter_mut().flat_map(Layer::projections_mut).chain(&mut self.lm_head)
     }
 
-    /// Paths of all modules that hold a weight, as transformers spells them.
-    pub fn module_paths(&self) -> Vec<String> {
-        let weight = |p: &&Parameter| p.name.ends_with(".weight") && !p.name.contains(".lora_");
-        let strip = |p: &Parameter| p.name.trim_end_matches(".weight").to_string();
-        let mut paths: Vec<String> = self.parameters().into_iter().filter(weight).map(strip).collect();
-        if self.lm_head.is_none() {
-            paths.push("lm_head".to_string());
+    /// Modules of the base that hold a weight, by path as transformers spells it, with the weight's shape. A head that
+    /// shares the embedding's weight is one of them.
+    pub fn base_shapes(&self) -> BaseShapes {
+        let mut shapes = BaseShapes { tied: self.lm_head.is_none(), ..BaseShapes::default() };
+        let norms = self.layers.iter().flat_map(Layer::norms).chain(std::iter::once(&self.norm));
+        let weights = norms.chain(std::iter::once(&self.embed_tokens.weight));
+        let weights = weights.chain(self.projections().map(|projection| &projection.weight));
+        for weight in weights {
+            let path = weight.name.trim_end_matches(".weight");
+            shapes.weights.insert(path.to_string(), weight.shape.clone());
         }
-        paths
+        if shapes.tied {
+            shapes.weights.insert(HEAD.to_string(), self.embed_tokens.weight.shape.clone());
+        }
+        shapes.biases = self
+            .projections()
+            .filter(|p| p.bias.is_some())
+            .map(|projection| projection.path.clone())
+            .collect();
+        shapes
     }
+}
+
+/// The modules of a base: what adapters are matched with, before any weight is read.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct BaseShapes {
+    /// Shape of each module's weight, by path.
+    pub weights: BTreeMap<String, Vec<usize>>,
+    /// Paths of the linear modules with a bias.
+    pub biases: BTreeSet<String>,
+    /// Whether the head shares the embedding's weight.
+    pub tied: bool,
 }

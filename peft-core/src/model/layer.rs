@@ -48,11 +48,15 @@ impl Layer {
         [q_proj, k_proj, v_proj, o_proj, &mut self.gate_proj, &mut self.up_proj, &mut self.down_proj]
     }
 
+    /// The weights of the layer's norms.
+    pub fn norms(&self) -> impl Iterator<Item = &Parameter> {
+        let heads = self.attention.qk_norm.iter().flat_map(|(q, k)| [q, k]);
+        [&self.input_norm, &self.post_attention_norm].into_iter().chain(heads)
+    }
+
     /// Every parameter of the layer.
     pub fn parameters(&self) -> Vec<&Parameter> {
-        let norms = self.attention.qk_norm.iter().flat_map(|(q, k)| [q, k]);
-        let norms = [&self.input_norm, &self.post_attention_norm].into_iter().chain(norms);
-        norms.chain(self.projections().into_iter().flat_map(Projection::parameters)).collect()
+        self.norms().chain(self.projections().into_iter().flat_map(Projection::parameters)).collect()
     }
 
     /// Every parameter of the layer, to be changed.

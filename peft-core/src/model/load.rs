@@ -5,8 +5,9 @@ use super::config::ModelConfig;
 use super::decoder::Decoder;
 use super::error::ModelError;
 use super::layer::Layer;
+use super::{EMBEDDING, HEAD};
 use crate::checkpoint::{Checkpoint, Dtype};
-use crate::projection::{Parameter, Projection};
+use crate::projection::{Embedding, Parameter, Projection};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use rayon::prelude::*;
 use std::cell::RefCell;
@@ -37,30 +38,46 @@ impl ComputeType {
 /// An unsupported configuration; tensors that are missing, superfluous, wrongly shaped or not finite.
 pub fn load(checkpoint: &Checkpoint, device: &Device, compute: ComputeType) -> Result<Decoder, ModelError> {
     let mut config = ModelConfig::from_json(checkpoint.dir(), checkpoint.config())?;
-    config.tie_word_embeddings &= !has_head_of_its_own(checkpoint)?;
+    config.tie_word_embeddings = ties_embeddings(checkpoint)?;
     let config = config;
     let loader = Loader { checkpoint, device, compute, taken: RefCell::default() };
     let c = &config;
-    let embed_tokens = loader.matrix("model.embed_tokens.weight", [c.vocab_size, c.hidden_size])?;
+    let weight = loader.matrix("model.embed_tokens.weight", [c.vocab_size, c.hidden_size])?;
+    let path = EMBEDDING.to_string();
+    let embed_tokens = Embedding { path, weight, delta: None, rows: None };
     let layers =
         (0..c.num_hidden_layers).map(|index| loader.layer(c, index)).collect::<Result<Vec<_>, _>>()?;
     let norm = loader.vector("model.norm.weight", c.hidden_size)?;
     let lm_head = match c.tie_word_embeddings {
         true => None,
-        false => Some(loader.projection("lm_head".to_string(), [c.vocab_size, c.hidden_size], false)?),
+        false => Some(loader.projection(HEAD.to_string(), [c.vocab_size, c.hidden_size], false)?),
     };
     loader.refuse_rest(c)?;
     let dtype = compute.dtype();
-    Ok(Decoder { device: device.clone(), dtype, embed_tokens, layers, norm, lm_head, config })
+    Ok(Decoder {
+        device: device.clone(),
+        dtype,
+        embed_tokens,
+        layers,
+        norm,
+        lm_head,
+        head_rows: None,
+        config,
+    })
 }
 
-/// A head saved beside the embedding counts where the two differ, whatever config.json says about tying them.
-fn has_head_of_its_own(checkpoint: &Checkpoint) -> Result<bool, ModelError> {
+/// Whether head and embedding share their weight: the configuration says so, and no head of other values is saved
+/// beside the embedding, which would count.
+///
+/// # Errors
+/// An unsupported configuration.
+pub fn ties_embeddings(checkpoint: &Checkpoint) -> Result<bool, ModelError> {
+    let config = ModelConfig::from_json(checkpoint.dir(), checkpoint.config())?;
     let (head, embedding) = ("lm_head.weight", "model.embed_tokens.weight");
-    if !checkpoint.contains(head) || !checkpoint.contains(embedding) {
-        return Ok(false);
+    if !config.tie_word_embeddings || !checkpoint.contains(head) || !checkpoint.contains(embedding) {
+        return Ok(config.tie_word_embeddings);
     }
-    Ok(checkpoint.tensor(head)?.bytes != checkpoint.tensor(embedding)?.bytes)
+    Ok(checkpoint.tensor(head)?.bytes == checkpoint.tensor(embedding)?.bytes)
 }
 
 struct Loader<'a> {

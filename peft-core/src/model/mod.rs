@@ -11,11 +11,16 @@ mod layer;
 mod load;
 mod rope;
 
+/// The embedding's path in the checkpoints of every family.
+pub const EMBEDDING: &str = "model.embed_tokens";
+/// The head's.
+pub const HEAD: &str = "lm_head";
+
 pub use cache::KeyValueCache;
 pub use config::{Family, ModelConfig};
-pub use decoder::{Context, Decoder};
+pub use decoder::{BaseShapes, Context, Decoder};
 pub use error::ModelError;
 pub use generate::{Sampling, generate};
 pub use layer::Layer;
-pub use load::{ComputeType, load};
+pub use load::{ComputeType, load, ties_embeddings};
 pub use rope::{RopeScaling, RopeTable};

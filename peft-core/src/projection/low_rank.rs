@@ -1,6 +1,7 @@
-//! The change `ΔW = s·B·A` of rank `r` (LoRA, Hu et al., arXiv 2106.09685, equation 3).
+//! The change `ΔW = s·B·A` of rank `r` (LoRA, Hu et al., arXiv 2106.09685, equation 3), with the parts that PEFT lets it
+//! have: a bias beside `B`, and the magnitudes of DoRA.
 
-use super::{Parameter, Tape};
+use super::{Magnitude, Parameter, Tape};
 use crate::kernels::LowRankTerm;
 use burn::tensor::Tensor;
 
@@ -11,6 +12,10 @@ pub struct LowRank {
     pub a: Parameter,
     /// `B`, `[out, r]`, f32.
     pub b: Parameter,
+    /// A bias `[1, out]` of the low-rank path, scaled like it.
+    pub bias: Option<Parameter>,
+    /// Lengths of the rows of `W + ΔW` (DoRA).
+    pub magnitude: Option<Magnitude>,
     /// `s`: `alpha / r`, or `alpha / √r` for rank-stabilised LoRA.
     pub scale: f64,
     /// Probability of dropping an input feature of the low-rank path in training.
@@ -23,15 +28,26 @@ impl LowRank {
         self.a.value.dims()[0]
     }
 
-    /// `ΔW` as a dense `[out, in]` tensor.
-    pub fn dense(&self) -> Tensor<2> {
-        self.b.value.clone().matmul(self.a.value.clone()).mul_scalar(self.scale)
+    /// Its parameters, in a fixed order.
+    pub fn parameters(&self) -> impl Iterator<Item = &Parameter> {
+        let magnitude = self.magnitude.as_ref().map(|magnitude| &magnitude.lengths);
+        [&self.a, &self.b].into_iter().chain(&self.bias).chain(magnitude)
     }
 
-    pub(super) fn term(&self, tape: &Tape, path: &str, x: &Tensor<2>) -> LowRankTerm {
+    /// Its parameters, to be changed.
+    pub fn parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameter> {
+        let magnitude = self.magnitude.as_mut().map(|magnitude| &mut magnitude.lengths);
+        [&mut self.a, &mut self.b].into_iter().chain(&mut self.bias).chain(magnitude)
+    }
+
+    /// What the change adds to a linear map with the weight `weight` `[out, in]` on the input `x` `[tokens, in]`.
+    pub(super) fn term(&self, tape: &Tape, path: &str, x: &Tensor<2>, weight: &Tensor<2>) -> LowRankTerm {
+        let (a, b) = (&self.a.value, &self.b.value);
         LowRankTerm {
             a: tape.read(&self.a),
             b: tape.read(&self.b),
+            bias: self.bias.as_ref().map(|bias| tape.read(bias)),
+            gain: self.magnitude.as_ref().map(|magnitude| magnitude.gain(tape, weight, a, b, self.scale)),
             scale: self.scale,
             mask: tape.dropout_mask(path, self.dropout, x.dims(), &x.device().without_autodiff()),
         }

@@ -3,11 +3,15 @@
 //! The base keeps the checkpoint's own layout `[out, in]` (`y = x·Wᵀ + b`). The change, a [`Delta`], is one of a few
 //! algebraic forms, one file each; methods decide where it attaches and with which initial values.
 
+mod embedding;
 mod low_rank;
+mod magnitude;
 mod parameter;
 mod tape;
 
+pub use embedding::{Embedding, TokenRows};
 pub use low_rank::LowRank;
+pub use magnitude::Magnitude;
 pub use parameter::Parameter;
 pub use tape::{DropoutKey, Tape};
 
@@ -25,14 +29,14 @@ impl Delta {
     /// The trainable parameters, in a fixed order.
     pub fn parameters(&self) -> Vec<&Parameter> {
         match self {
-            Delta::LowRank(form) => vec![&form.a, &form.b],
+            Delta::LowRank(form) => form.parameters().collect(),
         }
     }
 
     /// The trainable parameters, to be changed.
     pub fn parameters_mut(&mut self) -> Vec<&mut Parameter> {
         match self {
-            Delta::LowRank(form) => vec![&mut form.a, &mut form.b],
+            Delta::LowRank(form) => form.parameters_mut().collect(),
         }
     }
 }
@@ -62,7 +66,7 @@ impl Projection {
     /// `x` `[tokens, in]`, `residual` and the result `[tokens, out]`.
     pub fn forward(&self, tape: &Tape, x: Tensor<2>, residual: Option<Tensor<2>>) -> Tensor<2> {
         let term = self.delta.as_ref().map(|delta| match delta {
-            Delta::LowRank(form) => form.term(tape, &self.path, &x),
+            Delta::LowRank(form) => form.term(tape, &self.path, &x, &self.weight.value),
         });
         let bias = self.bias.as_ref().map(|bias| tape.read(bias));
         adapted_linear(x, tape.read(&self.weight), bias, term, residual)

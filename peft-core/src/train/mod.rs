@@ -15,7 +15,7 @@ mod trainer;
 pub use error::TrainError;
 pub use evaluate::{Evaluation, Generation, evaluate, exact_match};
 pub use memory::peak_memory_bytes;
-pub use method::Method;
+pub use method::{Method, Preparation};
 pub use metrics::{EvalMetrics, StepMetrics};
 pub use optimizer::{NamedOptimizer, ParameterOptimizer};
 pub use schedule::{Schedule, Warmup};

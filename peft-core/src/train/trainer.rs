@@ -248,11 +248,17 @@ impl Trainer<'_> {
         }
 
         let config = &self.config;
-        let rate = config.learning_rate * config.schedule.factor(step, config.warmup.steps(total), total);
+        let factor = config.schedule.factor(step, config.warmup.steps(total), total);
         let clip = config.max_grad_norm.map_or(1.0, |max| (max / (grad_norm + 1e-6)).min(1.0));
+        if clip < 1.0 {
+            for gradient in sums.gradients.values_mut() {
+                *gradient = gradient.clone().mul_scalar(clip);
+            }
+        }
+        self.method.before_update(self.model, &mut sums.gradients);
         for parameter in self.model.parameters_mut() {
             if let Some(gradient) = sums.gradients.remove(&parameter.name) {
-                let gradient = if clip < 1.0 { gradient.mul_scalar(clip) } else { gradient };
+                let rate = self.method.peak_rate(&parameter.name, config.learning_rate) * factor;
                 parameter.value =
                     self.optimizer.step(&parameter.name, rate, parameter.value.clone(), gradient);
             }
@@ -262,7 +268,7 @@ impl Trainer<'_> {
             step: step + 1,
             epoch: (step + 1) as f64 / self.steps_per_epoch() as f64,
             loss,
-            learning_rate: rate,
+            learning_rate: config.learning_rate * factor,
             grad_norm,
             supervised_tokens: supervised as u64,
             tokens: tokens as u64,

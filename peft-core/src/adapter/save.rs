@@ -1,0 +1,87 @@
+//! A decoder's adapter written as PEFT does.
+
+use super::config::AdapterConfig;
+use super::error::AdapterError;
+use super::file::{BASE_BIAS, BASE_WEIGHT, PREFIX, WEIGHTS_FILE};
+use crate::checkpoint::{Dtype, LazyTensor, f32_bytes, write_safetensors};
+use crate::model::{Decoder, EMBEDDING, HEAD};
+use crate::projection::Parameter;
+use std::borrow::Cow;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+
+/// Writes `adapter_config.json` and `adapter_model.safetensors` into the folder `dir`: every change and every other
+/// trainable parameter of the decoder, in f32.
+///
+/// # Errors
+/// A non-finite value, or a failure to write.
+pub fn save(model: &Decoder, config: &AdapterConfig, dir: &Path) -> Result<(), AdapterError> {
+    let mut tensors = Vec::new();
+    for (key, parameter, transposed) in adapter_tensors(model) {
+        let mut shape = parameter.shape.clone();
+        if transposed {
+            shape.reverse();
+        }
+        let bytes = {
+            let key = key.clone();
+            move || {
+                let values = match transposed {
+                    true => parameter.value.clone().transpose().into_data().iter::<f32>().collect(),
+                    false => parameter.to_host(),
+                };
+                match values.iter().all(|value| value.is_finite()) {
+                    true => Ok(Cow::Owned(f32_bytes(&values))),
+                    false => Err(AdapterError::NonFinite { path: dir.join(WEIGHTS_FILE), key: key.clone() }),
+                }
+            }
+        };
+        tensors.push(LazyTensor::new(key, Dtype::F32, shape, bytes));
+    }
+    let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+    write_safetensors(&dir.join(WEIGHTS_FILE), tensors, &metadata)?;
+    config.write(dir)
+}
+
+/// The tensors of the file: key, parameter, and whether it is written transposed.
+fn adapter_tensors(model: &Decoder) -> Vec<(String, &Parameter, bool)> {
+    let changed: Vec<_> = model.projections().filter(|projection| projection.delta.is_some()).collect();
+    let embedding = &model.embed_tokens;
+    let mut parts: BTreeSet<&str> =
+        changed.iter().flat_map(|p| &p.delta).flat_map(|d| d.parameters()).map(|p| p.name.as_str()).collect();
+    parts.extend(embedding.parameters().skip(1).map(|parameter| parameter.name.as_str()));
+    parts.extend(model.head_rows.iter().map(|rows| rows.values.name.as_str()));
+
+    let mut tensors = Vec::new();
+    for parameter in model.parameters() {
+        let name = parameter.name.as_str();
+        if !parameter.trainable && !parts.contains(name) {
+            continue;
+        }
+        // Below a change, the base's bias has another name.
+        let below = name.strip_suffix(".bias").filter(|path| changed.iter().any(|p| p.path == *path));
+        let key = below.map_or_else(|| name.to_string(), |path| format!("{path}{BASE_BIAS}"));
+        tensors.push((key, parameter, false));
+    }
+    // PEFT saves the frozen weight of a targeted head or embedding along with its factors, unless rows are trained too.
+    let with_rows = embedding.rows.is_some() || model.head_rows.is_some();
+    if let Some(head) = changed.iter().find(|p| p.path == HEAD && !with_rows) {
+        tensors.push((format!("{HEAD}{BASE_WEIGHT}"), &head.weight, false));
+    }
+    if let Some(form) = &embedding.delta {
+        // A head that shares the weight shares the change.
+        let ends = if model.config.tie_word_embeddings { vec![EMBEDDING, HEAD] } else { vec![EMBEDDING] };
+        let weights = ends.iter().filter(|_| !with_rows);
+        tensors.extend(weights.map(|end| (format!("{end}{BASE_WEIGHT}"), &embedding.weight, false)));
+        if ends.contains(&HEAD) {
+            tensors.push((format!("{HEAD}.lora_A.weight"), &form.b, true));
+            tensors.push((format!("{HEAD}.lora_B.weight"), &form.a, true));
+        }
+    }
+    if embedding.weight.trainable && model.config.tie_word_embeddings {
+        tensors.push((format!("{HEAD}.weight"), &embedding.weight, false));
+    }
+    for (key, ..) in &mut tensors {
+        key.insert_str(0, PREFIX);
+    }
+    tensors
+}

@@ -1,0 +1,344 @@
+//! LoRA: low-rank adaptation (Hu et al., arXiv 2106.09685), with the rank-stabilised scale of arXiv 2312.03732 and
+//! DoRA's magnitudes (arXiv 2402.09353).
+//!
+//! `ΔW = s·B·A` on chosen modules, `A` random and `B` zero, so that training starts at the base. The file is the one
+//! Hugging Face PEFT writes.
+
+mod config;
+mod fa;
+
+pub use config::LoraBlock;
+
+use fa::{Preconditioners, preconditioners};
+
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use peft_core::adapter::{
+    Adapter, AdapterConfig, AdapterError, InitLoraWeights, LoraConfig, Pattern, Placement, SharedWeight,
+    TargetModules, save, select,
+};
+use peft_core::model::{BaseShapes, Decoder, EMBEDDING, HEAD};
+use peft_core::projection::{Delta, LowRank, Magnitude, Parameter};
+use peft_core::random::Stream;
+use peft_core::train::{Method, Preparation, TrainError};
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::{Path, PathBuf};
+use std::sync::OnceLock;
+
+/// LoRA on a model.
+pub struct Lora {
+    block: LoraBlock,
+    base: String,
+    revision: Option<String>,
+    start: Option<PathBuf>,
+    /// With LoRA-FA, what the gradients of `B` are multiplied by.
+    preconditioners: OnceLock<Preconditioners>,
+}
+
+impl Lora {
+    /// Checks the configuration. `base` is the base as the recipe names it; with `start`, values come from that adapter
+    /// folder instead of being drawn.
+    ///
+    /// # Errors
+    /// A message about the first key that is out of range.
+    pub fn new(
+        block: LoraBlock,
+        base: &str,
+        revision: Option<String>,
+        start: Option<PathBuf>,
+    ) -> Result<Self, String> {
+        block.check()?;
+        Ok(Self { block, base: base.to_string(), revision, start, preconditioners: OnceLock::new() })
+    }
+
+    fn config(&self) -> &LoraConfig {
+        &self.block.lora
+    }
+
+    /// The configuration as written beside the weights: `all-linear` spelled out for programs that do not know it.
+    fn written_config(&self, model: &Decoder) -> Result<AdapterConfig, AdapterError> {
+        let mut lora = self.config().clone();
+        if !matches!(lora.target_modules, Some(TargetModules::Matching(_))) {
+            let shapes = model.base_shapes();
+            let matrices: Vec<&str> = matrices(&shapes);
+            let chosen = select(&lora.selection(true), &matrices)?;
+            let suffixes: BTreeSet<&str> = chosen.iter().filter_map(|path| path.rsplit('.').next()).collect();
+            let suffixes = Pattern::Names(suffixes.into_iter().map(str::to_string).collect());
+            lora.target_modules = Some(TargetModules::Matching(suffixes));
+            if select(&lora.selection(true), &matrices)? != chosen {
+                let paths = chosen.iter().map(|path| path.to_string()).collect();
+                lora.target_modules = Some(TargetModules::Matching(Pattern::Names(paths)));
+            }
+        }
+        Ok(AdapterConfig {
+            lora,
+            base_model_name_or_path: Some(self.base.clone()),
+            revision: self.revision.clone(),
+        })
+    }
+
+    /// Puts fresh changes onto the model.
+    fn draw(&self, model: &mut Decoder, placement: &Placement, seed: u64) -> Result<(), AdapterError> {
+        let config = self.config();
+        let patterns = config.patterns()?;
+        let device = model.device.clone();
+        for projection in model.projections_mut() {
+            let path = projection.path.clone();
+            if !placement.linear.contains(&path) {
+                continue;
+            }
+            let (rank, scale) = (patterns.rank(&path), patterns.scale(&path));
+            let [rows, columns] = projection.dims();
+            let a = initial_a(config.init_lora_weights, &path, [rank, columns], seed, &device);
+            let b = zeros([rows, rank], &device);
+            let magnitude =
+                config.use_dora.then(|| magnitude(&path, &projection.weight.value, &a, &b, scale));
+            let bias = config.lora_bias.then(|| Parameter {
+                name: format!("{path}.lora_B.bias"),
+                value: zeros([1, rows], &device),
+                shape: vec![rows],
+                trainable: false,
+            });
+            projection.delta = Some(Delta::LowRank(LowRank {
+                a: Parameter::matrix(format!("{path}.lora_A.weight"), a),
+                b: Parameter::matrix(format!("{path}.lora_B.weight"), b),
+                bias,
+                magnitude,
+                scale,
+                dropout: config.lora_dropout,
+            }));
+        }
+        if placement.embedding {
+            let (rank, scale) = (patterns.rank(EMBEDDING), patterns.scale(EMBEDDING));
+            let embedding = &mut model.embed_tokens;
+            let [vocab, hidden] = embedding.weight.value.dims();
+            // The roles are turned round: a zero A keeps the step small for tokens that are not met.
+            let a = zeros([rank, vocab], &device);
+            let b = normal(EMBEDDING, [hidden, rank], 1.0, seed, &device);
+            let weight = embedding.weight.value.clone().transpose();
+            let magnitude = config.use_dora.then(|| magnitude(EMBEDDING, &weight, &a, &b, scale));
+            embedding.delta = Some(LowRank {
+                a: Parameter::matrix(format!("{EMBEDDING}.lora_embedding_A"), a),
+                b: Parameter::matrix(format!("{EMBEDDING}.lora_embedding_B"), b),
+                bias: None,
+                magnitude,
+                scale,
+                dropout: config.lora_dropout,
+            });
+        }
+        for (path, indices) in &placement.rows {
+            let weight = match path.as_str() {
+                HEAD => {
+                    model.projections().find(|projection| projection.path == HEAD).map(|head| &head.weight)
+                }
+                _ => Some(&model.embed_tokens.weight),
+            };
+            let Some(weight) = weight else { continue };
+            let ids: Vec<i64> = indices.iter().map(|token| i64::from(*token)).collect();
+            let values = weight.value.clone().select(0, model.ids(&ids)).cast(DType::F32);
+            model.replace_rows(path, indices.clone(), values);
+        }
+        Ok(())
+    }
+
+    /// Takes the changes of the adapter in `dir`, which must have the recipe's modules, ranks and scales.
+    fn take_values(
+        &self,
+        dir: &Path,
+        model: &mut Decoder,
+        shapes: &BaseShapes,
+        placement: &Placement,
+    ) -> Result<(), AdapterError> {
+        let start = Adapter::open(dir)?;
+        let differs = |message: String| AdapterError::Config {
+            path: dir.join("adapter_config.json"),
+            message: format!("adapter_name_or_path: {message}"),
+        };
+        let (given, wanted) = (&start.config.lora, self.config());
+        for (key, given, wanted) in
+            [("use_dora", given.use_dora, wanted.use_dora), ("lora_bias", given.lora_bias, wanted.lora_bias)]
+        {
+            if given != wanted {
+                return Err(differs(format!("that adapter has {key}: {given}, the recipe {wanted}")));
+            }
+        }
+        let there = given.place(shapes, false)?;
+        let pairs = [
+            ("targets", &there.linear, &placement.linear),
+            ("modules_to_save", &set(&there.saved), &set(&placement.saved)),
+            ("biases", &set(&there.biases), &set(&placement.biases)),
+            ("trainable_token_indices", &set(there.rows.keys()), &set(placement.rows.keys())),
+        ];
+        for (what, given, wanted) in pairs {
+            if let Some(path) = given.symmetric_difference(wanted).next() {
+                return Err(differs(format!(
+                    "that adapter and the recipe disagree on whether `{path}` is one of its {what}"
+                )));
+            }
+        }
+        if there.rows != placement.rows
+            || there.embedding != placement.embedding
+            || there.shared != placement.shared
+        {
+            return Err(differs(
+                "that adapter and the recipe disagree on the embedding or the head".to_string(),
+            ));
+        }
+        start.attach(model)?;
+        let patterns = wanted.patterns()?;
+        let changes = model.projections_mut().filter_map(|projection| {
+            let Some(Delta::LowRank(form)) = &mut projection.delta else { return None };
+            Some((projection.path.clone(), form))
+        });
+        for (path, form) in changes {
+            let (given, wanted) = ((form.rank(), form.scale), (patterns.rank(&path), patterns.scale(&path)));
+            if given != wanted {
+                let message =
+                    format!("`{path}` has (rank, scale) {given:?} there, the recipe asks for {wanted:?}");
+                return Err(differs(message));
+            }
+            form.dropout = self.config().lora_dropout;
+        }
+        Ok(())
+    }
+}
+
+fn set<'a>(items: impl IntoIterator<Item = &'a String>) -> BTreeSet<String> {
+    items.into_iter().cloned().collect()
+}
+
+/// Paths of the modules that a low-rank change can attach to.
+fn matrices(shapes: &BaseShapes) -> Vec<&str> {
+    shapes.weights.iter().filter(|(_, shape)| shape.len() == 2).map(|(path, _)| path.as_str()).collect()
+}
+
+fn magnitude(path: &str, weight: &Tensor<2>, a: &Tensor<2>, b: &Tensor<2>, scale: f64) -> Magnitude {
+    Magnitude::new(format!("{path}.lora_magnitude_vector"), weight, a, b, scale)
+}
+
+fn zeros(dims: [usize; 2], device: &Device) -> Tensor<2> {
+    Tensor::zeros(dims, (device, DType::F32))
+}
+
+/// Lets the parts of the adapter train.
+fn set_trainable(model: &mut Decoder, placement: &Placement) {
+    for projection in model.projections_mut() {
+        projection.delta.iter_mut().flat_map(Delta::parameters_mut).for_each(Parameter::set_trainable);
+    }
+    model.embed_tokens.parameters_mut().skip(1).for_each(Parameter::set_trainable);
+    if let Some(rows) = &mut model.head_rows {
+        rows.values.set_trainable();
+    }
+    for parameter in model.parameters_mut() {
+        let Some((module, part)) = parameter.name.rsplit_once('.') else { continue };
+        let is = |paths: &[String]| paths.iter().any(|path| path == module);
+        if is(&placement.saved) || (part == "bias" && is(&placement.biases)) {
+            parameter.set_trainable();
+        }
+    }
+}
+
+impl Method for Lora {
+    fn name(&self) -> &'static str {
+        "lora"
+    }
+
+    fn artifact(&self) -> &'static str {
+        "adapter"
+    }
+
+    fn prepare(&self, model: &mut Decoder, preparation: &Preparation) -> peft_core::Result<()> {
+        let shapes = model.base_shapes();
+        let placement = self.config().place(&shapes, true)?;
+        if placement.shared == SharedWeight::Parted {
+            model.part_head();
+        }
+        match &self.start {
+            Some(dir) => self.take_values(dir, model, &shapes, &placement)?,
+            None => self.draw(model, &placement, preparation.seed)?,
+        }
+        set_trainable(model, &placement);
+        if self.block.lora_fa {
+            for projection in model.projections_mut() {
+                if let Some(Delta::LowRank(form)) = &mut projection.delta {
+                    form.a.trainable = false;
+                }
+            }
+            let _ = self.preconditioners.set(preconditioners(model)?);
+        }
+        Ok(())
+    }
+
+    fn peak_rate(&self, name: &str, learning_rate: f64) -> f64 {
+        let Some(ratio) = self.block.loraplus_lr_ratio else { return learning_rate };
+        let is_vector = name.ends_with(".bias") || name.ends_with(".lora_magnitude_vector");
+        if name.contains(".lora_embedding_") {
+            self.block.loraplus_lr_embedding.unwrap_or(1e-6)
+        } else if name.contains(".lora_B") || is_vector || name.ends_with("norm.weight") {
+            learning_rate * ratio
+        } else {
+            learning_rate
+        }
+    }
+
+    fn before_update(&self, _model: &Decoder, gradients: &mut BTreeMap<String, Tensor<2>>) {
+        for (name, inverse) in self.preconditioners.get().into_iter().flatten() {
+            if let Some(gradient) = gradients.get_mut(name) {
+                *gradient = gradient.clone().matmul(inverse.clone());
+            }
+        }
+    }
+
+    fn export(&self, model: &Decoder, dir: &Path) -> Result<(), TrainError> {
+        save(model, &self.written_config(model)?, dir)?;
+        Ok(())
+    }
+}
+
+/// Initial `A` `[rank, in]`, drawn from the stream (seed, "lora init", path).
+fn initial_a(init: InitLoraWeights, path: &str, dims: [usize; 2], seed: u64, device: &Device) -> Tensor<2> {
+    let [rank, columns] = dims;
+    match init {
+        InitLoraWeights::KaimingUniform => {
+            // Kaiming-uniform with a = √5 has the bound √(6 / ((1 + 5)·in)).
+            let bound = 1.0 / (columns as f64).sqrt();
+            draw(path, dims, seed, device, |stream| (2.0 * stream.uniform() - 1.0) * bound)
+        }
+        InitLoraWeights::Gaussian => normal(path, dims, 1.0 / rank as f64, seed, device),
+    }
+}
+
+fn normal(path: &str, dims: [usize; 2], deviation: f64, seed: u64, device: &Device) -> Tensor<2> {
+    draw(path, dims, seed, device, |stream| stream.normal() * deviation)
+}
+
+fn draw(
+    path: &str,
+    dims: [usize; 2],
+    seed: u64,
+    device: &Device,
+    value: impl Fn(&mut Stream) -> f64,
+) -> Tensor<2> {
+    let mut stream = Stream::new(seed, "lora init", path, &[]);
+    let values: Vec<f32> = (0..dims[0] * dims[1]).map(|_| value(&mut stream) as f32).collect();
+    Tensor::from_data(TensorData::new(values, dims), (device, DType::F32))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn initial_values_have_the_distribution_peft_draws_from() {
+        let device = Device::flex();
+        let moments = |init, dims: [usize; 2]| {
+            let values: Vec<f32> = initial_a(init, "q", dims, 1, &device).into_data().iter::<f32>().collect();
+            let n = values.len() as f64;
+            let variance = values.iter().map(|v| f64::from(*v).powi(2)).sum::<f64>() / n;
+            (variance, values.iter().fold(0f32, |max, v| max.max(v.abs())))
+        };
+        let (variance, max) = moments(InitLoraWeights::KaimingUniform, [64, 256]);
+        assert!(max <= 1.0 / 16.0 && (variance * 3.0 * 256.0 - 1.0).abs() < 0.05, "{variance} {max}");
+        let (variance, _) = moments(InitLoraWeights::Gaussian, [64, 256]);
+        assert!((variance * 64.0 * 64.0 - 1.0).abs() < 0.05, "{variance}");
+    }
+}
