@@ -37,6 +37,12 @@ pub enum CliError {
         /// The cause.
         source: std::io::Error,
     },
+    /// The output folder is in use.
+    #[error("{path}: another process trains into this folder; wait for it, or choose another output_dir")]
+    Busy {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The device is not there.
     #[error("device `{device}`: {message}")]
     Device {
@@ -54,7 +60,7 @@ impl CliError {
     /// 2 for bad input, 1 for anything else.
     pub fn exit_code(&self) -> u8 {
         let bad_input = match self {
-            CliError::Io { .. } => false,
+            CliError::Io { .. } | CliError::Busy { .. } => false,
             CliError::Core(error) => error.is_bad_input(),
             _ => true,
         };

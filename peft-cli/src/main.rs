@@ -17,15 +17,16 @@ static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
 fn main() -> ExitCode {
     let cli = args::Cli::parse();
+    let done = |()| ExitCode::SUCCESS;
     let result = match cli.command {
         args::Command::Train(args) => commands::train::run(args),
-        args::Command::Evaluate(args) => commands::evaluate::run(args),
-        args::Command::Generate(args) => commands::generate::run(args),
-        args::Command::Merge(args) => commands::merge::run(args),
-        args::Command::Inspect(args) => commands::inspect::run(args),
+        args::Command::Evaluate(args) => commands::evaluate::run(args).map(done),
+        args::Command::Generate(args) => commands::generate::run(args).map(done),
+        args::Command::Merge(args) => commands::merge::run(args).map(done),
+        args::Command::Inspect(args) => commands::inspect::run(args).map(done),
     };
     match result {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             render::error(&error);
             ExitCode::from(error.exit_code())

@@ -6,6 +6,7 @@ mod families;
 mod faults;
 mod gradients;
 mod program;
+mod resume;
 mod rope;
 mod trajectory;
 mod variants;

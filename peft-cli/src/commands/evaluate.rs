@@ -19,7 +19,7 @@ pub fn run(args: EvaluateArgs) -> Result<(), CliError> {
     let model = open::model(&base, args.model.adapter.as_deref(), args.model.offline, &device, compute)?;
     require_vocabulary(&model, "the data", &dataset.examples)?;
 
-    let evaluation = evaluate(&model, &dataset.examples, args.batch_size, None);
+    let evaluation = evaluate(&model, &dataset.examples, args.batch_size, None, || true);
     let mut result: Map<String, Value> = [
         ("loss", json!(evaluation.loss)),
         ("perplexity", json!(evaluation.perplexity)),
@@ -33,7 +33,7 @@ pub fn run(args: EvaluateArgs) -> Result<(), CliError> {
     let mut shown = Vec::new();
     if args.exact_match > 0 {
         let count = args.exact_match.min(dataset.examples.len());
-        shown = exact_match(&model, &base.tokenizer, &dataset.examples[..count])?;
+        shown = exact_match(&model, &base.tokenizer, &dataset.examples[..count], || true)?;
         let matched = shown.iter().filter(|generation| generation.matched).count();
         result.insert("exact_match".to_string(), json!(matched as f64 / shown.len().max(1) as f64));
         result.insert("generations".to_string(), json!(shown.len()));

@@ -1,23 +1,31 @@
 //! `peft train`: run a recipe.
 
+mod folder;
+mod identity;
+mod signals;
+
 use crate::args::TrainArgs;
 use crate::error::CliError;
 use crate::recipe::{self, MethodBlock, OptimizerBlock, Recipe};
 use crate::{device, open, render};
-use peft_core::checkpoint::{Checkpoint, write_file};
-use peft_core::data::{Dataset, Example, LoadOptions, load, split_validation};
+use folder::{OutputFolder, resume_from, started_at};
+use identity::Inputs;
+use peft_core::checkpoint::Checkpoint;
+use peft_core::data::{DataFile, Dataset, Example, LoadOptions, load, split_validation};
 use peft_core::kernels::AdamW;
 use peft_core::model::ModelConfig;
 use peft_core::train::{
-    Fingerprint, Method, NamedOptimizer, Preparation, RunSummary, StepSettings, TrainConfig, Trainer, Warmup,
-    latest_checkpoint,
+    Identity, Method, NamedOptimizer, Outcome, Preparation, RunSummary, StepSettings, TrainConfig, Trainer,
+    Warmup,
 };
 use peft_methods::{Full, Lora};
 use serde_json::{Value, json};
+use signals::StopSignal;
 use std::path::{Path, PathBuf};
+use std::process::ExitCode;
 
-/// Runs the command.
-pub fn run(args: TrainArgs) -> Result<(), CliError> {
+/// Runs the command. A run that a signal stopped is no error, but its exit code says so.
+pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
     let mut overrides = args.overrides;
     if let Some(dir) = &args.output_dir {
         overrides.push(format!("output_dir={}", Value::from(dir.display().to_string())));
@@ -38,7 +46,7 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     })?;
 
     // Templates that write the date write the one of the run's first start, also after a resume.
-    let now = resume.as_ref().and_then(|_| started_at(&output_dir)).unwrap_or_else(unix_seconds);
+    let now = args.resume.as_ref().and_then(|_| started_at(&output_dir)).unwrap_or_else(unix_seconds);
     let options = LoadOptions {
         sequence_len: recipe.sequence_len,
         train_on_inputs: recipe.train_on_inputs,
@@ -47,7 +55,7 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
         now: Some(now),
     };
     let dataset = load(&recipe.datasets, &base.tokenizer, &options)?;
-    let (train, validation) = validation(&recipe, &dataset, &base.tokenizer, &options)?;
+    let Examples { train, validation, eval_files } = examples(&recipe, &dataset, &base.tokenizer, &options)?;
 
     let mut model = peft_core::model::load(&base.checkpoint, &device, compute)?;
     let preparation = Preparation {
@@ -58,35 +66,51 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
     };
     method.prepare(&mut model, &preparation)?;
 
-    std::fs::create_dir_all(&output_dir)
-        .map_err(|source| CliError::Io { path: output_dir.clone(), source })?;
-    let kept = if resume.is_none() { set_aside(&output_dir)? } else { None };
+    let folder = OutputFolder::open(&output_dir)?;
+    let kept = match &resume {
+        Some(checkpoint) => folder.prepare_for(checkpoint)?,
+        None => folder.prepare_fresh(args.resume.is_some())?,
+    };
     if let Some(kept) = kept {
         render::warning(&format!(
-            "an earlier run in {} was moved to {}",
+            "earlier results in {} were moved to {}",
             output_dir.display(),
             kept.display()
         ));
     }
     let base_sha256 = base.checkpoint.sha256();
-    let data_sha256 = dataset.files.iter().map(|file| file.sha256.as_str()).collect::<Vec<_>>().join(" ");
     let trainable: u64 = model.parameters().iter().filter(|p| p.trainable).map(|p| p.numel() as u64).sum();
     let total: u64 = model.parameters().iter().map(|p| p.numel() as u64).sum();
-    let config = train_config(&recipe, &output_dir, &base_sha256, &data_sha256);
-    let trainer = Trainer {
+    let stop = StopSignal::listen()?;
+    let mut trainer = Trainer {
         model: &mut model,
         method: method.as_ref(),
         optimizer: Box::new(NamedOptimizer::new(adamw(&recipe.optimizer))),
         tokenizer: &base.tokenizer,
         train: &train,
         validation: &validation,
-        config,
+        config: train_config(&recipe, &output_dir),
+        stop: stop.requested(),
     };
+    trainer.config.identity = identity::identity(
+        &recipe,
+        trainer.config.warmup,
+        &Inputs {
+            base_sha256: &base_sha256,
+            files: &dataset.files,
+            eval_files: &eval_files,
+            train: &train,
+            validation: &validation,
+            device: device_kind(&device),
+            dtype: &format!("{compute:?}"),
+            total_steps: trainer.total_steps(),
+        },
+    );
     let mut run_info = json!({
         "recipe": recipe,
         "versions": { "peft": env!("CARGO_PKG_VERSION") },
         "base": { "name": recipe.base_model, "path": base.checkpoint.dir().display().to_string(), "sha256": base_sha256 },
-        "data": { "files": dataset.files, "report": dataset.report, "train_examples": train.len(), "validation_examples": validation.len() },
+        "data": { "files": dataset.files, "eval_files": eval_files, "report": dataset.report, "train_examples": train.len(), "validation_examples": validation.len() },
         "seed": recipe.seed,
         "started_at": now,
         "device": device_name(&device),
@@ -95,60 +119,29 @@ pub fn run(args: TrainArgs) -> Result<(), CliError> {
         "trainable_parameters": trainable,
         "total_steps": trainer.total_steps(),
     });
-    write_json(&output_dir.join("run.json"), &run_info)?;
+    folder.write_json("run.json", &run_info)?;
     render::run_plan(&recipe, method.name(), &train, &validation, (trainable, total), trainer.total_steps());
 
     let mut progress = render::Progress::new();
-    let summary = trainer.run(resume.as_deref(), &mut progress)?;
+    let summary = match trainer.run(resume.as_deref(), &mut progress)? {
+        Outcome::Finished(summary) => summary,
+        Outcome::Stopped(stopped) => {
+            progress.clear();
+            render::run_stopped(stop.name(), &stopped);
+            return Ok(ExitCode::from(stop.exit_code()));
+        }
+    };
     if let Value::Object(map) = &mut run_info {
         map.insert("result".to_string(), result_json(&summary));
     }
-    write_json(&output_dir.join("run.json"), &run_info)?;
+    folder.write_json("run.json", &run_info)?;
     render::run_summary(&recipe, &args.recipe, &summary);
-    Ok(())
+    Ok(ExitCode::SUCCESS)
 }
 
 fn unix_seconds() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(0, |since| since.as_secs())
-}
-
-/// When the run in this folder was first started, by its `run.json`.
-fn started_at(output_dir: &Path) -> Option<u64> {
-    let bytes = std::fs::read(output_dir.join("run.json")).ok()?;
-    serde_json::from_slice::<Value>(&bytes).ok()?.get("started_at")?.as_u64()
-}
-
-/// The checkpoint folder to continue from.
-fn resume_from(resume: Option<&str>, output_dir: &Path) -> Result<Option<PathBuf>, CliError> {
-    match resume {
-        None => Ok(None),
-        Some("auto") => Ok(latest_checkpoint(output_dir)),
-        Some(path) if Path::new(path).is_dir() => Ok(Some(PathBuf::from(path))),
-        Some(path) => {
-            Err(CliError::flag("--resume", format!("`{path}` is neither auto nor a checkpoint folder")))
-        }
-    }
-}
-
-/// Moves the results of an earlier run out of the way of a fresh one: nothing that took time to make is deleted.
-fn set_aside(output_dir: &Path) -> Result<Option<PathBuf>, CliError> {
-    let results = ["checkpoints", "metrics.jsonl", "run.json", "adapter", "model"];
-    let found: Vec<&str> = results.into_iter().filter(|name| output_dir.join(name).exists()).collect();
-    if found.is_empty() {
-        return Ok(None);
-    }
-    let free = (1..).map(|n| output_dir.join(format!("previous-{n}"))).find(|path| !path.exists());
-    let Some(kept) = free else { return Ok(None) };
-    let io = |path: &Path| {
-        let path = path.to_path_buf();
-        move |source| CliError::Io { path, source }
-    };
-    std::fs::create_dir(&kept).map_err(io(&kept))?;
-    for name in found {
-        std::fs::rename(output_dir.join(name), kept.join(name)).map_err(io(&output_dir.join(name)))?;
-    }
-    Ok(Some(kept))
 }
 
 enum MethodError {
@@ -185,20 +178,31 @@ fn adamw(block: &OptimizerBlock) -> AdamW {
     }
 }
 
-/// Training and validation examples.
-fn validation(
+/// What is trained on and what is measured on.
+struct Examples {
+    train: Vec<Example>,
+    validation: Vec<Example>,
+    /// Files of the validation examples, where those do not come from the training files.
+    eval_files: Vec<DataFile>,
+}
+
+fn examples(
     recipe: &Recipe,
     dataset: &Dataset,
     tokenizer: &peft_core::text::Tokenizer,
     options: &LoadOptions,
-) -> Result<(Vec<Example>, Vec<Example>), CliError> {
+) -> Result<Examples, CliError> {
     if !recipe.eval_datasets.is_empty() {
         let held_out = load(&recipe.eval_datasets, tokenizer, options)?;
-        return Ok((dataset.examples.clone(), held_out.examples));
+        return Ok(Examples {
+            train: dataset.examples.clone(),
+            validation: held_out.examples,
+            eval_files: held_out.files,
+        });
     }
     let (train, validation) = split_validation(&dataset.record_of, recipe.val_set_size, recipe.seed)?;
     let pick = |indices: Vec<usize>| indices.into_iter().map(|i| dataset.examples[i].clone()).collect();
-    Ok((pick(train), pick(validation)))
+    Ok(Examples { train: pick(train), validation: pick(validation), eval_files: Vec::new() })
 }
 
 fn step_settings(recipe: &Recipe) -> StepSettings {
@@ -208,7 +212,7 @@ fn step_settings(recipe: &Recipe) -> StepSettings {
     }
 }
 
-fn train_config(recipe: &Recipe, output_dir: &Path, base_sha256: &str, data_sha256: &str) -> TrainConfig {
+fn train_config(recipe: &Recipe, output_dir: &Path) -> TrainConfig {
     TrainConfig {
         output_dir: output_dir.to_path_buf(),
         seed: recipe.seed,
@@ -222,47 +226,33 @@ fn train_config(recipe: &Recipe, output_dir: &Path, base_sha256: &str, data_sha2
         max_grad_norm: recipe.max_grad_norm,
         step: step_settings(recipe),
         shuffle_data: recipe.shuffle_data,
-        eval_steps: recipe.eval_steps,
+        eval_every: recipe.eval_every(),
         eval_on_start: recipe.eval_on_start,
         eval_batch_size: recipe.eval_batch_size,
         eval_generations: recipe.eval_generations,
-        save_steps: recipe.save_steps,
+        save_every: recipe.save_every(),
         save_total_limit: recipe.save_total_limit,
+        selection: recipe.selection(),
         logging_steps: recipe.logging_steps,
-        fingerprint: fingerprint(recipe, base_sha256, data_sha256),
+        identity: Identity::default(),
     }
-}
-
-/// What decides the course of a run, beside its length: a state saved under other values is another run's.
-fn fingerprint(recipe: &Recipe, base_sha256: &str, data_sha256: &str) -> Fingerprint {
-    let entries = [
-        ("base", base_sha256.to_string()),
-        ("data", data_sha256.to_string()),
-        ("seed", recipe.seed.to_string()),
-        ("method", json!(recipe.method).to_string()),
-        ("optimizer", json!(recipe.optimizer).to_string()),
-        ("learning_rate", recipe.learning_rate.to_string()),
-        ("micro_batch_size", recipe.micro_batch_size.to_string()),
-        ("gradient_accumulation_steps", recipe.gradient_accumulation_steps.to_string()),
-        ("sequence_len", recipe.sequence_len.to_string()),
-        ("train_on_inputs", recipe.train_on_inputs.to_string()),
-        ("shuffle_data", recipe.shuffle_data.to_string()),
-        ("val_set_size", recipe.val_set_size.to_string()),
-    ];
-    entries.into_iter().map(|(key, value)| (key.to_string(), value)).collect()
 }
 
 fn device_name(device: &burn::tensor::Device) -> String {
     format!("{device:?}")
 }
 
-fn write_json(path: &Path, value: &Value) -> Result<(), CliError> {
-    Ok(write_file(path, format!("{value:#}\n").as_bytes())?)
+/// The kind of device, whatever its number.
+fn device_kind(device: &burn::tensor::Device) -> &'static str {
+    if *device == burn::tensor::Device::flex() { "cpu" } else { "cuda" }
 }
 
 fn result_json(summary: &RunSummary) -> Value {
     json!({
         "steps": summary.steps,
+        "stopped_early": summary.steps < summary.total,
+        "exported_step": summary.exported_step,
+        "best": summary.best,
         "before": summary.before,
         "after": summary.after,
         "seconds": summary.seconds,
@@ -270,21 +260,4 @@ fn result_json(summary: &RunSummary) -> Value {
         "peak_memory_bytes": summary.peak_memory_bytes,
         "artifact": summary.artifact.display().to_string(),
     })
-}
-
-#[cfg(test)]
-mod tests {
-    #![allow(clippy::unwrap_used)]
-    use super::*;
-
-    #[test]
-    fn an_earlier_run_is_kept() {
-        let dir = std::env::temp_dir().join(format!("peft-set-aside-{}", std::process::id()));
-        std::fs::create_dir_all(dir.join("checkpoints")).unwrap();
-        std::fs::write(dir.join("metrics.jsonl"), "{}").unwrap();
-        let kept = set_aside(&dir).unwrap().unwrap();
-        assert!(kept.join("checkpoints").is_dir() && kept.join("metrics.jsonl").is_file());
-        assert!(set_aside(&dir).unwrap().is_none());
-        std::fs::remove_dir_all(dir).unwrap();
-    }
 }

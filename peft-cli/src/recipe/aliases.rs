@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-const TOP: [(&str, &str); 16] = [
+const TOP: [(&str, &str); 22] = [
     ("model", "base_model"),
     ("model_name_or_path", "base_model"),
     ("base_model_name_or_path", "base_model"),
@@ -19,6 +19,12 @@ const TOP: [(&str, &str); 16] = [
     ("eval_dataset", "eval_datasets"),
     ("per_device_eval_batch_size", "eval_batch_size"),
     ("optim", "optimizer"),
+    ("early_stopping_steps", "early_stopping_patience"),
+    ("steps_per_eval", "eval_steps"),
+    ("save_every", "save_steps"),
+    ("save_every_n_steps", "save_steps"),
+    ("log_every_n_steps", "logging_steps"),
+    ("steps_per_report", "logging_steps"),
 ];
 
 const METHOD: [(&str, &str); 7] = [

@@ -2,7 +2,7 @@
 
 use super::strict;
 use peft_core::data::{DatasetConfig, OnTruncation};
-use peft_core::train::Schedule;
+use peft_core::train::{BestMetric, EarlyStopping, Every, Schedule, Selection};
 use peft_methods::LoraBlock;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -61,6 +61,8 @@ pub struct Recipe {
     pub loss_chunk_rows: Option<usize>,
     /// Steps between evaluations.
     pub eval_steps: Option<u64>,
+    /// Evaluations an epoch, in place of the steps.
+    pub evals_per_epoch: Option<u64>,
     /// Evaluate before the first step too.
     pub eval_on_start: bool,
     /// Examples a batch in evaluation.
@@ -69,8 +71,20 @@ pub struct Recipe {
     pub eval_generations: usize,
     /// Steps between checkpoints.
     pub save_steps: Option<u64>,
-    /// Checkpoints kept.
+    /// Checkpoints an epoch, in place of the steps.
+    pub saves_per_epoch: Option<u64>,
+    /// Checkpoints kept, the last and the best at least; null keeps all.
     pub save_total_limit: Option<usize>,
+    /// Export the best state instead of the last.
+    pub load_best_model_at_end: bool,
+    /// What is best: eval_loss, eval_perplexity, eval_token_accuracy or eval_exact_match.
+    pub metric_for_best_model: Option<BestMetric>,
+    /// Follows from the metric; here for recipes that spell it out.
+    pub greater_is_better: Option<bool>,
+    /// Evaluations in a row without a gain, after which the run stops.
+    pub early_stopping_patience: Option<u64>,
+    /// A gain must be larger than this to count.
+    pub early_stopping_threshold: f64,
     /// Steps between lines of metrics.
     pub logging_steps: u64,
     /// Seed of every random stream.
@@ -109,11 +123,18 @@ impl Default for Recipe {
             gradient_checkpointing: true,
             loss_chunk_rows: None,
             eval_steps: None,
+            evals_per_epoch: None,
             eval_on_start: false,
             eval_batch_size: 8,
             eval_generations: 0,
             save_steps: None,
+            saves_per_epoch: None,
             save_total_limit: Some(3),
+            load_best_model_at_end: false,
+            metric_for_best_model: None,
+            greater_is_better: None,
+            early_stopping_patience: None,
+            early_stopping_threshold: 0.0,
             logging_steps: 1,
             seed: 42,
             device: "auto".to_string(),
@@ -205,9 +226,7 @@ impl Recipe {
         let accumulation = self.gradient_accumulation_steps;
         positive("gradient_accumulation_steps", accumulation > 0, accumulation.to_string())?;
         positive("logging_steps", self.logging_steps > 0, self.logging_steps.to_string())?;
-        for (key, every) in [("eval_steps", self.eval_steps), ("save_steps", self.save_steps)] {
-            positive(key, every != Some(0), "0".to_string())?;
-        }
+        self.check_evaluation()?;
         positive("max_steps", self.max_steps != Some(0), "0".to_string())?;
         positive("loss_chunk_rows", self.loss_chunk_rows != Some(0), "0".to_string())?;
         let finite = |x: f64| x.is_finite() && x > 0.0;
@@ -237,5 +256,158 @@ impl Recipe {
             return Err("`optimizer.eps` and `optimizer.weight_decay` must not be negative".to_string());
         }
         Ok(())
+    }
+
+    /// Checks when to evaluate and save, and what follows from it.
+    fn check_evaluation(&self) -> Result<(), String> {
+        let counts = [
+            ("eval_steps", self.eval_steps),
+            ("evals_per_epoch", self.evals_per_epoch),
+            ("save_steps", self.save_steps),
+            ("saves_per_epoch", self.saves_per_epoch),
+            ("save_total_limit", self.save_total_limit.map(|limit| limit as u64)),
+            ("early_stopping_patience", self.early_stopping_patience),
+        ];
+        if let Some((key, _)) = counts.iter().find(|(_, count)| *count == Some(0)) {
+            return Err(format!("`{key}` is 0, expected a number above 0, or null"));
+        }
+        for (one, other, both) in [
+            ("eval_steps", "evals_per_epoch", self.eval_steps.is_some() && self.evals_per_epoch.is_some()),
+            ("save_steps", "saves_per_epoch", self.save_steps.is_some() && self.saves_per_epoch.is_some()),
+        ] {
+            if both {
+                return Err(format!("`{one}` and `{other}` both say how often; keep one"));
+            }
+        }
+        let threshold = self.early_stopping_threshold;
+        if !(threshold.is_finite() && threshold >= 0.0) {
+            return Err(format!("`early_stopping_threshold` is {threshold}, expected 0 or more"));
+        }
+        if threshold > 0.0 && self.early_stopping_patience.is_none() {
+            return Err(
+                "`early_stopping_threshold` does nothing without `early_stopping_patience`".to_string()
+            );
+        }
+        let needs_data = [
+            ("load_best_model_at_end", self.load_best_model_at_end),
+            ("early_stopping_patience", self.early_stopping_patience.is_some()),
+            ("metric_for_best_model", self.metric_for_best_model.is_some()),
+            ("eval_steps", self.eval_steps.is_some()),
+            ("evals_per_epoch", self.evals_per_epoch.is_some()),
+        ];
+        let asked = |(key, asked): &(&'static str, bool)| asked.then_some(*key);
+        let Some(key) = needs_data.iter().find_map(asked) else {
+            return self.check_direction();
+        };
+        if self.eval_datasets.is_empty() && self.val_set_size == 0.0 {
+            return Err(format!("`{key}` needs validation data: set `val_set_size` or `eval_datasets`"));
+        }
+        if self.eval_steps.is_none() && self.evals_per_epoch.is_none() {
+            return Err(format!(
+                "`{key}` needs evaluations during the run: set `eval_steps` or `evals_per_epoch`"
+            ));
+        }
+        if self.metric_for_best_model == Some(BestMetric::EvalExactMatch) && self.eval_generations == 0 {
+            return Err("`metric_for_best_model` eval_exact_match needs answers to compare: set \
+                        `eval_generations` to how many"
+                .to_string());
+        }
+        self.check_direction()
+    }
+
+    fn check_direction(&self) -> Result<(), String> {
+        let metric = self.metric_for_best_model.unwrap_or_default();
+        match self.greater_is_better {
+            Some(given) if given != metric.greater_is_better() => Err(format!(
+                "`greater_is_better` is {given}, but for {} it is {}; it follows from the metric and can be left out",
+                metric.name(),
+                !given
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// When to evaluate.
+    pub fn eval_every(&self) -> Option<Every> {
+        self.eval_steps.map(Every::Steps).or(self.evals_per_epoch.map(Every::PerEpoch))
+    }
+
+    /// When to save.
+    pub fn save_every(&self) -> Option<Every> {
+        self.save_steps.map(Every::Steps).or(self.saves_per_epoch.map(Every::PerEpoch))
+    }
+
+    /// What is done about the best evaluation, where any key asks for something.
+    pub fn selection(&self) -> Option<Selection> {
+        let patience = self.early_stopping_patience;
+        let asked = self.load_best_model_at_end || patience.is_some() || self.metric_for_best_model.is_some();
+        let threshold = self.early_stopping_threshold;
+        asked.then(|| Selection {
+            metric: self.metric_for_best_model.unwrap_or_default(),
+            load_best_model_at_end: self.load_best_model_at_end,
+            early_stopping: patience.map(|patience| EarlyStopping { patience, threshold }),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use serde_json::json;
+
+    fn check(keys: Value) -> Result<Recipe, String> {
+        let mut recipe = json!({"base_model": "b", "datasets": [{"path": "d.jsonl", "type": "alpaca"}]});
+        let (Value::Object(all), Value::Object(keys)) = (&mut recipe, keys) else { unreachable!() };
+        all.extend(keys);
+        let recipe: Recipe = strict::parse(&recipe)?;
+        recipe.check().map(|()| recipe)
+    }
+
+    #[test]
+    fn choosing_the_best_needs_evaluations() {
+        let refused = [
+            (json!({"load_best_model_at_end": true}), "`load_best_model_at_end` needs validation data"),
+            (json!({"early_stopping_patience": 2}), "`early_stopping_patience` needs validation data"),
+            (json!({"eval_steps": 5}), "`eval_steps` needs validation data"),
+            (json!({"early_stopping_patience": 2, "val_set_size": 8}), "needs evaluations during the run"),
+            (json!({"metric_for_best_model": "eval_loss", "val_set_size": 8}), "needs evaluations"),
+            (
+                json!({"metric_for_best_model": "eval_exact_match", "val_set_size": 8, "eval_steps": 5}),
+                "`eval_generations`",
+            ),
+            (json!({"metric_for_best_model": "eval_f1"}), "eval_token_accuracy"),
+            (json!({"early_stopping_threshold": 0.1}), "without `early_stopping_patience`"),
+            (json!({"early_stopping_threshold": -0.1}), "`early_stopping_threshold` is -0.1"),
+            (json!({"early_stopping_patience": 0}), "`early_stopping_patience` is 0"),
+            (json!({"save_total_limit": 0}), "`save_total_limit` is 0"),
+            (json!({"save_steps": 1, "saves_per_epoch": 1}), "`save_steps` and `saves_per_epoch`"),
+            (
+                json!({"eval_steps": 1, "evals_per_epoch": 1, "val_set_size": 8}),
+                "`eval_steps` and `evals_per_epoch`",
+            ),
+            (json!({"greater_is_better": true}), "for eval_loss it is false"),
+        ];
+        for (keys, expected) in refused {
+            let message = check(keys.clone()).unwrap_err();
+            println!("{keys}: {message}");
+            assert!(message.contains(expected), "{keys}: {message}");
+        }
+    }
+
+    #[test]
+    fn hugging_faces_keys_choose_the_best() {
+        let recipe = check(json!({
+            "val_set_size": 8, "evals_per_epoch": 4, "load_best_model_at_end": true,
+            "metric_for_best_model": "token_accuracy", "greater_is_better": true,
+            "early_stopping_patience": 3, "early_stopping_threshold": 0.01,
+        }))
+        .unwrap();
+        let early_stopping = Some(EarlyStopping { patience: 3, threshold: 0.01 });
+        let metric = BestMetric::EvalTokenAccuracy;
+        let expected = Selection { metric, load_best_model_at_end: true, early_stopping };
+        assert_eq!(recipe.selection(), Some(expected));
+        assert_eq!((recipe.eval_every(), recipe.save_every()), (Some(Every::PerEpoch(4)), None));
+        assert_eq!(check(json!({"val_set_size": 8, "eval_steps": 2})).unwrap().selection(), None);
     }
 }

@@ -7,7 +7,7 @@ mod tokens;
 
 pub use downloads::Downloads;
 pub use progress::Progress;
-pub use run::{run_plan, run_summary};
+pub use run::{run_plan, run_stopped, run_summary};
 pub use tokens::tokens;
 
 use crate::error::CliError;
@@ -54,6 +54,33 @@ pub fn program() -> String {
     std::env::args().next().unwrap_or_else(|| "peft".to_string())
 }
 
+/// The command line of this process with `flag` set to `value`, to be pasted into a shell.
+pub fn command_with(flag: &str, value: &str) -> String {
+    with_flag(std::env::args(), flag, value)
+}
+
+fn with_flag(mut args: impl Iterator<Item = String>, flag: &str, value: &str) -> String {
+    let mut words = Vec::new();
+    while let Some(word) = args.next() {
+        if word == flag {
+            args.next();
+        } else if !word.strip_prefix(flag).is_some_and(|rest| rest.starts_with('=')) {
+            words.push(quoted(&word));
+        }
+    }
+    words.extend([flag.to_string(), quoted(value)]);
+    words.join(" ")
+}
+
+/// The word as a POSIX shell must see it.
+fn quoted(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,@%+".contains(c);
+    if !word.is_empty() && word.chars().all(plain) {
+        return word.to_string();
+    }
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
 /// Bytes in the largest binary unit that keeps a digit before the point.
 pub fn bytes(n: u64) -> String {
     const UNITS: [&str; 5] = ["B", "KiB", "MiB", "GiB", "TiB"];
@@ -82,6 +109,25 @@ pub fn count(n: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_command_to_go_on_can_be_pasted() {
+        let with = |args: &[&str]| with_flag(args.iter().map(|word| word.to_string()), "--resume", "auto");
+        assert_eq!(
+            with(&[
+                "peft",
+                "train",
+                "my recipe.yaml",
+                "--resume",
+                "out/x",
+                "--override",
+                "method={r: 1}",
+                "a='b'"
+            ]),
+            r"peft train 'my recipe.yaml' --override 'method={r: 1}' 'a='\''b'\''' --resume auto"
+        );
+        assert_eq!(with(&["peft", "train", "r.yaml", "--resume=x"]), "peft train r.yaml --resume auto");
+    }
 
     #[test]
     fn numbers_for_people() {

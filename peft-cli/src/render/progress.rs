@@ -29,6 +29,13 @@ impl Progress {
         }
     }
 
+    /// Takes the bar away, for a run that does not reach its end.
+    pub fn clear(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+
     fn eta(&self, step: u64) -> String {
         let finished = step.saturating_sub(self.done).max(1);
         let seconds =
@@ -91,6 +98,10 @@ impl Observer for Progress {
             m.eval_perplexity,
             m.eval_token_accuracy * 100.0
         ));
+    }
+
+    fn warning(&mut self, message: &str) {
+        super::warning(message);
     }
 
     fn saved(&mut self, path: &Path) {

@@ -1,9 +1,9 @@
 //! What is said before and after a run.
 
-use super::{bytes, count, program, table};
+use super::{bytes, command_with, count, program, table};
 use crate::recipe::{MethodBlock, Recipe};
 use peft_core::data::Example;
-use peft_core::train::{EvalMetrics, RunSummary};
+use peft_core::train::{EvalMetrics, RunSummary, Stopped};
 use std::path::Path;
 
 /// What is about to run, on stderr. `parameters` are those that train, and all.
@@ -56,6 +56,18 @@ pub fn run_plan(
     eprintln!();
 }
 
+/// What a stopped run has saved and how it goes on, on stderr.
+pub fn run_stopped(signal: &str, stopped: &Stopped) {
+    let Stopped { step, total, micro_batches, of, checkpoint } = stopped;
+    let within = match micro_batches {
+        0 => String::new(),
+        done => format!(", with {done} of {of} micro-batches of the next step"),
+    };
+    eprintln!("stopped by {signal} after step {step} of {total}{within}");
+    eprintln!("saved {}; nothing is lost", checkpoint.display());
+    eprintln!("to go on:\n  {}", command_with("--resume", "auto"));
+}
+
 /// How a run ended, on stdout: held-out numbers before and after, speed, and the commands to try next.
 pub fn run_summary(recipe: &Recipe, recipe_path: &Path, summary: &RunSummary) {
     println!();
@@ -77,6 +89,16 @@ pub fn run_summary(recipe: &Recipe, recipe_path: &Path, summary: &RunSummary) {
     let peak =
         summary.peak_memory_bytes.map_or_else(String::new, |peak| format!(", peak memory {}", bytes(peak)));
     println!("{} steps, {:.1} s in steps, {rate:.0} tokens/s{peak}", summary.steps, summary.seconds);
+    if let Some((best, selection)) = summary.best.as_ref().zip(recipe.selection()) {
+        let (metric, value) = (selection.metric.name(), selection.metric.value(best));
+        println!("best {metric} {value:.4} at step {}; exported: step {}", best.step, summary.exported_step);
+    }
+    if summary.steps < summary.total {
+        println!(
+            "stopped early, after {} of {} steps: no gain for as long as asked",
+            summary.steps, summary.total
+        );
+    }
     println!("{}", summary.artifact.display());
 
     let artifact = summary.artifact.display();

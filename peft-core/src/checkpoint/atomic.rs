@@ -183,22 +183,74 @@ fn locked_folder(parent: &Path, name: &OsString) -> io::Result<(PathBuf, File)> 
     }
 }
 
-/// Removes staging folders for `name` whose process is gone, which their lock tells.
+/// Removes staging folders for `name` whose process is gone.
 fn remove_stale(parent: &Path, name: &OsString) -> io::Result<()> {
-    let prefix = hidden_prefix(name);
-    for entry in fs::read_dir(parent)? {
-        let entry = entry?;
-        let ours = entry.file_name().as_bytes().starts_with(prefix.as_bytes());
-        if ours && entry.file_type()?.is_dir() {
-            let path = entry.path();
-            let stale = File::open(&path).is_ok_and(|lock| lock.try_lock().is_ok());
-            if stale {
-                // It may be another user's, or go away meanwhile; either way it is not in the way.
-                let _ = fs::remove_dir_all(path);
-            }
+    for (entry, target) in partial(parent)? {
+        if target == *name && entry.file_type()?.is_dir() {
+            remove_if_stale(&entry.path());
         }
     }
     Ok(())
+}
+
+/// Removes what killed processes left in `dir` under hidden names: folders that were being filled or removed, and
+/// temporary files, of all targets whose name `is_ours` accepts. A folder that is not there has none.
+///
+/// A folder in use is told by its lock; files have none, so only one process may write those of `is_ours`.
+pub fn remove_leftovers(dir: &Path, is_ours: impl Fn(&str) -> bool) -> Result<(), CheckpointError> {
+    if !dir.is_dir() {
+        return Ok(());
+    }
+    let failed = || CheckpointError::read(dir);
+    for (entry, target) in partial(dir).map_err(failed())? {
+        if !target.to_str().is_some_and(&is_ours) {
+            continue;
+        }
+        if entry.file_type().map_err(failed())?.is_dir() {
+            remove_if_stale(&entry.path());
+        } else {
+            // As with folders: what cannot be removed is not in the way.
+            let _ = fs::remove_file(entry.path());
+        }
+    }
+    Ok(())
+}
+
+/// Removes the folder `path`, which disappears at once: a kill leaves no half of it under its name.
+pub fn remove_dir(path: &Path) -> Result<(), CheckpointError> {
+    let failed = || CheckpointError::write(path);
+    let (parent, name) = place(path)?;
+    let mut hidden = hidden_prefix(&name);
+    hidden.push("removed");
+    let hidden = parent.join(hidden);
+    match fs::remove_dir_all(&hidden) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(failed()(error)),
+        _ => fs::rename(path, &hidden).map_err(failed())?,
+    }
+    fs::remove_dir_all(&hidden).map_err(failed())
+}
+
+/// The entries of `dir` with a hidden temporary name, each with the name of what it was to become.
+fn partial(dir: &Path) -> io::Result<Vec<(fs::DirEntry, OsString)>> {
+    let mut found = Vec::new();
+    for entry in fs::read_dir(dir)? {
+        let entry = entry?;
+        let name = entry.file_name();
+        let target = name.to_str().and_then(|name| name.strip_prefix('.')?.rsplit_once(PARTIAL));
+        if let Some(target) = target.map(|(target, _)| OsString::from(target)) {
+            found.push((entry, target));
+        }
+    }
+    Ok(found)
+}
+
+/// Removes a staging folder unless its process lives, which its lock tells. It may be another user's, or go away
+/// meanwhile; either way it is not in the way.
+fn remove_if_stale(path: &Path) {
+    let stale = File::open(path).is_ok_and(|lock| lock.try_lock().is_ok());
+    if stale {
+        let _ = fs::remove_dir_all(path);
+    }
 }
 
 /// Lets two folders change names, in one step where the file system can.

@@ -19,7 +19,7 @@ mod hub;
 mod json;
 mod writer;
 
-pub use atomic::{StagedDir, write_file};
+pub use atomic::{StagedDir, remove_dir, remove_leftovers, write_file};
 pub use disk::{free_bytes, require_free};
 pub use dtype::{Dtype, DtypeError, f32_bytes, from_f32, to_f32};
 pub use error::CheckpointError;

@@ -28,7 +28,7 @@ pub use batches::{Batch, collate, epoch_order};
 pub use config::{DatasetConfig, DatasetType, MessageProperties};
 pub use error::DataError;
 pub use split::split_validation;
-pub use tokenise::Example;
+pub use tokenise::{Example, examples_sha256};
 pub use truncation::{OnTruncation, Report};
 
 use crate::text::{ChatTemplate, Tokenizer};

@@ -5,6 +5,7 @@ use std::path::Path;
 use super::DataError;
 use super::prompt::Prompt;
 use crate::text::{TextError, Tokenizer};
+use sha2::{Digest, Sha256};
 
 /// A tokenised text.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -20,6 +21,20 @@ impl Example {
     pub fn supervised_tokens(&self) -> usize {
         self.supervised.iter().filter(|&&flag| flag).count()
     }
+}
+
+/// SHA-256 of tokens and masks, in hexadecimal: what training sees of its data, whatever files, formats, tokenizer and
+/// template it came from.
+pub fn examples_sha256(examples: &[Example]) -> String {
+    let mut hash = Sha256::new();
+    for example in examples {
+        hash.update((example.ids.len() as u64).to_le_bytes());
+        for (id, supervised) in example.ids.iter().zip(&example.supervised) {
+            hash.update(id.to_le_bytes());
+            hash.update([u8::from(*supervised)]);
+        }
+    }
+    hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Turns prompts into examples.
@@ -115,6 +130,22 @@ mod tests {
         let across = example(&tokenizer, "xab", 2..3, false);
         assert_eq!(across.ids, [0, id("x"), id("ab"), 1]);
         assert_eq!(mask(&across), "0011");
+    }
+
+    #[test]
+    fn the_hash_tells_tokens_masks_and_borders_apart() {
+        let example =
+            |ids: &[u32], supervised: &[bool]| Example { ids: ids.into(), supervised: supervised.into() };
+        // printf '\x01\0\0\0\0\0\0\0\x07\0\0\0\x01' | sha256sum
+        let expected = "f6c8a4e61a91eb7f5ed4d901e5f74f1de17aea3190530d249c509a17642aa7f8";
+        assert_eq!(examples_sha256(&[example(&[7], &[true])]), expected);
+        let others = [
+            vec![example(&[7], &[false])],
+            vec![example(&[8], &[true])],
+            vec![example(&[7, 7], &[true, true])],
+            vec![example(&[7], &[true]), example(&[], &[])],
+        ];
+        assert!(others.iter().all(|other| examples_sha256(other) != expected));
     }
 
     #[test]

@@ -22,6 +22,16 @@ pub enum TrainError {
         /// What is on disk.
         saved: String,
     },
+    /// A trained value is not finite: it is not saved.
+    #[error(
+        "`{name}` holds a value that is not finite after step {step}; not saved, earlier checkpoints stand as they are"
+    )]
+    NonFiniteParameter {
+        /// The parameter.
+        name: String,
+        /// The step.
+        step: u64,
+    },
     /// A token id lies outside the embedding.
     #[error(
         "{source_name}: token id {id} is outside the model's vocabulary of {vocab_size}; the tokenizer belongs to another model"
@@ -62,7 +72,9 @@ impl TrainError {
     /// Whether the user's files or recipe are wrong (exit code 2).
     pub fn is_bad_input(&self) -> bool {
         match self {
-            TrainError::NonFinite { .. } | TrainError::Io { .. } => false,
+            TrainError::NonFinite { .. } | TrainError::NonFiniteParameter { .. } | TrainError::Io { .. } => {
+                false
+            }
             TrainError::Checkpoint(error) => error.is_bad_input(),
             TrainError::Adapter(error) => error.is_bad_input(),
             _ => true,

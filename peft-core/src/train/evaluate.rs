@@ -22,17 +22,22 @@ pub struct Evaluation {
     pub supervised_tokens: u64,
 }
 
-/// Evaluates `examples` in batches of `batch_size`, longest first so that too large a batch fails at once.
+/// Evaluates `examples` in batches of `batch_size`, longest first so that too large a batch fails at once. Ends early,
+/// with what it has seen, when `keep_going` returns false.
 pub fn evaluate(
     model: &Decoder,
     examples: &[Example],
     batch_size: usize,
     chunk_rows: Option<usize>,
+    keep_going: impl Fn() -> bool,
 ) -> Evaluation {
     let mut order: Vec<&Example> = examples.iter().collect();
     order.sort_by_key(|example| std::cmp::Reverse(example.ids.len()));
     let (mut loss, mut correct, mut count) = (0.0, 0u64, 0u64);
     for chunk in order.chunks(batch_size.max(1)) {
+        if !keep_going() {
+            break;
+        }
         let batch = collate(chunk, 0);
         let tape = Tape::inference();
         let context = model.context(batch.batch_size, batch.seq_len, 0);
@@ -68,15 +73,20 @@ pub struct Generation {
 
 /// Answers each example's last supervised stretch greedily from what stands before it.
 ///
-/// Generation stops at a stop token, or once it is longer than the reference by a few tokens and so cannot match.
+/// Generation stops at a stop token, or once it is longer than the reference by a few tokens and so cannot match. Ends
+/// early, with an answer that is not complete, when `keep_going` returns false.
 pub fn exact_match(
     model: &Decoder,
     tokenizer: &Tokenizer,
     examples: &[Example],
+    keep_going: impl Fn() -> bool,
 ) -> crate::Result<Vec<Generation>> {
     const SLACK: usize = 8;
     let mut generations = Vec::with_capacity(examples.len());
     for example in examples {
+        if !keep_going() {
+            break;
+        }
         let Some(end) = example.supervised.iter().rposition(|supervised| *supervised).map(|last| last + 1)
         else {
             continue;
@@ -86,7 +96,8 @@ pub fn exact_match(
         let start = start.max(1);
         let (prompt, reference) = (&example.ids[..start], &example.ids[start..end]);
         let budget = reference.len() + SLACK;
-        let generated = generate(model, prompt, budget, tokenizer.stop_ids(), &Sampling::greedy(), |_| true);
+        let generated =
+            generate(model, prompt, budget, tokenizer.stop_ids(), &Sampling::greedy(), |_| keep_going());
         let text = |ids: &[u32]| tokenizer.decode(ids, true);
         let (reference, generated) = (text(reference)?, text(&generated)?);
         let matched = reference.trim() == generated.trim();

@@ -1,5 +1,6 @@
 //! Training: the step, the loop, schedules, optimizers by name, metrics and the state of a run.
 
+mod course;
 mod error;
 mod evaluate;
 mod loss;
@@ -7,7 +8,9 @@ mod memory;
 mod method;
 mod metrics;
 mod optimizer;
+mod run;
 mod schedule;
+mod selection;
 mod state;
 mod step;
 mod trainer;
@@ -19,6 +22,9 @@ pub use method::{Method, Preparation};
 pub use metrics::{EvalMetrics, StepMetrics};
 pub use optimizer::{NamedOptimizer, ParameterOptimizer};
 pub use schedule::{Schedule, Warmup};
-pub use state::Fingerprint;
+pub use selection::{BestMetric, EarlyStopping, Every, Selection};
+pub use state::{Fingerprint, Identity};
 pub use step::{MicroBatch, StepGradients, StepSettings, accumulate, global_norm};
-pub use trainer::{Observer, RunSummary, TrainConfig, Trainer, latest_checkpoint, require_vocabulary};
+pub use trainer::{
+    Observer, Outcome, RunSummary, Stopped, TrainConfig, Trainer, latest_checkpoint, require_vocabulary,
+};

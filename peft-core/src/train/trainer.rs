@@ -1,21 +1,23 @@
-//! The training loop.
+//! A training run's settings and parts, and what it is made of: the trial save, the update, the export.
 
+use super::course::Course;
 use super::error::TrainError;
-use super::evaluate::{evaluate, exact_match};
-use super::memory::peak_memory_bytes;
 use super::method::Method;
-use super::metrics::{EvalMetrics, MetricsLog, StepMetrics};
+use super::metrics::{EvalMetrics, StepMetrics};
 use super::optimizer::ParameterOptimizer;
+use super::run::Run;
 use super::schedule::{Schedule, Warmup};
-use super::state::{self, Fingerprint};
-use super::step::{StepGradients, StepSettings, accumulate, global_norm};
-use crate::checkpoint::StagedDir;
-use crate::data::{Example, collate, epoch_order};
+use super::selection::{Every, Selection};
+use super::state::{self, Identity, Snapshot};
+use super::step::StepSettings;
+use crate::checkpoint::{StagedDir, require_free};
+use crate::data::Example;
 use crate::model::Decoder;
-use crate::projection::DropoutKey;
 use crate::text::Tokenizer;
+use burn::tensor::Tensor;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::sync::atomic::AtomicBool;
 
 /// How long, how fast and how often.
 #[derive(Debug, Clone)]
@@ -44,22 +46,24 @@ pub struct TrainConfig {
     pub step: StepSettings,
     /// Shuffled, length-bucketed order; otherwise file order in every epoch.
     pub shuffle_data: bool,
-    /// Steps between evaluations; the end is always evaluated where there is validation data.
-    pub eval_steps: Option<u64>,
+    /// When to evaluate; the end is always evaluated where there is validation data.
+    pub eval_every: Option<Every>,
     /// Whether to evaluate before the first step.
     pub eval_on_start: bool,
     /// Examples a batch in evaluation.
     pub eval_batch_size: usize,
     /// Validation examples answered for the exact match, before the first step and at the end.
     pub eval_generations: usize,
-    /// Steps between checkpoints; the end is always saved.
-    pub save_steps: Option<u64>,
-    /// Checkpoints kept.
+    /// When to save a checkpoint; the end is always saved, and so is the best.
+    pub save_every: Option<Every>,
+    /// Checkpoints kept, the last and the best at least.
     pub save_total_limit: Option<usize>,
+    /// What is done about the best evaluation.
+    pub selection: Option<Selection>,
     /// Steps between lines of metrics.
     pub logging_steps: u64,
     /// What a saved state must agree with to be continued.
-    pub fingerprint: Fingerprint,
+    pub identity: Identity,
 }
 
 /// Watches a run.
@@ -72,17 +76,49 @@ pub trait Observer {
     fn evaluated(&mut self, metrics: &EvalMetrics);
     /// A checkpoint was saved.
     fn saved(&mut self, path: &Path);
+    /// Something the user should know.
+    fn warning(&mut self, message: &str);
 }
 
 /// How a run ended.
 #[derive(Debug, Clone)]
+pub enum Outcome {
+    /// At its end.
+    Finished(RunSummary),
+    /// Before it, as asked.
+    Stopped(Stopped),
+}
+
+/// A run that was stopped and can go on.
+#[derive(Debug, Clone)]
+pub struct Stopped {
+    /// Steps finished.
+    pub step: u64,
+    /// Steps of the whole run.
+    pub total: u64,
+    /// Micro-batches done of the step in progress.
+    pub micro_batches: usize,
+    /// Micro-batches of that step.
+    pub of: usize,
+    /// The folder of the saved state.
+    pub checkpoint: PathBuf,
+}
+
+/// A finished run.
+#[derive(Debug, Clone)]
 pub struct RunSummary {
-    /// Steps finished in all.
+    /// Steps finished in all; fewer than `total` where patience ended the run.
     pub steps: u64,
+    /// Steps of the whole run.
+    pub total: u64,
     /// Evaluation before the first step.
     pub before: Option<EvalMetrics>,
-    /// Evaluation at the end.
+    /// Evaluation of what was exported.
     pub after: Option<EvalMetrics>,
+    /// The best evaluation, where that was asked for.
+    pub best: Option<EvalMetrics>,
+    /// The step whose state was exported.
+    pub exported_step: u64,
     /// Seconds in steps, this process alone.
     pub seconds: f64,
     /// Tokens trained on, this process alone.
@@ -109,6 +145,8 @@ pub struct Trainer<'a> {
     pub validation: &'a [Example],
     /// Everything else.
     pub config: TrainConfig,
+    /// Asks the run to save its state and end, once true. Looked at between micro-batches and within evaluations.
+    pub stop: &'a AtomicBool,
 }
 
 /// The newest complete checkpoint of a run, if it has one.
@@ -124,192 +162,134 @@ impl Trainer<'_> {
         config.max_steps.unwrap_or(fractional)
     }
 
-    fn steps_per_epoch(&self) -> u64 {
+    pub(super) fn steps_per_epoch(&self) -> u64 {
         let micro_batches = self.train.len().div_ceil(self.config.micro_batch_size);
         micro_batches.div_ceil(self.config.gradient_accumulation_steps).max(1) as u64
     }
 
     /// Trains, from the checkpoint folder `resume` if given, and exports the result.
-    pub fn run(mut self, resume: Option<&Path>, observer: &mut dyn Observer) -> crate::Result<RunSummary> {
+    pub fn run(mut self, resume: Option<&Path>, observer: &mut dyn Observer) -> crate::Result<Outcome> {
         if !self.model.parameters().iter().any(|parameter| parameter.trainable) {
             return Err(TrainError::NothingToTrain.into());
         }
         require_vocabulary(self.model, "training data", self.train)?;
         require_vocabulary(self.model, "validation data", self.validation)?;
-        let done = match resume {
-            Some(path) => state::load(path, self.model, self.optimizer.as_mut(), &self.config.fingerprint)?,
-            None => 0,
-        };
-        // A save that must fail should fail now and not after hours.
-        drop(self.export_staged()?);
-
-        let total = self.total_steps();
-        let mut log = MetricsLog::open(&self.config.output_dir.join("metrics.jsonl"), done)?;
-        observer.started(done, total);
-        let mut summary = RunSummary {
-            steps: done,
-            before: None,
-            after: None,
-            seconds: 0.0,
-            tokens: 0,
-            peak_memory_bytes: None,
-            artifact: self.config.output_dir.join(self.method.artifact()),
-        };
-        if done == 0 && self.config.eval_on_start && !self.validation.is_empty() {
-            let metrics = self.validate(0, true)?;
-            log.write(&metrics)?;
-            observer.evaluated(&metrics);
-            summary.before = Some(metrics);
+        let (mut course, mut gradients) = (Course::default(), BTreeMap::new());
+        if let Some(path) = resume {
+            let loaded = state::load(path, self.model, self.optimizer.as_mut(), &self.config.identity)?;
+            loaded.warnings.iter().for_each(|warning| observer.warning(warning));
+            (course, gradients) = (loaded.course, loaded.gradients);
+            self.require_best(&course, path)?;
         }
-
-        let per_epoch = self.steps_per_epoch();
-        let mut order = None;
-        for step in done..total {
-            let epoch = step / per_epoch;
-            let micro_batches = match &order {
-                Some((of, micro_batches)) if *of == epoch => micro_batches,
-                _ => &order.insert((epoch, self.epoch(epoch))).1,
-            };
-            let first = (step % per_epoch) as usize * self.config.gradient_accumulation_steps;
-            let last = (first + self.config.gradient_accumulation_steps).min(micro_batches.len());
-            let window = micro_batches[first..last].to_vec();
-
-            let metrics = self.step(step, total, &window, summary.peak_memory_bytes)?;
-            summary.steps = step + 1;
-            summary.seconds += metrics.tokens as f64 / metrics.tokens_per_second;
-            summary.tokens += metrics.tokens;
-            summary.peak_memory_bytes = metrics.peak_memory_bytes;
-            let finished = step + 1;
-            let due = |every: Option<u64>| every.is_some_and(|every| finished.is_multiple_of(every));
-            if finished.is_multiple_of(self.config.logging_steps) || finished == total {
-                log.write(&metrics)?;
-            }
-            observer.step(&metrics);
-            if !self.validation.is_empty() && due(self.config.eval_steps) && finished < total {
-                let metrics = self.validate(finished, false)?;
-                log.write(&metrics)?;
-                observer.evaluated(&metrics);
-            }
-            if due(self.config.save_steps) || finished == total {
-                observer.saved(&self.save(finished)?);
-            }
-        }
-        if !self.validation.is_empty() {
-            let metrics = self.validate(summary.steps, true)?;
-            if done < total {
-                log.write(&metrics)?;
-            }
-            observer.evaluated(&metrics);
-            summary.after = Some(metrics);
-        }
-        self.export_staged()?.commit()?;
-        Ok(summary)
+        self.try_saving(&course, &gradients)?;
+        Run::new(self, course, gradients, resume, observer)?.run()
     }
 
-    /// Micro-batches of an epoch, as indices of examples.
-    fn epoch(&self, epoch: u64) -> Vec<Vec<usize>> {
-        let lengths: Vec<usize> = self.train.iter().map(|example| example.ids.len()).collect();
+    /// The best state so far must still be there if it may be what is exported.
+    fn require_best(&self, course: &Course, resumed: &Path) -> Result<(), TrainError> {
+        let output_dir = &self.config.output_dir;
+        let exports_best = self.config.selection.is_some_and(|selection| selection.load_best_model_at_end);
+        match course.best.as_ref().filter(|_| exports_best).map(|best| state::folder(output_dir, best.step)) {
+            Some(best) if !state::is_complete(&best) => Err(TrainError::State {
+                path: resumed.to_path_buf(),
+                message: format!("its best state so far, {}, is not there any more", best.display()),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    /// A save that must fail should fail now and not after hours: writes everything that a save writes, takes it back,
+    /// and asks for the room that the run will need.
+    fn try_saving(&self, course: &Course, gradients: &BTreeMap<String, Tensor<2>>) -> Result<(), TrainError> {
         let config = &self.config;
-        epoch_order(&lengths, config.micro_batch_size, config.shuffle_data, config.seed, epoch)
+        let artifact = StagedDir::replacing(&config.output_dir.join(self.method.artifact()))?;
+        let checkpoint = state::stage(&config.output_dir, &self.snapshot(course, gradients))?;
+        let exported = checkpoint.path().join(self.method.artifact());
+        let artifact_bytes =
+            folder_bytes(&exported).map_err(|source| TrainError::Io { path: exported, source })?;
+        drop((artifact, checkpoint));
+
+        let trained = self.model.parameters().into_iter().filter(|parameter| parameter.trainable);
+        // Values and two moments in f32, which is what most optimizers remember at most.
+        let state_bytes = trained.map(|parameter| 12 * parameter.numel() as u64).sum();
+        let every = config.save_every.map(|every| every.steps(self.steps_per_epoch()));
+        let saves = 1 + every.map_or(0, |every| self.total_steps().saturating_sub(course.step) / every);
+        let there = state::list(&config.output_dir).len();
+        let bytes = room(artifact_bytes, state_bytes, config.save_total_limit, there, saves);
+        Ok(require_free(&config.output_dir, bytes)?)
     }
 
-    fn step(
+    /// What a checkpoint holds.
+    pub(super) fn snapshot<'s>(
+        &'s self,
+        course: &'s Course,
+        gradients: &'s BTreeMap<String, Tensor<2>>,
+    ) -> Snapshot<'s> {
+        Snapshot {
+            course,
+            identity: &self.config.identity,
+            model: self.model,
+            method: self.method,
+            optimizer: self.optimizer.as_ref(),
+            gradients,
+        }
+    }
+
+    /// Updates the parameters after `step` steps of `total`; returns the rate.
+    pub(super) fn update(
         &mut self,
         step: u64,
         total: u64,
-        window: &[Vec<usize>],
-        peak: Option<u64>,
-    ) -> Result<StepMetrics, TrainError> {
-        let start = Instant::now();
-        let batches: Vec<_> = window
-            .iter()
-            .map(|indices| collate(&indices.iter().map(|i| &self.train[*i]).collect::<Vec<_>>(), 0))
-            .collect();
-        let supervised: usize = batches.iter().map(|batch| batch.targets.len()).sum();
-        let tokens: usize = batches.iter().flat_map(|batch| &batch.lengths).sum();
-        let scale = 1.0 / supervised.max(1) as f64;
-
-        let mut sums = StepGradients::default();
-        for (micro_batch, batch) in batches.iter().enumerate() {
-            let key = DropoutKey { seed: self.config.seed, step, micro_batch: micro_batch as u64 };
-            accumulate(self.model, batch, scale, key, self.config.step, &mut sums);
-        }
-        let loss = sums.loss_sum * scale;
-        let grad_norm = global_norm(&sums.gradients);
-        for (what, value) in [("loss", loss), ("gradient norm", grad_norm)] {
-            if !value.is_finite() {
-                // The update has not been applied: the weights are still those of the last good step.
-                let saved = match self.save(step) {
-                    Ok(path) => format!("the state before this step is in {}", path.display()),
-                    Err(error) => format!("and the state before this step could not be saved: {error}"),
-                };
-                return Err(TrainError::NonFinite { step: step + 1, what, value, saved });
-            }
-        }
-
+        mut gradients: BTreeMap<String, Tensor<2>>,
+        grad_norm: f64,
+    ) -> f64 {
         let config = &self.config;
         let factor = config.schedule.factor(step, config.warmup.steps(total), total);
         let clip = config.max_grad_norm.map_or(1.0, |max| (max / (grad_norm + 1e-6)).min(1.0));
         if clip < 1.0 {
-            for gradient in sums.gradients.values_mut() {
+            for gradient in gradients.values_mut() {
                 *gradient = gradient.clone().mul_scalar(clip);
             }
         }
-        self.method.before_update(self.model, &mut sums.gradients);
+        self.method.before_update(self.model, &mut gradients);
         for parameter in self.model.parameters_mut() {
-            if let Some(gradient) = sums.gradients.remove(&parameter.name) {
+            if let Some(gradient) = gradients.remove(&parameter.name) {
                 let rate = self.method.peak_rate(&parameter.name, config.learning_rate) * factor;
                 parameter.value =
                     self.optimizer.step(&parameter.name, rate, parameter.value.clone(), gradient);
             }
         }
-        let peak_memory_bytes = peak_memory_bytes(&self.model.device).max(peak);
-        Ok(StepMetrics {
-            step: step + 1,
-            epoch: (step + 1) as f64 / self.steps_per_epoch() as f64,
-            loss,
-            learning_rate: config.learning_rate * factor,
-            grad_norm,
-            supervised_tokens: supervised as u64,
-            tokens: tokens as u64,
-            tokens_per_second: tokens as f64 / start.elapsed().as_secs_f64(),
-            peak_memory_bytes,
-        })
+        config.learning_rate * factor
     }
 
-    fn validate(&self, step: u64, generations: bool) -> crate::Result<EvalMetrics> {
-        let config = &self.config;
-        let evaluation =
-            evaluate(self.model, self.validation, config.eval_batch_size, config.step.loss_chunk_rows);
-        let eval_exact_match = match config.eval_generations.min(self.validation.len()) {
-            count if count > 0 && generations => {
-                let answers = exact_match(self.model, self.tokenizer, &self.validation[..count])?;
-                let matched = answers.iter().filter(|answer| answer.matched).count();
-                Some(matched as f64 / answers.len().max(1) as f64)
-            }
-            _ => None,
-        };
-        Ok(EvalMetrics {
-            step,
-            eval_loss: evaluation.loss,
-            eval_perplexity: evaluation.perplexity,
-            eval_token_accuracy: evaluation.token_accuracy,
-            eval_exact_match,
-        })
-    }
-
-    fn save(&self, step: u64) -> Result<PathBuf, TrainError> {
-        let config = &self.config;
-        let (optimizer, limit) = (self.optimizer.as_ref(), config.save_total_limit);
-        state::save(&config.output_dir, step, self.model, self.method, optimizer, &config.fingerprint, limit)
-    }
-
-    /// The method's result beside its final place.
-    fn export_staged(&self) -> Result<StagedDir, TrainError> {
-        let staged = StagedDir::replacing(&self.config.output_dir.join(self.method.artifact()))?;
+    /// Puts the method's result in its place; returns its folder.
+    pub(super) fn export(&self) -> Result<PathBuf, TrainError> {
+        let artifact = self.config.output_dir.join(self.method.artifact());
+        let staged = StagedDir::replacing(&artifact)?;
         self.method.export(self.model, staged.path())?;
-        Ok(staged)
+        staged.commit()?;
+        Ok(artifact)
     }
+}
+
+/// Bytes that a run still needs on its disk: the result, and as many checkpoints as come to stand beside those that
+/// are `there`, one more than are kept while the oldest has not gone yet. Without a limit somebody else makes room, and
+/// two are asked for.
+fn room(artifact: u64, state: u64, limit: Option<usize>, there: usize, saves: u64) -> u64 {
+    let at_once = (limit.unwrap_or(1) + 1).saturating_sub(there).max(1) as u64;
+    let checkpoints = at_once.min(saves).saturating_mul(artifact.saturating_add(state));
+    artifact.saturating_add(checkpoints)
+}
+
+/// Bytes of all files below `dir`.
+fn folder_bytes(dir: &Path) -> std::io::Result<u64> {
+    let mut bytes = 0;
+    for entry in std::fs::read_dir(dir)? {
+        let entry = entry?;
+        let metadata = entry.metadata()?;
+        bytes += if metadata.is_dir() { folder_bytes(&entry.path())? } else { metadata.len() };
+    }
+    Ok(bytes)
 }
 
 /// Refuses examples with a token outside the model's embedding.
@@ -326,5 +306,22 @@ pub fn require_vocabulary(
     match outside {
         None => Ok(()),
         Some(id) => Err(TrainError::Vocabulary { source_name, id: i64::from(*id), vocab_size }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn room_for_what_a_run_comes_to_hold() {
+        // Three are kept and a fourth is written before one goes; or fewer, where the run saves fewer.
+        assert_eq!(room(10, 120, Some(3), 0, 100), 10 + 4 * 130);
+        assert_eq!(room(10, 120, Some(3), 0, 2), 10 + 2 * 130);
+        assert_eq!(room(10, 120, None, 0, 100), 10 + 2 * 130);
+        // After a resume those that are kept are there already.
+        assert_eq!(room(10, 120, Some(3), 3, 100), 10 + 130);
+        assert_eq!(room(10, 120, Some(3), 9, 100), 10 + 130);
+        assert_eq!(room(u64::MAX, 1, None, 0, 1), u64::MAX);
     }
 }

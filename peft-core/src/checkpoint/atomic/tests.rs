@@ -144,3 +144,24 @@ fn files_and_nameless_paths_are_no_output_folder() {
     }
     assert!(matches!(StagedDir::new(Path::new("/proc")), Err(CheckpointError::OutputNotEmpty { .. })));
 }
+
+#[test]
+fn leftovers_of_a_kill_go_and_nothing_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let living = StagedDir::new(&path("step-2")).unwrap();
+    for dir in [".step-1.partial-deadbeef", ".step-3.partial-removed", ".other.partial-deadbeef", "step-4"] {
+        fs::create_dir(path(dir)).unwrap();
+        fs::write(path(dir).join("x"), "").unwrap();
+    }
+    fs::write(path(".step-log.partial-deadbeef"), "").unwrap();
+    remove_leftovers(folder.path(), |name| name.starts_with("step-")).unwrap();
+    assert!(living.path().exists());
+    drop(living);
+    assert_eq!(names(folder.path()), [".other.partial-deadbeef", "step-4"]);
+    // One that an earlier kill left does not stand in the way of the next removal.
+    fs::create_dir(path(".step-4.partial-removed")).unwrap();
+    remove_dir(&path("step-4")).unwrap();
+    assert_eq!(names(folder.path()), [".other.partial-deadbeef"]);
+    remove_leftovers(&path("nothing"), |_| true).unwrap();
+}

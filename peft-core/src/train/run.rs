@@ -1,0 +1,346 @@
+//! The training loop: steps, and what happens between them.
+//!
+//! After a step the state is saved where that is due, then evaluated, and the outcome noted in what was saved. So a run
+//! killed at any moment goes on from its newest checkpoint and does again exactly what is not in it.
+
+use super::course::{Course, Window};
+use super::error::TrainError;
+use super::evaluate::{Generation, evaluate, exact_match};
+use super::memory::peak_memory_bytes;
+use super::metrics::{EvalMetrics, JsonLines, StepMetrics};
+use super::selection::{BestMetric, Every};
+use super::state;
+use super::step::{StepGradients, accumulate, global_norm};
+use super::trainer::{Observer, Outcome, RunSummary, Stopped, Trainer};
+use crate::data::{Batch, collate, epoch_order};
+use crate::projection::DropoutKey;
+use serde::Serialize;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+/// A run under way.
+pub(super) struct Run<'r, 'a> {
+    trainer: Trainer<'a>,
+    observer: &'r mut dyn Observer,
+    total: u64,
+    course: Course,
+    /// What the micro-batches of the step in progress have summed.
+    sums: StepGradients,
+    /// The step whose checkpoint is on disk, where it is that of this run.
+    saved: Option<u64>,
+    /// The epoch whose order was asked for last.
+    order: Option<(u64, Vec<Vec<usize>>)>,
+    metrics: JsonLines,
+    generations: JsonLines,
+    seconds: f64,
+    tokens: u64,
+    peak_memory_bytes: Option<u64>,
+}
+
+/// A line of `generations.jsonl`.
+#[derive(Serialize)]
+struct GenerationLine<'g> {
+    step: u64,
+    #[serde(flatten)]
+    generation: &'g Generation,
+}
+
+impl<'r, 'a> Run<'r, 'a> {
+    /// At its start, or where `course` says. `gradients` are those of a step in progress, and `resumed` is the folder
+    /// of the checkpoint that all of it comes from.
+    pub fn new(
+        trainer: Trainer<'a>,
+        course: Course,
+        gradients: BTreeMap<String, burn::tensor::Tensor<2>>,
+        resumed: Option<&Path>,
+        observer: &'r mut dyn Observer,
+    ) -> Result<Self, TrainError> {
+        let output_dir = &trainer.config.output_dir;
+        let file = |name: &str| output_dir.join(name);
+        let metrics = JsonLines::open(&file("metrics.jsonl"), |line| course.keeps_metrics(line))?;
+        let generations = JsonLines::open(&file("generations.jsonl"), |line| course.keeps_generation(line))?;
+        let own = state::folder(output_dir, course.step).canonicalize().ok();
+        let is_own = own.is_some() && own == resumed.and_then(|path| path.canonicalize().ok());
+        let window = course.window.clone().unwrap_or_default();
+        Ok(Self {
+            observer,
+            total: trainer.total_steps(),
+            sums: StepGradients { gradients, loss_sum: window.loss_sum, correct: window.correct },
+            saved: is_own.then_some(course.step),
+            course,
+            order: None,
+            metrics,
+            generations,
+            seconds: 0.0,
+            tokens: 0,
+            peak_memory_bytes: None,
+            trainer,
+        })
+    }
+
+    /// Trains to the end, or until asked to stop.
+    pub fn run(mut self) -> crate::Result<Outcome> {
+        self.observer.started(self.course.step, self.total);
+        let selection = self.trainer.config.selection;
+        loop {
+            let step = self.course.step;
+            let save = step > 0 && (step >= self.total || self.is_due(self.trainer.config.save_every));
+            if save && self.course.window.is_none() && self.saved != Some(step) {
+                self.save()?;
+            }
+            if self.is_evaluation_due() && !self.evaluate()? {
+                return self.stop();
+            }
+            if step >= self.total || self.course.is_out_of_patience(selection.as_ref()) {
+                return self.finish();
+            }
+            if !self.step()? {
+                return self.stop();
+            }
+        }
+    }
+
+    fn is_due(&self, every: Option<Every>) -> bool {
+        let per_epoch = self.trainer.steps_per_epoch();
+        every.is_some_and(|every| every.is_due(self.course.step, per_epoch))
+    }
+
+    fn is_evaluation_due(&self) -> bool {
+        let config = &self.trainer.config;
+        let due = match self.course.step {
+            0 => config.eval_on_start,
+            step => step >= self.total || self.is_due(config.eval_every),
+        };
+        due && !self.trainer.validation.is_empty() && !self.course.is_evaluated()
+    }
+
+    fn is_stopping(&self) -> bool {
+        self.trainer.stop.load(Ordering::Relaxed)
+    }
+
+    /// The micro-batches of the step after `step`.
+    fn window(&mut self, step: u64) -> Vec<Batch> {
+        let (trainer, config) = (&self.trainer, &self.trainer.config);
+        let per_epoch = trainer.steps_per_epoch();
+        let epoch = step / per_epoch;
+        if self.order.as_ref().is_none_or(|(of, _)| *of != epoch) {
+            let lengths: Vec<usize> = trainer.train.iter().map(|example| example.ids.len()).collect();
+            let order =
+                epoch_order(&lengths, config.micro_batch_size, config.shuffle_data, config.seed, epoch);
+            self.order = Some((epoch, order));
+        }
+        let micro_batches = self.order.as_ref().map_or(&[][..], |(_, order)| order);
+        let accumulation = config.gradient_accumulation_steps;
+        let first = (step % per_epoch) as usize * accumulation;
+        let window = micro_batches.iter().skip(first).take(accumulation);
+        window
+            .map(|indices| collate(&indices.iter().map(|i| &trainer.train[*i]).collect::<Vec<_>>(), 0))
+            .collect()
+    }
+
+    /// One step, or what is left of it; false when stopped before its update.
+    fn step(&mut self) -> crate::Result<bool> {
+        let start = Instant::now();
+        let step = self.course.step;
+        let batches = self.window(step);
+        let supervised: usize = batches.iter().map(|batch| batch.targets.len()).sum();
+        let tokens: usize = batches.iter().flat_map(|batch| &batch.lengths).sum();
+        let scale = 1.0 / supervised.max(1) as f64;
+
+        let done = self.course.window.as_ref().map_or(0, |window| window.micro_batches);
+        for (micro_batch, batch) in batches.iter().enumerate().skip(done) {
+            if self.is_stopping() {
+                return Ok(false);
+            }
+            let Trainer { model, config, .. } = &self.trainer;
+            let key = DropoutKey { seed: config.seed, step, micro_batch: micro_batch as u64 };
+            accumulate(model, batch, scale, key, config.step, &mut self.sums);
+            let (loss_sum, correct) = (self.sums.loss_sum, self.sums.correct);
+            self.course.window = Some(Window { micro_batches: micro_batch + 1, loss_sum, correct });
+        }
+        self.course.window = None;
+        let sums = std::mem::take(&mut self.sums);
+        let loss = sums.loss_sum * scale;
+        let grad_norm = global_norm(&sums.gradients);
+        for (what, value) in [("loss", loss), ("gradient norm", grad_norm)] {
+            if !value.is_finite() {
+                return Err(self.not_finite(what, value).into());
+            }
+        }
+        let rate = self.trainer.update(step, self.total, sums.gradients, grad_norm);
+        self.course.step = step + 1;
+
+        let elapsed = start.elapsed().as_secs_f64();
+        self.seconds += elapsed;
+        self.tokens += tokens as u64;
+        self.peak_memory_bytes = peak_memory_bytes(&self.trainer.model.device).max(self.peak_memory_bytes);
+        let metrics = StepMetrics {
+            step: step + 1,
+            epoch: (step + 1) as f64 / self.trainer.steps_per_epoch() as f64,
+            loss,
+            learning_rate: rate,
+            grad_norm,
+            supervised_tokens: supervised as u64,
+            tokens: tokens as u64,
+            tokens_per_second: tokens as f64 / elapsed,
+            peak_memory_bytes: self.peak_memory_bytes,
+        };
+        if metrics.step.is_multiple_of(self.trainer.config.logging_steps) || metrics.step == self.total {
+            self.metrics.write(&metrics)?;
+        }
+        self.observer.step(&metrics);
+        Ok(true)
+    }
+
+    /// The error of a step without a usable gradient, which has not been applied: the weights are still those of the
+    /// last good step, and are saved.
+    fn not_finite(&mut self, what: &'static str, value: f64) -> TrainError {
+        let step = self.course.step;
+        let saved = match self.checkpoint() {
+            Ok(path) => format!("the state before this step is in {}", path.display()),
+            Err(error) => format!("and the state before this step could not be saved: {error}"),
+        };
+        TrainError::NonFinite { step: step + 1, what, value, saved }
+    }
+
+    /// Evaluates after the present step; false when stopped meanwhile, as if nothing had been done.
+    fn evaluate(&mut self) -> crate::Result<bool> {
+        let step = self.course.step;
+        let (trainer, config) = (&self.trainer, &self.trainer.config);
+        let (model, batch_size, chunk) =
+            (&*trainer.model, config.eval_batch_size, config.step.loss_chunk_rows);
+        let evaluation = evaluate(model, trainer.validation, batch_size, chunk, || !self.is_stopping());
+        let mut metrics = EvalMetrics {
+            step,
+            eval_loss: evaluation.loss,
+            eval_perplexity: evaluation.perplexity,
+            eval_token_accuracy: evaluation.token_accuracy,
+            eval_exact_match: None,
+        };
+        let selection = config.selection.as_ref();
+        let asks_answers = selection.is_some_and(|s| s.metric == BestMetric::EvalExactMatch);
+        let ends = |metrics: &EvalMetrics| {
+            let mut course = self.course.clone();
+            course.record(metrics.clone(), selection);
+            let last = step >= self.total || course.is_out_of_patience(selection);
+            step == 0 || last && course.exported_step(selection) == step
+        };
+        let mut answers = Vec::new();
+        if config.eval_generations > 0 && (asks_answers || ends(&metrics)) {
+            answers = self.answers()?;
+            metrics.eval_exact_match = Some(share_matched(&answers));
+        }
+        if self.is_stopping() {
+            return Ok(false);
+        }
+        if ends(&metrics) {
+            self.write_answers(step, &answers)?;
+        }
+        self.metrics.write(&metrics)?;
+        let selection = self.trainer.config.selection;
+        self.course.record(metrics.clone(), selection.as_ref());
+        let is_best = self.course.best.as_ref().is_some_and(|best| best.step == step);
+        if self.saved == Some(step) {
+            self.sync()?;
+            state::update_course(&self.trainer.config.output_dir, &self.course)?;
+        } else if is_best {
+            self.save()?;
+        }
+        self.observer.evaluated(&metrics);
+        Ok(true)
+    }
+
+    /// Answers to the first validation examples; not all of them when stopped meanwhile.
+    fn answers(&self) -> crate::Result<Vec<Generation>> {
+        let trainer = &self.trainer;
+        let count = trainer.config.eval_generations.min(trainer.validation.len());
+        let examples = &trainer.validation[..count];
+        exact_match(trainer.model, trainer.tokenizer, examples, || !self.is_stopping())
+    }
+
+    fn write_answers(&mut self, step: u64, answers: &[Generation]) -> Result<(), TrainError> {
+        answers.iter().try_for_each(|generation| self.generations.write(&GenerationLine { step, generation }))
+    }
+
+    fn sync(&self) -> Result<(), TrainError> {
+        self.metrics.sync()?;
+        self.generations.sync()
+    }
+
+    /// The checkpoint of the present state, saved if it is not yet.
+    fn checkpoint(&mut self) -> Result<PathBuf, TrainError> {
+        let step = self.course.step;
+        if self.saved == Some(step) && self.course.window.is_none() {
+            return Ok(state::folder(&self.trainer.config.output_dir, step));
+        }
+        self.save()
+    }
+
+    fn save(&mut self) -> Result<PathBuf, TrainError> {
+        self.sync()?;
+        let config = &self.trainer.config;
+        let snapshot = self.trainer.snapshot(&self.course, &self.sums.gradients);
+        let path = state::save(&config.output_dir, &snapshot)?;
+        let mut keep = vec![self.course.step];
+        keep.extend(self.course.best.as_ref().map(|best| best.step));
+        state::prune(&config.output_dir, config.save_total_limit, &keep)?;
+        self.saved = Some(self.course.step);
+        self.observer.saved(&path);
+        Ok(path)
+    }
+
+    /// Ends before the end.
+    fn stop(mut self) -> crate::Result<Outcome> {
+        let checkpoint = self.checkpoint()?;
+        let step = self.course.step;
+        let micro_batches = self.course.window.as_ref().map_or(0, |window| window.micro_batches);
+        let of = self.window(step).len();
+        Ok(Outcome::Stopped(Stopped { step, total: self.total, micro_batches, of, checkpoint }))
+    }
+
+    /// Exports the last state or the best, with the answers that belong to it.
+    fn finish(mut self) -> crate::Result<Outcome> {
+        self.checkpoint()?;
+        let selection = self.trainer.config.selection;
+        let output_dir = self.trainer.config.output_dir.clone();
+        let exported_step = self.course.exported_step(selection.as_ref());
+        let mut after = self.course.latest.clone();
+        if exported_step != self.course.step {
+            state::load_parameters(&state::folder(&output_dir, exported_step), self.trainer.model)?;
+            after = self.course.best.clone();
+        }
+        let unanswered = |metrics: &&mut EvalMetrics| metrics.eval_exact_match.is_none();
+        let answers_missing = after.as_mut().filter(unanswered).is_some();
+        if answers_missing && self.trainer.config.eval_generations > 0 {
+            let answers = self.answers()?;
+            if self.is_stopping() {
+                return self.stop();
+            }
+            self.write_answers(exported_step, &answers)?;
+            if let Some(after) = &mut after {
+                after.eval_exact_match = Some(share_matched(&answers));
+            }
+        }
+        self.sync()?;
+        let artifact = self.trainer.export()?;
+        Ok(Outcome::Finished(RunSummary {
+            steps: self.course.step,
+            total: self.total,
+            before: self.course.before,
+            after,
+            best: self.course.best,
+            exported_step,
+            seconds: self.seconds,
+            tokens: self.tokens,
+            peak_memory_bytes: self.peak_memory_bytes,
+            artifact,
+        }))
+    }
+}
+
+fn share_matched(answers: &[Generation]) -> f64 {
+    let matched = answers.iter().filter(|answer| answer.matched).count();
+    matched as f64 / answers.len().max(1) as f64
+}
