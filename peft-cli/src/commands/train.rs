@@ -66,18 +66,6 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
     };
     method.prepare(&mut model, &preparation)?;
 
-    let folder = OutputFolder::open(&output_dir)?;
-    let kept = match &resume {
-        Some(checkpoint) => folder.prepare_for(checkpoint)?,
-        None => folder.prepare_fresh(args.resume.is_some())?,
-    };
-    if let Some(kept) = kept {
-        render::warning(&format!(
-            "earlier results in {} were moved to {}",
-            output_dir.display(),
-            kept.display()
-        ));
-    }
     let base_sha256 = base.checkpoint.sha256();
     let trainable: u64 = model.parameters().iter().filter(|p| p.trainable).map(|p| p.numel() as u64).sum();
     let total: u64 = model.parameters().iter().map(|p| p.numel() as u64).sum();
@@ -106,6 +94,21 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
             total_steps: trainer.total_steps(),
         },
     );
+    if let Some(checkpoint) = &resume {
+        trainer.require_own(checkpoint)?;
+    }
+    let folder = OutputFolder::open(&output_dir)?;
+    let kept = match &resume {
+        Some(checkpoint) => folder.prepare_for(checkpoint)?,
+        None => folder.prepare_fresh(args.resume.is_some())?,
+    };
+    if let Some(kept) = kept {
+        render::warning(&format!(
+            "earlier results in {} were moved to {}",
+            output_dir.display(),
+            kept.display()
+        ));
+    }
     let mut run_info = json!({
         "recipe": recipe,
         "versions": { "peft": env!("CARGO_PKG_VERSION") },

@@ -1,6 +1,7 @@
 //! The recipe: its schema, its defaults, and how a file becomes one.
 
 mod aliases;
+mod evaluation;
 mod schema;
 mod strict;
 

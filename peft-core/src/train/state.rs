@@ -149,6 +149,32 @@ pub(super) fn prune(output_dir: &Path, limit: Option<usize>, keep: &[u64]) -> Re
     Ok(())
 }
 
+/// What the checkpoint folder `path` says of itself, if it is of the same run.
+///
+/// # Errors
+/// A state of another run (every difference is named), or none at all.
+fn read_own(path: &Path, identity: &Identity) -> Result<StateFile, TrainError> {
+    let path = path.join(STATE);
+    let state = read_state(&path)?;
+    let differences = differences(&state.identity.run, &identity.run);
+    if !differences.is_empty() {
+        let message = format!(
+            "saved by another run: {}; use a fresh output_dir, or the recipe as it was",
+            differences.join("; ")
+        );
+        return Err(TrainError::State { path, message });
+    }
+    Ok(state)
+}
+
+/// Checks that the checkpoint folder `path` is of the same run.
+///
+/// # Errors
+/// A state of another run (every difference is named), or none at all.
+pub(super) fn require_own(path: &Path, identity: &Identity) -> Result<(), TrainError> {
+    read_own(path, identity).map(|_| ())
+}
+
 /// A state taken up.
 pub(super) struct Loaded {
     /// Where the run stands.
@@ -162,24 +188,14 @@ pub(super) struct Loaded {
 /// Takes up the state in the checkpoint folder `path`.
 ///
 /// # Errors
-/// A state of another run (every difference is named), of another set of parameters, or a damaged one.
+/// A state of another run, of another set of parameters, or a damaged one.
 pub(super) fn load(
     path: &Path,
     model: &mut Decoder,
     optimizer: &mut dyn ParameterOptimizer,
     identity: &Identity,
 ) -> Result<Loaded, TrainError> {
-    let json_path = path.join(STATE);
-    let state = read_state(&json_path)?;
-    let differences = differences(&state.identity.run, &identity.run);
-    if !differences.is_empty() {
-        let message = format!(
-            "saved by another run: {}; use a fresh output_dir, or the recipe as it was",
-            differences.join("; ")
-        );
-        return Err(TrainError::State { path: json_path, message });
-    }
-
+    let state = read_own(path, identity)?;
     let names = load_parameters(path, model)?;
     let file = SafetensorsFile::open(path.join(TENSORS))?;
     let wrong = |message: String| TrainError::State { path: file.path().to_path_buf(), message };
@@ -207,7 +223,7 @@ pub(super) fn load(
             .load(&names, memory, state.optimizer, &device)
             .map_err(|name| wrong(format!("the optimizer's memory of `{name}` is missing")))?;
     }
-    let changed = self::differences(&state.identity.environment, &identity.environment);
+    let changed = differences(&state.identity.environment, &identity.environment);
     let warnings = changed
         .into_iter()
         .map(|change| format!("the run goes on elsewhere, and may differ in its last digits: {change}"));

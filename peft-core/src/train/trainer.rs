@@ -167,6 +167,14 @@ impl Trainer<'_> {
         micro_batches.div_ceil(self.config.gradient_accumulation_steps).max(1) as u64
     }
 
+    /// Checks that the run can go on from the checkpoint folder `path`, before anything is written.
+    ///
+    /// # Errors
+    /// A state of another run (every difference is named), or none at all.
+    pub fn require_own(&self, path: &Path) -> Result<(), TrainError> {
+        state::require_own(path, &self.config.identity)
+    }
+
     /// Trains, from the checkpoint folder `resume` if given, and exports the result.
     pub fn run(mut self, resume: Option<&Path>, observer: &mut dyn Observer) -> crate::Result<Outcome> {
         if !self.model.parameters().iter().any(|parameter| parameter.trainable) {
