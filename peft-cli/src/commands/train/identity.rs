@@ -158,7 +158,7 @@ mod tests {
         assert_eq!(changed(|recipe, _| recipe.warmup_steps = Some(2)), ["warmup_steps"]);
         assert_eq!(
             changed(|recipe, _| if let crate::recipe::MethodBlock::Lora(lora) = &mut recipe.method {
-                lora.r = 9
+                lora.lora.r = 9
             }),
             ["method.r"]
         );
