@@ -1,4 +1,6 @@
-//! The order of an epoch, and padded batches.
+//! The order of an epoch without packing, and padded batches.
+
+use std::ops::Range;
 
 use super::Example;
 use crate::random::Stream;
@@ -36,7 +38,7 @@ pub fn epoch_order(
     micro_batches
 }
 
-/// Examples side by side, padded on the right to the longest.
+/// Rows of examples side by side, padded on the right to the longest.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
     /// Token ids, row-major `[batch_size, seq_len]`.
@@ -52,26 +54,41 @@ pub struct Batch {
     pub positions: Vec<i64>,
     /// For each of `positions`, the token to predict, which is the next one of that row.
     pub targets: Vec<i64>,
+    /// Where rows are packs: the place of each example as indices `row · seq_len + column`, ascending. Examples do not
+    /// see each other, and the position of a token counts from the start of its own.
+    pub segments: Option<Vec<Range<usize>>>,
 }
 
-/// Puts examples into one batch. Column `t` of a row predicts its token `t + 1`, and counts exactly when that token is
-/// supervised.
+/// Puts examples into one batch, one a row. Column `t` of a row predicts its token `t + 1`, and counts exactly when
+/// that token is supervised.
 pub fn collate(examples: &[&Example], pad_id: u32) -> Batch {
-    let lengths: Vec<usize> = examples.iter().map(|example| example.ids.len()).collect();
+    let rows: Vec<&[&Example]> = examples.iter().map(std::slice::from_ref).collect();
+    Batch { segments: None, ..collate_packs(&rows, pad_id) }
+}
+
+/// Puts packs into one batch, one a row. Loss falls as in [`collate`]; the first token of an example is not supervised,
+/// so none is predicted from its neighbour.
+pub fn collate_packs<'a>(packs: &[impl AsRef<[&'a Example]>], pad_id: u32) -> Batch {
+    let length = |pack: &[&Example]| pack.iter().map(|example| example.ids.len()).sum();
+    let lengths: Vec<usize> = packs.iter().map(|pack| length(pack.as_ref())).collect();
     let seq_len = lengths.iter().copied().max().unwrap_or(0);
-    let mut ids = Vec::with_capacity(examples.len() * seq_len);
-    let (mut positions, mut targets) = (Vec::new(), Vec::new());
-    for (row, example) in examples.iter().enumerate() {
-        ids.extend(example.ids.iter().map(|&id| i64::from(id)));
-        ids.resize((row + 1) * seq_len, i64::from(pad_id));
-        for column in 1..example.ids.len() {
-            if example.supervised[column] {
-                positions.push((row * seq_len + column - 1) as i64);
-                targets.push(i64::from(example.ids[column]));
+    let mut ids = Vec::with_capacity(packs.len() * seq_len);
+    let (mut positions, mut targets, mut segments) = (Vec::new(), Vec::new(), Vec::new());
+    for (row, pack) in packs.iter().enumerate() {
+        for example in pack.as_ref() {
+            let start = ids.len();
+            ids.extend(example.ids.iter().map(|&id| i64::from(id)));
+            segments.push(start..ids.len());
+            for at in 1..example.ids.len() {
+                if example.supervised[at] {
+                    positions.push((start + at - 1) as i64);
+                    targets.push(i64::from(example.ids[at]));
+                }
             }
         }
+        ids.resize((row + 1) * seq_len, i64::from(pad_id));
     }
-    Batch { ids, lengths, batch_size: examples.len(), seq_len, positions, targets }
+    Batch { ids, lengths, batch_size: packs.len(), seq_len, positions, targets, segments: Some(segments) }
 }
 
 #[cfg(test)]
@@ -118,5 +135,15 @@ mod tests {
         assert_eq!(batch.lengths, [4, 2]);
         assert_eq!(batch.positions, [1, 2, 4]);
         assert_eq!(batch.targets, [8, 2, 2]);
+        assert_eq!(batch.segments, None);
+
+        // Packed: the last token of one example does not predict the first of the next.
+        let batch = collate_packs(&[vec![&b, &a], vec![&b]], 0);
+        assert_eq!(batch.ids, [1, 2, 1, 7, 8, 2, 1, 2, 0, 0, 0, 0]);
+        assert_eq!((batch.batch_size, batch.seq_len), (2, 6));
+        assert_eq!(batch.lengths, [6, 2]);
+        assert_eq!(batch.positions, [0, 3, 4, 6]);
+        assert_eq!(batch.targets, [2, 8, 2, 2]);
+        assert_eq!(batch.segments, Some(vec![0..2, 2..6, 6..8]));
     }
 }

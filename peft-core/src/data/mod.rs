@@ -3,7 +3,8 @@
 //! [`load`] does it in one call: [`records`] reads a file into objects, [`prompt`] writes each object as one text and
 //! marks the characters that the model should learn to write, [`tokenise`] turns text and marks into an [`Example`].
 //! Examples that are too long are treated as [`OnTruncation`] says.
-//! [`split`] sets validation records aside and [`batches`] orders the rest and pads them.
+//! [`split`] sets validation records aside, [`epochs`] orders the rest, [`packing`] says which share a row, and
+//! [`batches`] puts them together.
 //!
 //! Three rules hold throughout. A text is tokenised once and whole, and the mask falls by character: a token that
 //! overlaps an answer belongs to it. Nothing is masked by token id, so a padding token that is also the
@@ -12,8 +13,10 @@
 pub mod batches;
 mod columns;
 mod config;
+pub mod epochs;
 mod error;
 mod fields;
+pub mod packing;
 pub mod prompt;
 pub mod records;
 pub mod split;
@@ -24,9 +27,11 @@ use std::path::PathBuf;
 
 use rayon::prelude::*;
 
-pub use batches::{Batch, collate, epoch_order};
+pub use batches::{Batch, collate, collate_packs, epoch_order};
 pub use config::{DatasetConfig, DatasetType, MessageProperties};
+pub use epochs::{Epoch, Epochs, Rows};
 pub use error::DataError;
+pub use packing::PackingReport;
 pub use split::split_validation;
 pub use tokenise::{Example, examples_sha256};
 pub use truncation::{OnTruncation, Report};
