@@ -11,6 +11,7 @@ mod gated;
 mod linear;
 mod rms_norm;
 mod rotary;
+mod segments;
 
 pub use adamw::{AdamW, AdamWState};
 pub use attention::{attention, causal_mask};
@@ -19,6 +20,7 @@ pub use gated::silu_gate;
 pub use linear::{LowRankTerm, adapted_linear};
 pub use rms_norm::rms_norm;
 pub use rotary::rotate;
+pub use segments::{SegmentGroup, group_segments};
 
 use burn::tensor::{DType, Tensor};
 

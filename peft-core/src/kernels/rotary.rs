@@ -7,7 +7,7 @@ use burn::tensor::Tensor;
 /// Rotates the heads of `x`.
 ///
 /// # Shapes
-/// `x` `[batch, heads, time, head_dim]`; `cos` and `sin` `[1, 1, time, head_dim / 2]`, cast to the type of `x`.
+/// `x` `[batch, heads, time, head_dim]`; `cos` and `sin` `[1 or batch, 1, time, head_dim / 2]`, cast to the type of `x`.
 pub fn rotate(x: Tensor<4>, cos: Tensor<4>, sin: Tensor<4>) -> Tensor<4> {
     let half = x.dims()[3] / 2;
     let (cos, sin) = (as_dtype(cos, x.dtype()), as_dtype(sin, x.dtype()));

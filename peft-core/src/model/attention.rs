@@ -1,7 +1,7 @@
 //! Self-attention of a decoder layer.
 
 use super::cache::KeyValueCache;
-use super::decoder::Context;
+use super::context::{Context, Layout, Sequences};
 use crate::kernels::{attention, rms_norm, rotate};
 use crate::projection::{Parameter, Projection, Tape};
 use burn::tensor::Tensor;
@@ -34,42 +34,58 @@ impl Attention {
         cache: Option<&mut KeyValueCache>,
     ) -> Tensor<2> {
         let (q_norm, k_norm) = self.qk_norm.as_ref().map(|(q, k)| (q, k)).unzip();
-        let mut q = self.heads(tape, &self.q_proj, q_norm, x.clone(), context);
-        let mut k = self.heads(tape, &self.k_proj, k_norm, x.clone(), context);
-        let v = self.heads(tape, &self.v_proj, None, x, context);
-        if self.rotary {
-            q = rotate(q, context.rope.cos.clone(), context.rope.sin.clone());
-            k = rotate(k, context.rope.cos.clone(), context.rope.sin.clone());
-        }
-        let (k, v) = match cache {
-            Some(cache) => cache.append(k, v),
-            None => (k, v),
+        let q = self.features(tape, &self.q_proj, q_norm, x.clone());
+        let k = self.features(tape, &self.k_proj, k_norm, x.clone());
+        let v = self.features(tape, &self.v_proj, None, x);
+        let y = match &context.layout {
+            Layout::Padded(sequences) => self.attend([q, k, v], sequences, cache),
+            Layout::Packed(packed) => {
+                packed.within_segments([q, k, v], |qkv, sequences| self.attend(qkv, sequences, None))
+            }
         };
-        let y = attention(q, k, v, context.mask(self.window));
-        let [batch, heads, time, head_dim] = y.dims();
-        let y = y.swap_dims(1, 2).reshape([batch * time, heads * head_dim]);
         self.o_proj.forward(tape, y, Some(residual))
     }
 
-    /// Projects to heads, `[batch, heads, time, head_dim]`, normed where the family does so.
-    fn heads(
+    /// Projects, `[tokens, heads · head_dim]`, with each head normed where the family does so.
+    fn features(
         &self,
         tape: &Tape,
         projection: &Projection,
         norm: Option<&Parameter>,
         x: Tensor<2>,
-        context: &Context,
-    ) -> Tensor<4> {
+    ) -> Tensor<2> {
         let y = projection.forward(tape, x, None);
-        let heads = y.dims()[1] / self.head_dim;
-        let y = match norm {
-            Some(weight) => {
-                let rows = y.reshape([context.batch * context.time * heads, self.head_dim]);
-                rms_norm(rows, tape.read(weight), self.epsilon)
-            }
-            None => y,
+        let Some(weight) = norm else { return y };
+        let [tokens, features] = y.dims();
+        let heads = y.reshape([tokens * features / self.head_dim, self.head_dim]);
+        rms_norm(heads, tape.read(weight), self.epsilon).reshape([tokens, features])
+    }
+
+    /// Attention between the tokens of each sequence, `[batch · time, features]` each.
+    fn attend(
+        &self,
+        qkv: [Tensor<2>; 3],
+        sequences: &Sequences,
+        cache: Option<&mut KeyValueCache>,
+    ) -> Tensor<2> {
+        let [mut q, mut k, v] = qkv.map(|y| self.heads(y, sequences));
+        if self.rotary {
+            let rope = &sequences.rope;
+            q = rotate(q, rope.cos.clone(), rope.sin.clone());
+            k = rotate(k, rope.cos.clone(), rope.sin.clone());
+        }
+        let (k, v) = match cache {
+            Some(cache) => cache.append(k, v),
+            None => (k, v),
         };
-        let y: Tensor<4> = y.reshape([context.batch, context.time, heads, self.head_dim]);
-        y.swap_dims(1, 2)
+        let y = attention(q, k, v, sequences.mask(self.window));
+        let [batch, heads, time, head_dim] = y.dims();
+        y.swap_dims(1, 2).reshape([batch * time, heads * head_dim])
+    }
+
+    /// `[batch · time, heads · head_dim]` → `[batch, heads, time, head_dim]`.
+    fn heads(&self, y: Tensor<2>, sequences: &Sequences) -> Tensor<4> {
+        let heads = y.dims()[1] / self.head_dim;
+        y.reshape([sequences.batch, sequences.time, heads, self.head_dim]).swap_dims(1, 2)
     }
 }

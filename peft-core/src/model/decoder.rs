@@ -5,9 +5,10 @@
 use super::HEAD;
 use super::cache::KeyValueCache;
 use super::config::ModelConfig;
+use super::context::Context;
 use super::layer::Layer;
-use super::rope::RopeTable;
-use crate::kernels::{adapted_linear, causal_mask, rms_norm};
+use crate::data::Batch;
+use crate::kernels::{adapted_linear, rms_norm};
 use crate::projection::{Embedding, Parameter, Projection, Tape, TokenRows};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use std::collections::{BTreeMap, BTreeSet};
@@ -31,49 +32,18 @@ pub struct Decoder {
     pub head_rows: Option<TokenRows>,
 }
 
-/// What all layers of one forward share: geometry, rotary table, masks.
-pub struct Context {
-    /// Sequences.
-    pub batch: usize,
-    /// Tokens a sequence, padding included.
-    pub time: usize,
-    pub(super) rope: RopeTable,
-    full: Option<Tensor<5>>,
-    windowed: Option<(usize, Option<Tensor<5>>)>,
-}
-
-impl Context {
-    /// The mask of a layer with this window.
-    pub(super) fn mask(&self, window: Option<usize>) -> Option<Tensor<5>> {
-        match (&self.windowed, window) {
-            (Some((size, mask)), Some(window)) if *size == window => mask.clone(),
-            _ => self.full.clone(),
-        }
-    }
-}
-
 impl Decoder {
-    /// The shared context of a forward over `batch` sequences of `time` tokens after `past` cached ones.
-    ///
-    /// Sequences are padded on the right, so a causal mask also hides the padding from every real token.
+    /// The shared context of a forward over `batch` sequences of `time` tokens after `past` cached ones, padded on the
+    /// right.
     pub fn context(&self, batch: usize, time: usize, past: usize) -> Context {
-        let config = &self.config;
-        let keys = past + time;
-        // A configuration has one window size at most.
-        let window = config.windows.iter().flatten().next().copied();
-        Context {
-            batch,
-            time,
-            rope: RopeTable::new(
-                &config.rope_scaling,
-                config.rope_theta,
-                config.head_dim,
-                past,
-                time,
-                &self.device,
-            ),
-            full: causal_mask(time, keys, None, &self.device),
-            windowed: window.map(|size| (size, causal_mask(time, keys, Some(size), &self.device))),
+        Context::padded(&self.config, batch, time, past, &self.device)
+    }
+
+    /// The shared context of a forward over a batch, padded or packed.
+    pub fn batch_context(&self, batch: &Batch) -> Context {
+        match &batch.segments {
+            None => self.context(batch.batch_size, batch.seq_len, 0),
+            Some(segments) => Context::packed(&self.config, segments, batch.ids.len(), &self.device),
         }
     }
 

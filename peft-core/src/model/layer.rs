@@ -2,7 +2,7 @@
 
 use super::attention::Attention;
 use super::cache::KeyValueCache;
-use super::decoder::Context;
+use super::context::Context;
 use crate::kernels::{rms_norm, silu_gate};
 use crate::projection::{Parameter, Projection, Tape};
 use burn::tensor::Tensor;

@@ -4,6 +4,7 @@
 mod attention;
 mod cache;
 mod config;
+mod context;
 mod decoder;
 mod error;
 mod generate;
@@ -18,7 +19,8 @@ pub const HEAD: &str = "lm_head";
 
 pub use cache::KeyValueCache;
 pub use config::{Family, ModelConfig};
-pub use decoder::{BaseShapes, Context, Decoder};
+pub use context::Context;
+pub use decoder::{BaseShapes, Decoder};
 pub use error::ModelError;
 pub use generate::{Sampling, generate};
 pub use layer::Layer;

@@ -5,6 +5,7 @@ use super::error::ModelError;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use serde_json::Value;
 use std::f64::consts::TAU;
+use std::ops::Range;
 use std::path::Path;
 
 /// How rotary frequencies are stretched.
@@ -225,7 +226,7 @@ impl RopeScaling {
     }
 }
 
-/// cos and sin for a run of positions, `[1, 1, time, head_dim / 2]` each, f32.
+/// cos and sin for a run of positions, `[1 or batch, 1, time, head_dim / 2]` each, f32.
 #[derive(Clone)]
 pub struct RopeTable {
     /// Cosines.
@@ -235,7 +236,7 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// The table of positions `first .. first + time`.
+    /// The table of positions `first .. first + time`, in sequences of `first + time` tokens.
     pub fn new(
         scaling: &RopeScaling,
         theta: f64,
@@ -244,21 +245,46 @@ impl RopeTable {
         time: usize,
         device: &Device,
     ) -> Self {
-        let (frequencies, factor) = scaling.frequencies(theta, head_dim, first + time);
-        let half = frequencies.len();
-        let mut cos = Vec::with_capacity(time * half);
-        let mut sin = Vec::with_capacity(time * half);
-        for position in first..first + time {
-            for frequency in &frequencies {
-                // transformers multiplies position and frequency in f32; at long contexts that rounding is part of
-                // what the model was trained with.
-                let angle = position as f32 * *frequency as f32;
-                cos.push((f64::from(angle).cos() * factor) as f32);
-                sin.push((f64::from(angle).sin() * factor) as f32);
+        let frequencies = scaling.frequencies(theta, head_dim, first + time);
+        Self::of_frequencies(&[frequencies], first..first + time, device)
+    }
+
+    /// The table of positions `0 .. time` in sequences of the given lengths: with a scaling that goes by the length,
+    /// one for each.
+    pub fn of_lengths(
+        scaling: &RopeScaling,
+        theta: f64,
+        head_dim: usize,
+        lengths: &[usize],
+        time: usize,
+        device: &Device,
+    ) -> Self {
+        let frequencies = |length: &usize| scaling.frequencies(theta, head_dim, *length);
+        let mut each: Vec<(Vec<f64>, f64)> = lengths.iter().map(frequencies).collect();
+        if each.iter().all(|frequencies| *frequencies == each[0]) {
+            each.truncate(1);
+        }
+        Self::of_frequencies(&each, 0..time, device)
+    }
+
+    fn of_frequencies(batch: &[(Vec<f64>, f64)], positions: Range<usize>, device: &Device) -> Self {
+        let time = positions.len();
+        let half = batch.first().map_or(0, |(frequencies, _)| frequencies.len());
+        let mut cos = Vec::with_capacity(batch.len() * time * half);
+        let mut sin = Vec::with_capacity(batch.len() * time * half);
+        for (frequencies, factor) in batch {
+            for position in positions.clone() {
+                for frequency in frequencies {
+                    // transformers multiplies position and frequency in f32; at long contexts that rounding is part
+                    // of what the model was trained with.
+                    let angle = position as f32 * *frequency as f32;
+                    cos.push((f64::from(angle).cos() * factor) as f32);
+                    sin.push((f64::from(angle).sin() * factor) as f32);
+                }
             }
         }
-        let tensor =
-            |values| Tensor::from_data(TensorData::new(values, [1, 1, time, half]), (device, DType::F32));
+        let shape = [batch.len(), 1, time, half];
+        let tensor = |values| Tensor::from_data(TensorData::new(values, shape), (device, DType::F32));
         Self { cos: tensor(cos), sin: tensor(sin) }
     }
 }
