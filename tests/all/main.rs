@@ -5,6 +5,7 @@ mod adapters;
 mod families;
 mod faults;
 mod gradients;
+mod packing;
 mod program;
 mod resume;
 mod rope;

@@ -109,6 +109,8 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
             kept.display()
         ));
     }
+    let total_steps = trainer.total_steps();
+    let packing = trainer.epochs().packing_report();
     let mut run_info = json!({
         "recipe": recipe,
         "versions": { "peft": env!("CARGO_PKG_VERSION") },
@@ -120,10 +122,11 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
         "dtype": format!("{:?}", compute),
         "parameters": total,
         "trainable_parameters": trainable,
-        "total_steps": trainer.total_steps(),
+        "packing": packing,
+        "total_steps": total_steps,
     });
     folder.write_json("run.json", &run_info)?;
-    render::run_plan(&recipe, method.name(), &train, &validation, (trainable, total), trainer.total_steps());
+    render::run_plan(&recipe, method.name(), &train, &validation, (trainable, total), total_steps, packing);
 
     let mut progress = render::Progress::new();
     let summary = match trainer.run(resume.as_deref(), &mut progress)? {
@@ -229,6 +232,7 @@ fn train_config(recipe: &Recipe, output_dir: &Path) -> TrainConfig {
         max_grad_norm: recipe.max_grad_norm,
         step: step_settings(recipe),
         shuffle_data: recipe.shuffle_data,
+        pack_tokens: recipe.sample_packing.then_some(recipe.sequence_len),
         eval_every: recipe.eval_every(),
         eval_on_start: recipe.eval_on_start,
         eval_batch_size: recipe.eval_batch_size,

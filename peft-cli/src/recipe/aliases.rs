@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-const TOP: [(&str, &str); 22] = [
+const TOP: [(&str, &str); 23] = [
     ("model", "base_model"),
     ("model_name_or_path", "base_model"),
     ("base_model_name_or_path", "base_model"),
@@ -11,6 +11,7 @@ const TOP: [(&str, &str); 22] = [
     ("max_seq_length", "sequence_len"),
     ("cutoff_len", "sequence_len"),
     ("max_length", "sequence_len"),
+    ("packing", "sample_packing"),
     ("per_device_train_batch_size", "micro_batch_size"),
     ("num_train_epochs", "num_epochs"),
     ("lr_scheduler_type", "lr_scheduler"),

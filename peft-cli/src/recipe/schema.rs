@@ -27,15 +27,17 @@ pub struct Recipe {
     pub val_set_size: f64,
     /// Where everything goes.
     pub output_dir: String,
-    /// Longest example in tokens.
+    /// Longest example in tokens, and the size of a pack.
     pub sequence_len: usize,
+    /// Several examples to a row of up to `sequence_len` tokens; they do not see each other.
+    pub sample_packing: bool,
     /// What happens to longer ones.
     pub on_truncation: Option<OnTruncation>,
     /// Supervise the prompt too.
     pub train_on_inputs: bool,
     /// Shuffled, length-bucketed order, or file order.
     pub shuffle_data: bool,
-    /// Examples a micro-batch.
+    /// Examples a micro-batch, or packs.
     pub micro_batch_size: usize,
     /// Micro-batches a step.
     pub gradient_accumulation_steps: usize,
@@ -107,6 +109,7 @@ impl Default for Recipe {
             val_set_size: 0.0,
             output_dir: "out".to_string(),
             sequence_len: 2048,
+            sample_packing: false,
             on_truncation: None,
             train_on_inputs: false,
             shuffle_data: true,

@@ -1,8 +1,8 @@
 //! What is said before and after a run.
 
-use super::{bytes, command_with, count, program, table};
+use super::{bytes, command_with, count, program, table, warning};
 use crate::recipe::{MethodBlock, Recipe};
-use peft_core::data::Example;
+use peft_core::data::{Example, PackingReport};
 use peft_core::train::{EvalMetrics, RunSummary, Stopped};
 use std::path::Path;
 
@@ -14,10 +14,11 @@ pub fn run_plan(
     validation: &[Example],
     (trainable, total): (u64, u64),
     steps: u64,
+    packing: Option<PackingReport>,
 ) {
     let tokens: u64 = train.iter().map(|example| example.ids.len() as u64).sum();
     let supervised: u64 = train.iter().map(|example| example.supervised_tokens() as u64).sum();
-    let rows = vec![
+    let mut rows = vec![
         vec!["base".to_string(), recipe.base_model.clone()],
         vec!["method".to_string(), method.to_string()],
         vec![
@@ -42,18 +43,49 @@ pub fn run_plan(
         vec![
             "steps".to_string(),
             format!(
-                "{} of {} × {} examples",
+                "{} of {} × {} {}",
                 count(steps),
                 recipe.gradient_accumulation_steps,
-                recipe.micro_batch_size
+                recipe.micro_batch_size,
+                if packing.is_some() { "packs" } else { "examples" }
             ),
         ],
         vec!["output".to_string(), recipe.output_dir.clone()],
     ];
+    if let Some(packing) = packing {
+        let shares = format!(
+            "{} packs of {} tokens, {:.1} % full, {:.1} examples each",
+            count(packing.packs as u64),
+            count(recipe.sequence_len as u64),
+            100.0 * packing.fill,
+            train.len() as f64 / packing.packs.max(1) as f64
+        );
+        rows.insert(4, vec!["packing".to_string(), shares]);
+    }
     for row in rows {
         eprintln!("  {:<11} {}", row[0], row[1]);
     }
     eprintln!();
+    if let Some(message) = packing.and_then(|packing| poor_packing(packing, train.len(), recipe.sequence_len))
+    {
+        warning(&message);
+    }
+}
+
+/// Why packing does little good, if so.
+fn poor_packing(packing: PackingReport, examples: usize, sequence_len: usize) -> Option<String> {
+    if packing.packs == examples {
+        Some(format!(
+            "sample_packing joins no examples at sequence_len {sequence_len}; raise it, or leave packing out, which lays examples of similar length side by side"
+        ))
+    } else if packing.fill < 0.5 {
+        let percent = 100.0 * packing.fill;
+        Some(format!(
+            "packs are {percent:.0} % full: the data is too small for sequence_len {sequence_len}; a lower one gives more packs and steps"
+        ))
+    } else {
+        None
+    }
 }
 
 /// What a stopped run has saved and how it goes on, on stderr.
@@ -116,4 +148,17 @@ pub fn run_summary(recipe: &Recipe, recipe_path: &Path, summary: &RunSummary) {
         MethodBlock::Full => println!("  {peft} generate --base-model {artifact} --prompt '…'"),
     }
     println!("  {peft} train    {} --override learning_rate=… --output-dir …", recipe_path.display());
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn poor_packing_is_told() {
+        let told = |packs, fill, examples| poor_packing(PackingReport { packs, fill }, examples, 64);
+        assert_eq!(told(10, 0.9, 40), None);
+        assert!(told(10, 0.9, 10).is_some_and(|message| message.contains("joins no examples")));
+        assert!(told(1, 0.3, 5).is_some_and(|message| message.contains("30 % full")));
+    }
 }

@@ -12,7 +12,7 @@ use super::selection::{BestMetric, Every};
 use super::state;
 use super::step::{StepGradients, accumulate, global_norm};
 use super::trainer::{Observer, Outcome, RunSummary, Stopped, Trainer};
-use crate::data::{Batch, collate, epoch_order};
+use crate::data::{Batch, Epoch, Epochs, Example, Rows, collate, collate_packs};
 use crate::projection::DropoutKey;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -30,8 +30,9 @@ pub(super) struct Run<'r, 'a> {
     sums: StepGradients,
     /// The step whose checkpoint is on disk, where it is that of this run.
     saved: Option<u64>,
-    /// The epoch whose order was asked for last.
-    order: Option<(u64, Vec<Vec<usize>>)>,
+    epochs: Epochs,
+    /// The epoch of the step asked for last.
+    epoch: Epoch,
     metrics: JsonLines,
     generations: JsonLines,
     seconds: f64,
@@ -64,13 +65,15 @@ impl<'r, 'a> Run<'r, 'a> {
         let own = state::folder(output_dir, course.step).canonicalize().ok();
         let is_own = own.is_some() && own == resumed.and_then(|path| path.canonicalize().ok());
         let window = course.window.clone().unwrap_or_default();
+        let epochs = trainer.epochs();
         Ok(Self {
             observer,
             total: trainer.total_steps(),
             sums: StepGradients { gradients, loss_sum: window.loss_sum, correct: window.correct },
             saved: is_own.then_some(course.step),
+            epoch: epochs.at(course.step),
+            epochs,
             course,
-            order: None,
             metrics,
             generations,
             seconds: 0.0,
@@ -103,7 +106,7 @@ impl<'r, 'a> Run<'r, 'a> {
     }
 
     fn is_due(&self, every: Option<Every>) -> bool {
-        let per_epoch = self.trainer.steps_per_epoch();
+        let per_epoch = self.epochs.steps(0);
         every.is_some_and(|every| every.is_due(self.course.step, per_epoch))
     }
 
@@ -120,24 +123,23 @@ impl<'r, 'a> Run<'r, 'a> {
         self.trainer.stop.load(Ordering::Relaxed)
     }
 
-    /// The micro-batches of the step after `step`.
+    /// The micro-batches of the step after `step`, which the course has come to.
     fn window(&mut self, step: u64) -> Vec<Batch> {
-        let (trainer, config) = (&self.trainer, &self.trainer.config);
-        let per_epoch = trainer.steps_per_epoch();
-        let epoch = step / per_epoch;
-        if self.order.as_ref().is_none_or(|(of, _)| *of != epoch) {
-            let lengths: Vec<usize> = trainer.train.iter().map(|example| example.ids.len()).collect();
-            let order =
-                epoch_order(&lengths, config.micro_batch_size, config.shuffle_data, config.seed, epoch);
-            self.order = Some((epoch, order));
+        if step - self.epoch.first_step >= self.epoch.steps.len() as u64 {
+            self.epoch = self.epochs.next(&self.epoch);
         }
-        let micro_batches = self.order.as_ref().map_or(&[][..], |(_, order)| order);
-        let accumulation = config.gradient_accumulation_steps;
-        let first = (step % per_epoch) as usize * accumulation;
-        let window = micro_batches.iter().skip(first).take(accumulation);
-        window
-            .map(|indices| collate(&indices.iter().map(|i| &trainer.train[*i]).collect::<Vec<_>>(), 0))
-            .collect()
+        self.epoch.steps[(step - self.epoch.first_step) as usize].iter().map(|rows| self.batch(rows)).collect()
+    }
+
+    /// The batch of a micro-batch's rows.
+    fn batch(&self, rows: &Rows) -> Batch {
+        let trainer = &self.trainer;
+        let rows: Vec<Vec<&Example>> =
+            rows.iter().map(|row| row.iter().map(|example| &trainer.train[*example]).collect()).collect();
+        match trainer.config.pack_tokens {
+            Some(_) => collate_packs(&rows, 0),
+            None => collate(&rows.concat(), 0),
+        }
     }
 
     /// One step, or what is left of it; false when stopped before its update.
@@ -178,7 +180,7 @@ impl<'r, 'a> Run<'r, 'a> {
         self.peak_memory_bytes = peak_memory_bytes(&self.trainer.model.device).max(self.peak_memory_bytes);
         let metrics = StepMetrics {
             step: step + 1,
-            epoch: (step + 1) as f64 / self.trainer.steps_per_epoch() as f64,
+            epoch: self.epoch.progress(step + 1),
             loss,
             learning_rate: rate,
             grad_norm,

@@ -13,7 +13,7 @@ use burn::tensor::{IndexingUpdateOp, Tensor};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-/// A padded batch of examples.
+/// A padded or packed batch of examples.
 pub type MicroBatch = Batch;
 
 /// How a step runs.
@@ -57,7 +57,7 @@ pub fn accumulate(
     settings: StepSettings,
     step: &mut StepGradients,
 ) {
-    let context = model.context(batch.batch_size, batch.seq_len, 0);
+    let context = model.batch_context(batch);
     let untracked = Tape::untracked(key);
     let segments = segments(model.layers().len(), settings.gradient_checkpointing);
     let trains: Vec<bool> = segments

@@ -11,7 +11,7 @@ use super::selection::{Every, Selection};
 use super::state::{self, Identity, Snapshot};
 use super::step::StepSettings;
 use crate::checkpoint::{StagedDir, require_free};
-use crate::data::Example;
+use crate::data::{Epochs, Example};
 use crate::model::Decoder;
 use crate::text::Tokenizer;
 use burn::tensor::Tensor;
@@ -26,7 +26,7 @@ pub struct TrainConfig {
     pub output_dir: PathBuf,
     /// Seed of all random streams.
     pub seed: u64,
-    /// Examples a micro-batch.
+    /// Rows a micro-batch: examples, or packs.
     pub micro_batch_size: usize,
     /// Micro-batches a step.
     pub gradient_accumulation_steps: usize,
@@ -46,6 +46,8 @@ pub struct TrainConfig {
     pub step: StepSettings,
     /// Shuffled, length-bucketed order; otherwise file order in every epoch.
     pub shuffle_data: bool,
+    /// The most tokens in a row that several examples share (packing); without it, each has a row of its own.
+    pub pack_tokens: Option<usize>,
     /// When to evaluate; the end is always evaluated where there is validation data.
     pub eval_every: Option<Every>,
     /// Whether to evaluate before the first step.
@@ -157,14 +159,20 @@ pub fn latest_checkpoint(output_dir: &Path) -> Option<PathBuf> {
 impl Trainer<'_> {
     /// Steps of the whole run.
     pub fn total_steps(&self) -> u64 {
-        let config = &self.config;
-        let fractional = (config.num_epochs * self.steps_per_epoch() as f64).ceil() as u64;
-        config.max_steps.unwrap_or(fractional)
+        self.config.max_steps.unwrap_or_else(|| self.epochs().total_steps(self.config.num_epochs))
     }
 
-    pub(super) fn steps_per_epoch(&self) -> u64 {
-        let micro_batches = self.train.len().div_ceil(self.config.micro_batch_size);
-        micro_batches.div_ceil(self.config.gradient_accumulation_steps).max(1) as u64
+    /// The order of the training examples.
+    pub fn epochs(&self) -> Epochs {
+        let config = &self.config;
+        Epochs {
+            lengths: self.train.iter().map(|example| example.ids.len()).collect(),
+            micro_batch_size: config.micro_batch_size,
+            gradient_accumulation_steps: config.gradient_accumulation_steps,
+            shuffle: config.shuffle_data,
+            pack_tokens: config.pack_tokens,
+            seed: config.seed,
+        }
     }
 
     /// Checks that the run can go on from the checkpoint folder `path`, before anything is written.
@@ -220,7 +228,7 @@ impl Trainer<'_> {
         let trained = self.model.parameters().into_iter().filter(|parameter| parameter.trainable);
         // Values and two moments in f32, which is what most optimizers remember at most.
         let state_bytes = trained.map(|parameter| 12 * parameter.numel() as u64).sum();
-        let every = config.save_every.map(|every| every.steps(self.steps_per_epoch()));
+        let every = config.save_every.map(|every| every.steps(self.epochs().steps(0)));
         let saves = 1 + every.map_or(0, |every| self.total_steps().saturating_sub(course.step) / every);
         let there = state::list(&config.output_dir).len();
         let bytes = room(artifact_bytes, state_bytes, config.save_total_limit, there, saves);
