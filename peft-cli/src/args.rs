@@ -28,6 +28,8 @@ pub enum Command {
     Merge(MergeArgs),
     /// Show what is in a checkpoint, an adapter or a data file.
     Inspect(InspectArgs),
+    /// Write report.html for a run again, from the files in its folder.
+    Report(ReportArgs),
 }
 
 /// `peft train`.
@@ -199,4 +201,11 @@ pub struct InspectArgs {
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
+}
+
+/// `peft report`.
+#[derive(Args)]
+pub struct ReportArgs {
+    /// The run's output folder.
+    pub dir: PathBuf,
 }

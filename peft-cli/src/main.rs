@@ -5,9 +5,13 @@ mod args;
 mod commands;
 mod device;
 mod error;
+mod observers;
 mod open;
 mod recipe;
 mod render;
+mod report;
+mod tensorboard;
+mod yaml;
 
 use clap::Parser;
 use std::process::ExitCode;
@@ -24,6 +28,7 @@ fn main() -> ExitCode {
         args::Command::Generate(args) => commands::generate::run(args).map(done),
         args::Command::Merge(args) => commands::merge::run(args).map(done),
         args::Command::Inspect(args) => commands::inspect::run(args).map(done),
+        args::Command::Report(args) => commands::report::run(&args).map(done),
     };
     match result {
         Ok(code) => code,

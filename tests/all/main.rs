@@ -7,6 +7,7 @@ mod faults;
 mod gradients;
 mod packing;
 mod program;
+mod report;
 mod resume;
 mod rope;
 mod trajectory;

@@ -6,11 +6,12 @@ mod signals;
 
 use crate::args::TrainArgs;
 use crate::error::CliError;
+use crate::observers::Observers;
 use crate::recipe::{self, MethodBlock, OptimizerBlock, Recipe};
-use crate::{device, open, render};
+use crate::{device, open, render, report, yaml};
 use folder::{OutputFolder, resume_from, started_at};
 use identity::Inputs;
-use peft_core::checkpoint::Checkpoint;
+use peft_core::checkpoint::{Checkpoint, write_file};
 use peft_core::data::{DataFile, Dataset, Example, LoadOptions, load, split_validation};
 use peft_core::kernels::AdamW;
 use peft_core::model::ModelConfig;
@@ -126,13 +127,20 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
         "total_steps": total_steps,
     });
     folder.write_json("run.json", &run_info)?;
+    write_file(&output_dir.join("recipe.yaml"), yaml::text(&json!(recipe)).as_bytes())?;
     render::run_plan(&recipe, method.name(), &train, &validation, (trainable, total), total_steps, packing);
 
-    let mut progress = render::Progress::new();
-    let summary = match trainer.run(resume.as_deref(), &mut progress)? {
+    let every = recipe.report_to.tensorboard().then_some(recipe.logging_steps);
+    let mut observers = Observers::new(&output_dir, every);
+    let outcome = trainer.run(resume.as_deref(), &mut observers);
+    if !matches!(outcome, Ok(Outcome::Finished(_))) {
+        // What was measured up to there can be looked at; the failure itself is what is told.
+        let _ = report::write(&output_dir);
+    }
+    let summary = match outcome? {
         Outcome::Finished(summary) => summary,
         Outcome::Stopped(stopped) => {
-            progress.clear();
+            observers.progress.clear();
             render::run_stopped(stop.name(), &stopped);
             return Ok(ExitCode::from(stop.exit_code()));
         }
@@ -141,6 +149,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
         map.insert("result".to_string(), result_json(&summary));
     }
     folder.write_json("run.json", &run_info)?;
+    report::write(&output_dir)?;
     render::run_summary(&recipe, &args.recipe, &summary);
     Ok(ExitCode::SUCCESS)
 }

@@ -89,6 +89,8 @@ pub struct Recipe {
     pub early_stopping_threshold: f64,
     /// Steps between lines of metrics.
     pub logging_steps: u64,
+    /// Where else the metrics go: tensorboard, or nowhere.
+    pub report_to: ReportTo,
     /// Seed of every random stream.
     pub seed: u64,
     /// auto, cpu, cuda or cuda:N.
@@ -139,10 +141,40 @@ impl Default for Recipe {
             early_stopping_patience: None,
             early_stopping_threshold: 0.0,
             logging_steps: 1,
+            report_to: ReportTo::default(),
             seed: 42,
             device: "auto".to_string(),
             dtype: "auto".to_string(),
         }
+    }
+}
+
+/// Programs that the metrics are written for.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(from = "OneOrMany")]
+pub struct ReportTo(pub Vec<String>);
+
+impl ReportTo {
+    /// Whether event files are wanted.
+    pub fn tensorboard(&self) -> bool {
+        self.0.iter().any(|name| name == "tensorboard")
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum OneOrMany {
+    One(String),
+    Many(Vec<String>),
+}
+
+impl From<OneOrMany> for ReportTo {
+    fn from(names: OneOrMany) -> Self {
+        let names = match names {
+            OneOrMany::One(name) => vec![name],
+            OneOrMany::Many(names) => names,
+        };
+        Self(names.into_iter().filter(|name| name != "none").collect())
     }
 }
 
@@ -246,6 +278,9 @@ impl Recipe {
         }
         if self.val_set_size > 0.0 && !self.eval_datasets.is_empty() {
             return Err("`val_set_size` and `eval_datasets` both name validation data; keep one".to_string());
+        }
+        if let Some(name) = self.report_to.0.iter().find(|name| *name != "tensorboard") {
+            return Err(format!("`report_to` names `{name}`, known: tensorboard, none"));
         }
         let optimizer = &self.optimizer;
         if optimizer.kind != "adamw" {

@@ -132,6 +132,7 @@ pub fn run_summary(recipe: &Recipe, recipe_path: &Path, summary: &RunSummary) {
         );
     }
     println!("{}", summary.artifact.display());
+    println!("{}/report.html", recipe.output_dir);
 
     let artifact = summary.artifact.display();
     let peft = program();

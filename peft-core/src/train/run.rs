@@ -128,7 +128,10 @@ impl<'r, 'a> Run<'r, 'a> {
         if step - self.epoch.first_step >= self.epoch.steps.len() as u64 {
             self.epoch = self.epochs.next(&self.epoch);
         }
-        self.epoch.steps[(step - self.epoch.first_step) as usize].iter().map(|rows| self.batch(rows)).collect()
+        self.epoch.steps[(step - self.epoch.first_step) as usize]
+            .iter()
+            .map(|rows| self.batch(rows))
+            .collect()
     }
 
     /// The batch of a micro-batch's rows.

@@ -8,8 +8,17 @@ use std::fs::{File, TryLockError};
 use std::path::{Path, PathBuf};
 
 /// What a run writes.
-const RESULTS: [&str; 7] =
-    ["checkpoints", "metrics.jsonl", "generations.jsonl", "run.json", "report.html", "adapter", "model"];
+const RESULTS: [&str; 9] = [
+    "checkpoints",
+    "metrics.jsonl",
+    "generations.jsonl",
+    "run.json",
+    "recipe.yaml",
+    "report.html",
+    "tensorboard",
+    "adapter",
+    "model",
+];
 
 /// What of it is the result itself.
 const ARTIFACTS: [&str; 2] = ["adapter", "model"];

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 /// Keys of a recipe that may change between a run and its continuation. Those of the first group name things whose
 /// contents or effects are compared instead; the others only say what is written, evaluated or kept. Every other key
 /// decides the course of the run, be it in its last bits as `gradient_checkpointing` does.
-const FREE: [&str; 24] = [
+const FREE: [&str; 25] = [
     "base_model",
     "revision",
     "adapter_name_or_path",
@@ -33,6 +33,7 @@ const FREE: [&str; 24] = [
     "early_stopping_patience",
     "early_stopping_threshold",
     "logging_steps",
+    "report_to",
 ];
 
 /// What a run works on.

@@ -1,0 +1,45 @@
+//! Values as YAML and as words of a command line, for people to read, copy and run.
+
+use serde_json::Value;
+
+/// A value as YAML that reads back as the same value.
+pub fn text(value: &Value) -> String {
+    // A JSON value has nothing that YAML cannot hold, and JSON itself is YAML.
+    serde_saphyr::to_string(value).unwrap_or_else(|_| format!("{value:#}"))
+}
+
+/// A word that a POSIX shell takes as it stands.
+pub fn shell(word: &str) -> String {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+=:,@%".contains(c);
+    match !word.is_empty() && word.chars().all(plain) {
+        true => word.to_string(),
+        false => format!("'{}'", word.replace('\'', r"'\''")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn yaml_reads_back_as_the_same_value() {
+        let value = json!({
+            "words": ["yes", "null", "1e3", "0x1F", "~", "a: b", "# c", "- d", "", " e ", "f\ng", "ä \"'", "{h}", "@i", "1_000"],
+            "numbers": [0, -1, 5e-3, 1e-8, 1e300, 0.999],
+            "nothing": null, "truth": true, "empty": {}, "none": [],
+            "nested": {"list": [{"path": "a", "type": "b"}, [1, 2]]},
+        });
+        let written = text(&value);
+        let read: Value = serde_saphyr::from_str(&written).unwrap();
+        assert_eq!(read, value, "{written}");
+    }
+
+    #[test]
+    fn words_for_a_shell() {
+        assert_eq!(shell("out/quickstart"), "out/quickstart");
+        assert_eq!(shell("a b's $x"), r"'a b'\''s $x'");
+        assert_eq!(shell(""), "''");
+    }
+}
