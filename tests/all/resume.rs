@@ -432,3 +432,16 @@ fn a_folder_in_use_is_refused() {
     assert_eq!(out.status.code(), Some(1), "{stderr}");
     assert!(stderr.contains("another process trains into this folder"), "{stderr}");
 }
+
+#[test]
+fn what_is_not_finite_is_not_saved() {
+    let dir = tempfile::tempdir().unwrap();
+    // The gradient is finite; the step that follows from it is not.
+    let overrides = ["learning_rate=1e39", "lr_scheduler=constant", "warmup_steps=0", "save_steps=1"];
+    let out = train_command(dir.path(), &overrides, false).output().unwrap();
+    let stderr = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(1), "{stderr}");
+    assert!(stderr.contains("holds a value that is not finite after step 1"), "{stderr}");
+    assert_eq!(checkpoints(dir.path()), [""; 0]);
+    assert!(!dir.path().join("adapter").exists());
+}
