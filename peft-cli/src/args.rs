@@ -157,8 +157,8 @@ pub struct GenerateArgs {
 #[derive(Args)]
 pub struct MergeArgs {
     /// A checkpoint folder or a hub id (`org/name`).
-    #[arg(long, value_name = "B")]
-    pub base_model: String,
+    #[arg(long, value_name = "B", required_unless_present = "unmerge")]
+    pub base_model: Option<String>,
     /// An adapter folder or hub id.
     #[arg(long, value_name = "A")]
     pub adapter: String,
@@ -166,11 +166,21 @@ pub struct MergeArgs {
     #[arg(long, value_name = "DIR")]
     pub output: PathBuf,
     /// Type of the written weights, f32, bf16 or f16; each tensor keeps its own by default.
-    #[arg(long, value_name = "D")]
+    #[arg(long, value_name = "D", conflicts_with = "unmerge")]
     pub dtype: Option<String>,
     /// Largest weight file, like 5GB or 500MB.
     #[arg(long, value_name = "S", default_value = "5GB")]
     pub max_shard_size: String,
+    #[command(flatten)]
+    pub check: MergeCheckArgs,
+    /// Also keep the changed tensors as they were, beside the merged weights, so that --unmerge restores every byte
+    /// without the base.
+    #[arg(long, conflicts_with = "unmerge")]
+    pub keep_original: bool,
+    /// The way back: write what this merged checkpoint was before the adapter was merged into it. With --base-model or a
+    /// kept original every byte is restored; without, the change is subtracted.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["prompts", "max_drift", "force", "no_verify"])]
+    pub unmerge: Option<PathBuf>,
     /// Branch, tag or commit of a hub base.
     #[arg(long)]
     pub revision: Option<String>,
@@ -180,6 +190,25 @@ pub struct MergeArgs {
     /// Print one JSON object.
     #[arg(long)]
     pub json: bool,
+}
+
+/// How a merge is checked before it gets its name.
+#[derive(Args)]
+pub struct MergeCheckArgs {
+    /// Prompts on which merged checkpoint and adapter are compared, in place of built-in ones: a .txt file, one a line, or
+    /// records with `text` or `prompt`.
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// How far the logits may differ on average, relative to their spread; by default 0.0001 for f32, 0.02 for f16 and
+    /// 0.15 for bf16. Beyond it nothing is kept.
+    #[arg(long, value_name = "X")]
+    pub max_drift: Option<f64>,
+    /// Keep the result whatever the comparison says.
+    #[arg(long)]
+    pub force: bool,
+    /// Do not compare at all.
+    #[arg(long, conflicts_with_all = ["prompts", "max_drift", "force"])]
+    pub no_verify: bool,
 }
 
 /// `peft inspect`.

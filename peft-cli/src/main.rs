@@ -7,6 +7,7 @@ mod device;
 mod error;
 mod observers;
 mod open;
+mod prompts;
 mod recipe;
 mod render;
 mod report;

@@ -8,7 +8,7 @@ use peft_tests::golden;
 use std::path::PathBuf;
 
 /// Adapter folders with the base each belongs to.
-fn adapters() -> Vec<(String, PathBuf, PathBuf)> {
+pub fn adapters() -> Vec<(String, PathBuf, PathBuf)> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(golden("adapters")).unwrap() {
         let dir = entry.unwrap().path();

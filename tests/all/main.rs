@@ -5,6 +5,7 @@ mod adapters;
 mod families;
 mod faults;
 mod gradients;
+mod merging;
 mod packing;
 mod program;
 mod report;

@@ -8,3 +8,4 @@ pub mod report;
 pub mod train;
 
 mod data;
+mod unmerge;

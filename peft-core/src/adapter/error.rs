@@ -121,6 +121,55 @@ pub enum AdapterError {
         /// The type.
         dtype: Dtype,
     },
+    /// The folded checkpoint does not do what the adapter does.
+    #[error(
+        "the folded checkpoint does not do what the adapter does: its logits differ by {mean:.1e} of their spread on \
+         average, where the adapter itself makes {effect:.1e}; {reason} (--dtype f32 rounds least, --force keeps the \
+         result all the same)"
+    )]
+    Drift {
+        /// Mean difference over spread.
+        mean: f64,
+        /// Mean difference that the adapter makes, over spread.
+        effect: f64,
+        /// What is too much about it.
+        reason: String,
+    },
+    /// The record of a fold cannot be understood.
+    #[error("{path}: not the record of a merge: {message}")]
+    Record {
+        /// merge.json.
+        path: PathBuf,
+        /// What is wrong.
+        message: String,
+    },
+    /// Unfolding with an adapter that was not folded.
+    #[error("{adapter}: not the adapter that was folded into {merged}")]
+    OtherAdapter {
+        /// The adapter's weights.
+        adapter: PathBuf,
+        /// The folded checkpoint.
+        merged: PathBuf,
+    },
+    /// Unfolding with a base that was not folded into.
+    #[error("{base}: not the base of {merged}: tensor `{tensor}` is another")]
+    OtherBase {
+        /// The base.
+        base: PathBuf,
+        /// The folded checkpoint.
+        merged: PathBuf,
+        /// The first tensor that differs.
+        tensor: String,
+    },
+    /// A tensor was changed in a way that subtraction does not undo, and its original is nowhere.
+    #[error(
+        "tensor `{tensor}` was replaced or rescaled, so nothing here tells what it was; give --base-model, or merge with \
+         --keep-original"
+    )]
+    Unrestorable {
+        /// The tensor.
+        tensor: String,
+    },
     /// Reading or writing failed.
     #[error(transparent)]
     Checkpoint(#[from] CheckpointError),
@@ -135,6 +184,7 @@ impl AdapterError {
         match self {
             AdapterError::Checkpoint(error) => error.is_bad_input(),
             AdapterError::Model(error) => error.is_bad_input(),
+            AdapterError::Drift { .. } => false,
             _ => true,
         }
     }

@@ -4,11 +4,12 @@
 use super::error::AdapterError;
 use super::file::{Adapter, LowRankModule, RowsModule};
 use super::placement::SharedWeight;
-use super::rewrite::{Rewrite, RewriteOptions, TensorChange, rewrite_checkpoint};
-use crate::checkpoint::Checkpoint;
+use super::rewrite::{Rewrite, RewriteOptions, TensorChange, rewrite_into};
+use crate::checkpoint::{Checkpoint, StagedDir};
 use crate::model::{BaseShapes, EMBEDDING, HEAD, ties_embeddings};
 use burn::tensor::{Device, Tensor, TensorData};
-use std::path::{Path, PathBuf};
+use std::collections::BTreeSet;
+use std::path::Path;
 
 /// What a fold did.
 #[derive(Debug, Clone)]
@@ -19,18 +20,36 @@ pub struct FoldReport {
     pub replaced: usize,
     /// Whether a weight that embedding and head shared became two.
     pub parted: bool,
-    /// Weight files written.
-    pub files: Vec<PathBuf>,
+    /// Names of all tensors that are not the base's own, sorted.
+    pub changed: Vec<String>,
+    /// Names of the weight files written.
+    pub files: Vec<String>,
 }
 
-/// Writes `base` with `adapter` folded in to the folder `output`.
+/// Writes `base` with `adapter` folded in to the folder `output`, which appears complete or not at all.
 ///
 /// # Errors
-/// An adapter that does not fit the base or cannot be folded into it, or those of [`rewrite_checkpoint`].
+/// An output folder that is not empty, or those of [`fold_into`].
 pub fn fold(
     base: &Checkpoint,
     adapter: &Adapter,
     output: &Path,
+    options: &RewriteOptions,
+) -> Result<FoldReport, AdapterError> {
+    let staged = StagedDir::new(output)?;
+    let report = fold_into(base, adapter, staged.path(), options)?;
+    staged.commit()?;
+    Ok(report)
+}
+
+/// As [`fold`], into an existing folder.
+///
+/// # Errors
+/// An adapter that does not fit the base or cannot be folded into it, or those of [`rewrite_into`].
+pub fn fold_into(
+    base: &Checkpoint,
+    adapter: &Adapter,
+    dir: &Path,
     options: &RewriteOptions,
 ) -> Result<FoldReport, AdapterError> {
     let shapes = base_shapes(base)?;
@@ -109,8 +128,9 @@ pub fn fold(
             false => drop(rewrite.changes.insert(name, replace())),
         }
     }
-    let files = rewrite_checkpoint(base, output, options, &rewrite)?;
-    Ok(FoldReport { folded, replaced, parted, files })
+    let files = rewrite_into(base, dir, options, &rewrite)?;
+    let changed: BTreeSet<String> = rewrite.changes.into_keys().chain(rewrite.copies.into_keys()).collect();
+    Ok(FoldReport { folded, replaced, parted, changed: changed.into_iter().collect(), files })
 }
 
 /// Adds a change of the embedding, and of a copy of it that is saved as the head.
@@ -122,7 +142,7 @@ fn change_embedding(rewrite: &mut Rewrite, and_head: bool, change: impl Fn() -> 
 }
 
 /// The modules of a checkpoint, by its tensors' names.
-fn base_shapes(base: &Checkpoint) -> Result<BaseShapes, AdapterError> {
+pub(super) fn base_shapes(base: &Checkpoint) -> Result<BaseShapes, AdapterError> {
     let mut shapes = BaseShapes { tied: ties_embeddings(base)?, ..BaseShapes::default() };
     for name in base.names() {
         if let Some(path) = name.strip_suffix(".weight") {
@@ -171,7 +191,7 @@ fn scale_rows(weight: &mut [f32], columns: usize, lengths: &[f32]) {
 }
 
 /// `W + s·B·A` in blocks of rows, so that the dense change is never whole in memory.
-fn add(weight: &mut [f32], a: &[f32], b: &[f32], rank: usize, [_, columns]: [usize; 2], scale: f64) {
+pub(super) fn add(weight: &mut [f32], a: &[f32], b: &[f32], rank: usize, [_, columns]: [usize; 2], scale: f64) {
     const BLOCK: usize = 1024;
     let device = Device::flex();
     let a = Tensor::<2>::from_data(TensorData::new(a.to_vec(), [rank, columns]), &device);

@@ -3,20 +3,26 @@
 mod attach;
 mod config;
 mod config_file;
+mod drift;
 mod error;
 mod file;
 mod fold;
 mod placement;
+mod record;
 mod rewrite;
 mod save;
 mod targets;
+mod unfold;
 
 pub use config::{AdapterConfig, BiasTraining, InitLoraWeights, Layers, LoraConfig, Names, TokenIndices};
 pub use config_file::is_empty;
+pub use drift::{CONTINUED, Drift, FoldCheck, Rounding, available_memory, check_bytes, check_fold, default_max_drift};
 pub use error::AdapterError;
 pub use file::{Adapter, LowRankModule, Resolved, RowsModule};
-pub use fold::{FoldReport, fold};
+pub use fold::{FoldReport, fold, fold_into};
 pub use placement::{Placement, SharedWeight};
-pub use rewrite::{Rewrite, RewriteOptions, TensorChange, rewrite_checkpoint, rewrite_into};
+pub use record::{MergeRecord, Original, fingerprints, keep_original};
+pub use rewrite::{Rewrite, RewriteOptions, TensorChange, rewrite_into};
 pub use save::save;
 pub use targets::{Pattern, Selection, TargetModules, select, select_saved};
+pub use unfold::{Source, UnfoldReport, unfold_into};

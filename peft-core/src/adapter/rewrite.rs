@@ -2,13 +2,12 @@
 
 use super::error::AdapterError;
 use crate::checkpoint::{
-    Checkpoint, CheckpointError, Dtype, LazyTensor, StagedDir, TensorRef, from_f32, require_free,
-    write_sharded,
+    Checkpoint, CheckpointError, Dtype, LazyTensor, TensorRef, from_f32, require_free, write_sharded,
 };
 use serde_json::{Map, Value};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// Computes a tensor's new values from its old ones, row-major f32.
 pub type TensorChange<'a> = Box<dyn Fn(Vec<f32>) -> Vec<f32> + Send + Sync + 'a>;
@@ -38,24 +37,12 @@ impl RewriteOptions {
     pub const DEFAULT_SHARD: u64 = 5_000_000_000;
 }
 
-/// Writes the checkpoint `base` to the folder `output`, changed as `rewrite` says. Every other tensor is copied byte for byte unless the type changes, and the files beside the weights are carried over.
+/// Writes the checkpoint `base` into the existing folder `dir`, best a staged one, changed as `rewrite` says. Every other
+/// tensor is copied byte for byte unless the type changes, and the files beside the weights are carried over. Returns the
+/// names of the weight files.
 ///
 /// # Errors
-/// An output folder that is not empty, too little free disk, a result that is not finite, a failure to write. Nothing
-/// is left under `output` then.
-pub fn rewrite_checkpoint(
-    base: &Checkpoint,
-    output: &Path,
-    options: &RewriteOptions,
-    rewrite: &Rewrite,
-) -> Result<Vec<PathBuf>, AdapterError> {
-    let staged = StagedDir::new(output)?;
-    let files = rewrite_into(base, staged.path(), options, rewrite)?;
-    staged.commit()?;
-    Ok(files.into_iter().map(|file| output.join(file)).collect())
-}
-
-/// As [`rewrite_checkpoint`], into an existing folder.
+/// Too little free disk, a result that is not finite, a failure to write.
 pub fn rewrite_into(
     base: &Checkpoint,
     dir: &Path,
@@ -77,18 +64,30 @@ pub fn rewrite_into(
     }
     require_free(dir, total + (1 << 20))?;
 
+    copy_side_files(base, dir, options.dtype, &rewrite.config)?;
+    let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+    write_sharded(dir, tensors, options.max_shard_size, &metadata)
+}
+
+/// Carries the files beside the weights over to `dir`, config.json with `dtype` and with the new `values` where any are
+/// given.
+pub(super) fn copy_side_files(
+    base: &Checkpoint,
+    dir: &Path,
+    dtype: Option<Dtype>,
+    values: &Map<String, Value>,
+) -> Result<(), AdapterError> {
     for file in base.side_files()? {
         let Some(name) = file.file_name() else { continue };
-        if name == "config.json" && (options.dtype.is_some() || !rewrite.config.is_empty()) {
-            let text = format!("{:#}\n", new_config(base.config(), options.dtype, &rewrite.config));
+        if name == "config.json" && (dtype.is_some() || !values.is_empty()) {
+            let text = format!("{:#}\n", new_config(base.config(), dtype, values));
             crate::checkpoint::write_file(&dir.join(name), text.as_bytes())?;
         } else {
             let bytes = std::fs::read(&file).map_err(CheckpointError::read(&file))?;
             crate::checkpoint::write_file(&dir.join(name), &bytes)?;
         }
     }
-    let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-    write_sharded(dir, tensors, options.max_shard_size, &metadata)
+    Ok(())
 }
 
 fn new_bytes<'a>(

@@ -24,6 +24,11 @@ pub const INDEX_FILE: &str = "model.safetensors.index.json";
 /// The file that marks a folder as an adapter.
 pub const ADAPTER_CONFIG_FILE: &str = "adapter_config.json";
 
+/// The record that folding an adapter leaves: what the weights were before.
+pub const MERGE_FILE: &str = "merge.json";
+/// The tensors that folding changed, as they were. The name is none that a loader takes for weights.
+pub const ORIGINAL_FILE: &str = "original_weights.peft";
+
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
 pub(super) const MAX_INDEX_BYTES: u64 = 256 << 20;
 const MAX_SHARDS: usize = 10_000;
@@ -271,7 +276,7 @@ fn is_side_file(name: &str) -> bool {
         ["safetensors", "bin", "pt", "pth", "ckpt", "gguf", "ggml", "h5", "msgpack", "onnx", "npz", "pkl"];
     !name.starts_with('.')
         && !name.starts_with("adapter_")
-        && name != "task_vector.json"
+        && !["task_vector.json", MERGE_FILE, ORIGINAL_FILE].contains(&name)
         && !name.ends_with(".index.json")
         && !WEIGHTS.contains(&extension(name).as_str())
 }
@@ -346,7 +351,7 @@ impl Fence {
 }
 
 /// Lower-case hexadecimal digits of `bytes`.
-pub(super) fn hex(bytes: &[u8]) -> String {
+pub(crate) fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |mut text, byte| {
         // Writing to a string cannot fail.
         let _ = write!(text, "{byte:02x}");

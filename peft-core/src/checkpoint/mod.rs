@@ -24,7 +24,10 @@ pub use disk::{free_bytes, require_free};
 pub use dtype::{Dtype, DtypeError, f32_bytes, from_f32, to_f32};
 pub use error::CheckpointError;
 pub use file::{SafetensorsFile, TensorRef};
-pub use folder::{ADAPTER_CONFIG_FILE, CONFIG_FILE, Checkpoint, INDEX_FILE, WEIGHTS_FILE};
+pub(crate) use folder::hex;
+pub use folder::{
+    ADAPTER_CONFIG_FILE, CONFIG_FILE, Checkpoint, INDEX_FILE, MERGE_FILE, ORIGINAL_FILE, WEIGHTS_FILE,
+};
 pub use hub::{HubError, HubOptions, Progress, resolve, resolve_with_progress};
 pub(crate) use json::read_bounded;
 pub use writer::{Compute, LazyTensor, write_safetensors, write_sharded};
