@@ -26,6 +26,8 @@ pub enum Command {
     /// Fold one adapter into its base and write an ordinary checkpoint.
     #[command(aliases = ["fuse", "fold"])]
     Merge(MergeArgs),
+    /// Upload an adapter or checkpoint to the hub.
+    Push(PushArgs),
     /// Show what is in a checkpoint, an adapter or a data file.
     Inspect(InspectArgs),
     /// Write report.html for a run again, from the files in its folder.
@@ -209,6 +211,41 @@ pub struct MergeCheckArgs {
     /// Do not compare at all.
     #[arg(long, conflicts_with_all = ["prompts", "max_drift", "force"])]
     pub no_verify: bool,
+}
+
+/// `peft push`.
+#[derive(Args)]
+pub struct PushArgs {
+    /// The folder of an adapter or checkpoint.
+    #[arg(value_name = "DIR")]
+    pub dir: PathBuf,
+    /// The repository on the hub, `org/name`. The token comes from HF_TOKEN or the token file.
+    #[arg(value_name = "ORG/NAME")]
+    pub repo: String,
+    /// Make the repository, and the branch, if there is none.
+    #[arg(long)]
+    pub create: bool,
+    /// Only into a private repository; one that is made is private.
+    #[arg(long)]
+    pub private: bool,
+    /// The branch to commit to, `main` by default.
+    #[arg(long, value_name = "BRANCH")]
+    pub revision: Option<String>,
+    /// The commit's message.
+    #[arg(long, value_name = "M")]
+    pub message: Option<String>,
+    /// For an adapter: the base that the uploaded adapter_config.json names, in place of the one in the folder.
+    #[arg(long, value_name = "ORG/NAME")]
+    pub base_model: Option<String>,
+    /// Check everything and list what would be sent, without any connection.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Make no network connection at all.
+    #[arg(long)]
+    pub offline: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `peft inspect`.

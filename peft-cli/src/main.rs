@@ -28,6 +28,7 @@ fn main() -> ExitCode {
         args::Command::Evaluate(args) => commands::evaluate::run(args).map(done),
         args::Command::Generate(args) => commands::generate::run(args).map(done),
         args::Command::Merge(args) => commands::merge::run(args).map(done),
+        args::Command::Push(args) => commands::push::run(args).map(done),
         args::Command::Inspect(args) => commands::inspect::run(args).map(done),
         args::Command::Report(args) => commands::report::run(&args).map(done),
     };

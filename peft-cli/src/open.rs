@@ -27,7 +27,7 @@ pub fn hub(revision: Option<&str>, offline: bool) -> HubOptions {
 
 /// The folder that a name means, downloaded first if it must be.
 pub fn folder(name: &str, hub: &HubOptions) -> Result<PathBuf, CliError> {
-    let mut downloads = render::Downloads::default();
+    let mut downloads = render::Transfers::downloading();
     Ok(resolve_with_progress(name, hub, &mut |progress| downloads.show(&progress))?)
 }
 

@@ -8,6 +8,7 @@ mod gradients;
 mod merging;
 mod packing;
 mod program;
+mod push;
 mod report;
 mod resume;
 mod rope;

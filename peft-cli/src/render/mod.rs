@@ -1,14 +1,14 @@
 //! What people see: errors, warnings, tables, progress.
 
-mod downloads;
 mod progress;
 mod run;
 mod tokens;
+mod transfers;
 
-pub use downloads::Downloads;
 pub use progress::Progress;
 pub use run::{run_plan, run_stopped, run_summary};
 pub use tokens::tokens;
+pub use transfers::Transfers;
 
 use crate::error::CliError;
 use std::io::IsTerminal;

@@ -191,7 +191,14 @@ fn scale_rows(weight: &mut [f32], columns: usize, lengths: &[f32]) {
 }
 
 /// `W + s·B·A` in blocks of rows, so that the dense change is never whole in memory.
-pub(super) fn add(weight: &mut [f32], a: &[f32], b: &[f32], rank: usize, [_, columns]: [usize; 2], scale: f64) {
+pub(super) fn add(
+    weight: &mut [f32],
+    a: &[f32],
+    b: &[f32],
+    rank: usize,
+    [_, columns]: [usize; 2],
+    scale: f64,
+) {
     const BLOCK: usize = 1024;
     let device = Device::flex();
     let a = Tensor::<2>::from_data(TensorData::new(a.to_vec(), [rank, columns]), &device);

@@ -16,7 +16,9 @@ mod unfold;
 
 pub use config::{AdapterConfig, BiasTraining, InitLoraWeights, Layers, LoraConfig, Names, TokenIndices};
 pub use config_file::is_empty;
-pub use drift::{CONTINUED, Drift, FoldCheck, Rounding, available_memory, check_bytes, check_fold, default_max_drift};
+pub use drift::{
+    CONTINUED, Drift, FoldCheck, Rounding, available_memory, check_bytes, check_fold, default_max_drift,
+};
 pub use error::AdapterError;
 pub use file::{Adapter, LowRankModule, Resolved, RowsModule};
 pub use fold::{FoldReport, fold, fold_into};

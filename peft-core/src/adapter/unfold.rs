@@ -212,7 +212,11 @@ impl Changes {
 }
 
 /// The tensor's bytes in `dtype`, with its change undone.
-fn undone<'a>(tensor: TensorRef<'a>, dtype: Dtype, undo: Option<&Undo>) -> Result<Cow<'a, [u8]>, AdapterError> {
+fn undone<'a>(
+    tensor: TensorRef<'a>,
+    dtype: Dtype,
+    undo: Option<&Undo>,
+) -> Result<Cow<'a, [u8]>, AdapterError> {
     if undo.is_none() && dtype == tensor.dtype {
         return Ok(Cow::Borrowed(tensor.bytes));
     }

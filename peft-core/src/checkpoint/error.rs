@@ -149,6 +149,10 @@ pub enum CheckpointError {
     #[error("{}: {needed} bytes needed on this disk, {available} free", path.display())]
     NotEnoughSpace { path: PathBuf, needed: u64, available: u64 },
 
+    /// A folder to upload holds more files than any model.
+    #[error("{}: more than {limit} files", path.display())]
+    TooManyFiles { path: PathBuf, limit: usize },
+
     /// The hub or its cache.
     #[error(transparent)]
     Hub(#[from] HubError),

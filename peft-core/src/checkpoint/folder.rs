@@ -286,7 +286,7 @@ fn is_there(path: &Path) -> bool {
     path.symlink_metadata().is_ok()
 }
 
-fn extension(name: &str) -> String {
+pub(super) fn extension(name: &str) -> String {
     Path::new(name)
         .extension()
         .map(|extension| extension.to_string_lossy().to_lowercase())
@@ -321,14 +321,14 @@ pub(super) fn no_folder(path: &Path) -> CheckpointError {
 }
 
 /// The places to which links in a model's folder may lead.
-struct Fence {
+pub(super) struct Fence {
     roots: Vec<PathBuf>,
 }
 
 impl Fence {
     /// The folder itself, and where it is a snapshot in a hub cache, its repository's folder there
     /// (`models--org--name`, whose snapshots link to its `blobs`).
-    fn around(dir: &Path) -> Result<Self, CheckpointError> {
+    pub(super) fn around(dir: &Path) -> Result<Self, CheckpointError> {
         let real = fs::canonicalize(dir).map_err(CheckpointError::read(dir))?;
         let repository =
             real.ancestors().skip(1).zip(real.ancestors().skip(2)).find(|(snapshots, repository)| {
@@ -341,7 +341,7 @@ impl Fence {
     }
 
     /// Errors where the real place of `path` is outside.
-    fn check(&self, path: &Path) -> Result<(), CheckpointError> {
+    pub(super) fn check(&self, path: &Path) -> Result<(), CheckpointError> {
         let target = fs::canonicalize(path).map_err(CheckpointError::read(path))?;
         if self.roots.iter().any(|root| target.starts_with(root)) {
             return Ok(());

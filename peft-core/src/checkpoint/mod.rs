@@ -7,7 +7,7 @@
 //! - [`Checkpoint`]: a model's folder, in one file or shards; [`SafetensorsFile`]: one file of it.
 //! - [`LazyTensor`], [`write_safetensors`], [`write_sharded`]: the way back.
 //! - [`write_file`], [`StagedDir`]: files and folders that appear complete or not at all.
-//! - [`resolve`]: from what a user calls a model, a path or a hub id, to a folder.
+//! - [`resolve`]: from what a user calls a model, a path or a hub id, to a folder; [`push`]: from a folder to the hub.
 
 mod atomic;
 mod disk;
@@ -28,6 +28,9 @@ pub(crate) use folder::hex;
 pub use folder::{
     ADAPTER_CONFIG_FILE, CONFIG_FILE, Checkpoint, INDEX_FILE, MERGE_FILE, ORIGINAL_FILE, WEIGHTS_FILE,
 };
-pub use hub::{HubError, HubOptions, Progress, resolve, resolve_with_progress};
+pub use hub::{
+    HubError, HubOptions, Progress, PushFile, PushReport, PushRequest, PushSource, Selection, check_target,
+    push, resolve, resolve_with_progress, select_files,
+};
 pub(crate) use json::read_bounded;
 pub use writer::{Compute, LazyTensor, write_safetensors, write_sharded};

@@ -13,17 +13,17 @@ use super::options::HubOptions;
 use crate::nearest::did_you_mean;
 
 const USER_AGENT: &str = concat!("peft-rs/", env!("CARGO_PKG_VERSION"));
-const MAX_REDIRECTS: usize = 10;
+pub(super) const MAX_REDIRECTS: usize = 10;
 const MAX_INFO_BYTES: u64 = 64 << 20;
 
 /// Speaks to one endpoint about one repository.
 pub(super) struct Client<'a> {
-    agent: Agent,
-    endpoint: &'a str,
-    origin: Origin,
-    options: &'a HubOptions,
-    repo: &'a str,
-    revision: &'a str,
+    pub(super) agent: Agent,
+    pub(super) endpoint: &'a str,
+    pub(super) origin: Origin,
+    pub(super) options: &'a HubOptions,
+    pub(super) repo: &'a str,
+    pub(super) revision: &'a str,
 }
 
 /// What the hub says about a revision.
@@ -32,6 +32,9 @@ pub(super) struct RevisionInfo {
     /// The commit at which it stands.
     pub(super) sha: String,
     siblings: Vec<Sibling>,
+    /// Whether not everybody may see the repository, where the hub says it.
+    #[serde(default)]
+    pub(super) private: Option<bool>,
 }
 
 #[derive(Deserialize)]
@@ -56,14 +59,14 @@ pub(super) struct FileInfo {
 
 /// Scheme, host and port: what must agree for the token to be sent.
 #[derive(PartialEq, Eq)]
-struct Origin {
-    secure: bool,
-    host: String,
+pub(super) struct Origin {
+    pub(super) secure: bool,
+    pub(super) host: String,
     port: u16,
 }
 
 impl Origin {
-    fn of(url: &str) -> Option<Self> {
+    pub(super) fn of(url: &str) -> Option<Self> {
         let uri: Uri = url.parse().ok()?;
         let secure = match uri.scheme_str()? {
             "https" => true,
@@ -245,23 +248,26 @@ enum Method {
     Get { from: u64 },
 }
 
-fn header(response: &Response<Body>, name: &str) -> Option<String> {
+pub(super) fn header(response: &Response<Body>, name: &str) -> Option<String> {
     Some(response.headers().get(name)?.to_str().ok()?.trim().to_string())
 }
 
-fn read_json<T: DeserializeOwned>(url: &str, response: &mut Response<Body>) -> Result<T, HubError> {
+pub(super) fn read_json<T: DeserializeOwned>(
+    url: &str,
+    response: &mut Response<Body>,
+) -> Result<T, HubError> {
     let body = response.body_mut().with_config().limit(MAX_INFO_BYTES).read_to_vec();
     let body =
         body.map_err(|error| HubError::Interrupted { file: printable(url), reason: error.to_string() })?;
     serde_json::from_slice(&body).map_err(|error| invalid(url, &error.to_string()))
 }
 
-fn invalid(url: &str, reason: &str) -> HubError {
+pub(super) fn invalid(url: &str, reason: &str) -> HubError {
     HubError::InvalidResponse { url: printable(url), reason: reason.to_string() }
 }
 
 /// An address without what may be secret in it: signatures after `?`, and user names.
-fn printable(url: &str) -> String {
+pub(super) fn printable(url: &str) -> String {
     let url = url.split(['?', '#']).next().unwrap_or_default();
     let (scheme, rest) = url.split_once("://").unwrap_or(("", url));
     let rest = rest.rsplit('@').next().unwrap_or_default();
@@ -269,7 +275,7 @@ fn printable(url: &str) -> String {
 }
 
 /// The address to which a redirect at `url` leads; `None` for relative paths, which the hub never sends.
-fn join(url: &str, location: &str) -> Option<String> {
+pub(super) fn join(url: &str, location: &str) -> Option<String> {
     let (scheme, rest) = url.split_once("://")?;
     if location.starts_with("//") {
         Some(format!("{scheme}:{location}"))
@@ -282,7 +288,7 @@ fn join(url: &str, location: &str) -> Option<String> {
 }
 
 /// Percent-encodes everything but letters, digits, `-._~`, and where `path` is true the slash.
-fn quote(text: &str, path: bool) -> String {
+pub(super) fn quote(text: &str, path: bool) -> String {
     let mut quoted = String::new();
     for byte in text.bytes() {
         if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) || (path && byte == b'/') {

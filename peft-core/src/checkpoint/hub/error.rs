@@ -59,6 +59,50 @@ pub enum HubError {
     /// The connection broke, and again after several tries.
     #[error("{file}: the download broke off: {reason}; run again to go on from there")]
     Interrupted { file: String, reason: String },
+    /// A push where no connection may be made.
+    #[error("{repo}: nothing can be uploaded offline (--offline or HF_HUB_OFFLINE)")]
+    Offline { repo: String },
+    /// A push by nobody.
+    #[error(
+        "{repo}: uploading needs a token that may write; set HF_TOKEN, or log in so that there is a token file"
+    )]
+    PushNeedsToken { repo: String },
+    /// The name cannot be a repository to push to.
+    #[error("`{repo}` is no repository's name, such as `org/name`")]
+    InvalidTarget { repo: String },
+    /// The token is not one that the hub knows.
+    #[error("{repo}: the hub refuses the token (HTTP 401){reason}; check HF_TOKEN or the token file")]
+    TokenRefused { repo: String, reason: String },
+    /// The token may not write.
+    #[error("the token may not write to {repo} (HTTP 403){reason}: it needs write access there")]
+    WriteDenied { repo: String, reason: String },
+    /// No repository to push to.
+    #[error("{repo}: no such model on the hub that this token can see; --create makes it")]
+    RepoMissing { repo: String },
+    /// No branch to push to.
+    #[error("{repo}: no branch `{revision}`; --create makes it")]
+    BranchMissing { repo: String, revision: String },
+    /// A public repository where a private one was asked for.
+    #[error(
+        "{repo}: the repository is public, and --private was given; make it private on its page, or leave the flag out"
+    )]
+    PublicRepo { repo: String },
+    /// Somebody else's commit came between.
+    #[error(
+        "{repo}: branch `{revision}` moved meanwhile (HTTP 412), and nothing was changed by this try; look at what is there, and run again"
+    )]
+    BranchMoved { repo: String, revision: String },
+    /// The storage of large files takes one not.
+    #[error("{file}: the hub's storage refuses it (code {status}): {reason}")]
+    ObjectRefused { file: String, status: u16, reason: String },
+    /// A status that means no, or not now.
+    #[error("{url}: HTTP {status}{reason}")]
+    Rejected { url: String, status: u16, reason: String },
+    /// The connection was lost, and again after several tries.
+    #[error(
+        "{what}: the connection to {host} failed: {reason}; run again, large files that have arrived are not sent twice"
+    )]
+    SendFailed { what: String, host: String, reason: String },
     /// An answer that is neither success nor one of the known refusals.
     #[error("{url}: HTTP {status}")]
     UnexpectedStatus { url: String, status: u16 },
@@ -80,6 +124,10 @@ impl HubError {
                 | Self::UnexpectedStatus { .. }
                 | Self::InvalidResponse { .. }
                 | Self::Corrupt { .. }
+                | Self::BranchMoved { .. }
+                | Self::ObjectRefused { .. }
+                | Self::Rejected { .. }
+                | Self::SendFailed { .. }
         )
     }
 }

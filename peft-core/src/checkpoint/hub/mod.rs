@@ -7,7 +7,11 @@
 mod cache;
 mod client;
 mod error;
+mod lfs;
 mod options;
+mod push;
+mod selection;
+mod upload;
 
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
@@ -24,16 +28,18 @@ use cache::{ADAPTER_WEIGHTS_FILE, RepoCache, cached_repos, missing_files};
 use client::{Client, FileInfo, RevisionInfo};
 pub use error::HubError;
 pub use options::HubOptions;
+pub use push::{PushFile, PushReport, PushRequest, PushSource, check_target, push};
+pub use selection::{Selection, select_files};
 
-/// Times a broken download is taken up again.
+/// Times a broken transfer is taken up again.
 const RETRIES: u32 = 5;
 
-/// How far a download is.
+/// How far a transfer is.
 #[derive(Debug, Clone, Copy)]
 pub struct Progress<'a> {
     /// The file's name in the repository.
     pub file: &'a str,
-    /// Bytes on disk.
+    /// Bytes that have arrived.
     pub done: u64,
     /// Bytes in all, where the hub says it.
     pub total: Option<u64>,
@@ -317,6 +323,8 @@ fn is_top_level(file: &str) -> bool {
         && !file.contains(char::is_control)
 }
 
+#[cfg(test)]
+mod push_tests;
 #[cfg(test)]
 mod test_server;
 #[cfg(test)]

@@ -19,8 +19,8 @@ pub struct HubOptions {
 }
 
 impl HubOptions {
-    /// The settings that the Python tools would use: from `HF_ENDPOINT`, `HF_TOKEN`, `HF_TOKEN_PATH`, `HF_HOME`,
-    /// `HF_HUB_CACHE` and `HF_HUB_OFFLINE`, with their defaults.
+    /// The settings that the Python tools would use: from `HF_ENDPOINT`, `HF_TOKEN` or `HUGGING_FACE_HUB_TOKEN`,
+    /// `HF_TOKEN_PATH`, `HF_HOME`, `HF_HUB_CACHE` and `HF_HUB_OFFLINE`, with their defaults.
     pub fn from_env() -> Self {
         Self::from_lookup(|name| std::env::var(name).ok())
     }
@@ -36,7 +36,7 @@ impl HubOptions {
             get("XDG_CACHE_HOME").map_or_else(|| user.join(".cache"), expand).join("huggingface")
         });
         let cache_dir = get("HF_HUB_CACHE").map_or_else(|| home.join("hub"), expand);
-        let token = get("HF_TOKEN").or_else(|| {
+        let token = get("HF_TOKEN").or_else(|| get("HUGGING_FACE_HUB_TOKEN")).or_else(|| {
             let path = get("HF_TOKEN_PATH").map_or_else(|| home.join("token"), expand);
             std::fs::read_to_string(path).ok()
         });
@@ -100,6 +100,8 @@ mod tests {
         assert_eq!(given.token.as_deref(), Some("hf_secret"));
         assert!(given.offline);
         assert!(!format!("{given:?}").contains("secret"));
+        let old = options(&[("HUGGING_FACE_HUB_TOKEN", "hf_old")]);
+        assert_eq!(old.token.as_deref(), Some("hf_old"));
         assert_eq!(options(&[("HF_HUB_CACHE", "/c")]).cache_dir, PathBuf::from("/c"));
         assert!(!options(&[("HF_HUB_OFFLINE", "0")]).offline);
     }

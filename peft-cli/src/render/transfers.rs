@@ -1,4 +1,4 @@
-//! The course of downloads on stderr: a bar a file on a terminal, a line a file elsewhere.
+//! The course of downloads and uploads on stderr: a bar a file on a terminal, a line a file elsewhere.
 
 use super::bytes;
 use indicatif::{ProgressBar, ProgressStyle};
@@ -6,13 +6,23 @@ use peft_core::checkpoint::Progress;
 use std::io::IsTerminal;
 
 /// Shows one file after another.
-#[derive(Default)]
-pub struct Downloads {
+pub struct Transfers {
+    verb: &'static str,
     file: String,
     bar: Option<ProgressBar>,
 }
 
-impl Downloads {
+impl Transfers {
+    /// Files from the hub.
+    pub fn downloading() -> Self {
+        Self { verb: "downloading", file: String::new(), bar: None }
+    }
+
+    /// Files to the hub.
+    pub fn uploading() -> Self {
+        Self { verb: "uploading", ..Self::downloading() }
+    }
+
     /// Takes note of some more bytes.
     pub fn show(&mut self, progress: &Progress) {
         if self.file != progress.file {
@@ -28,7 +38,7 @@ impl Downloads {
                 self.bar = Some(bar);
             } else {
                 let size = progress.total.map_or_else(String::new, |total| format!(" ({})", bytes(total)));
-                eprintln!("downloading {}{size}", self.file);
+                eprintln!("{} {}{size}", self.verb, self.file);
             }
         }
         if let Some(bar) = &self.bar {
