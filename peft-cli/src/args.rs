@@ -15,6 +15,8 @@ pub struct Cli {
 /// Exit codes: 0 done, 2 bad input (one clear error on stderr), 1 anything else.
 #[derive(Subcommand)]
 pub enum Command {
+    /// What a recipe's run will be: what trains, how many steps, how much memory. No weights are read.
+    Plan(PlanArgs),
     /// Run a recipe: adapt a base model to data.
     Train(TrainArgs),
     /// Loss, perplexity, token accuracy and exact match on a data file.
@@ -34,6 +36,26 @@ pub enum Command {
     Report(ReportArgs),
 }
 
+/// `peft plan`.
+#[derive(Args)]
+pub struct PlanArgs {
+    /// The recipe, a YAML file.
+    pub recipe: PathBuf,
+    /// Set a key of the recipe, dots for nesting: `--override method.r=16`. May be repeated.
+    #[arg(long = "override", value_name = "KEY=VALUE", num_args = 1..)]
+    pub overrides: Vec<String>,
+    /// Also run a few real steps to tell how long the run will take. This needs the weights, which are downloaded if
+    /// they are not there.
+    #[arg(long)]
+    pub calibrate: bool,
+    /// Make no network connection at all.
+    #[arg(long)]
+    pub offline: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
 /// `peft train`.
 #[derive(Args)]
 pub struct TrainArgs {
@@ -49,6 +71,9 @@ pub struct TrainArgs {
     /// Set a key of the recipe, dots for nesting: `--override method.r=16`. May be repeated.
     #[arg(long = "override", value_name = "KEY=VALUE", num_args = 1..)]
     pub overrides: Vec<String>,
+    /// Stop before the weights are loaded if the predicted peak of memory is more than is available.
+    #[arg(long)]
+    pub require_fit: bool,
     /// Make no network connection at all.
     #[arg(long)]
     pub offline: bool,

@@ -1,6 +1,6 @@
 //! The program's error and its exit code.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What ends a command.
 #[derive(Debug, thiserror::Error)]
@@ -43,6 +43,9 @@ pub enum CliError {
         /// The folder.
         path: PathBuf,
     },
+    /// The run would need more memory than there is, and was asked to stop then.
+    #[error("{0} (--require-fit)")]
+    DoesNotFit(String),
     /// The device is not there.
     #[error("device `{device}`: {message}")]
     Device {
@@ -65,6 +68,11 @@ impl CliError {
             _ => true,
         };
         if bad_input { 2 } else { 1 }
+    }
+
+    /// What is wrong with the method of the recipe at `path`.
+    pub fn method(path: &Path, message: &str) -> Self {
+        CliError::Recipe { path: path.to_path_buf(), message: format!("`method`: {message}") }
     }
 
     /// A flag's error.

@@ -1,10 +1,12 @@
 //! `peft`: adapts pretrained transformers from recipes, measures them, talks to them, and folds what was trained into
 //! ordinary checkpoints.
 
+mod allocator;
 mod args;
 mod commands;
 mod device;
 mod error;
+mod forecast;
 mod observers;
 mod open;
 mod prompts;
@@ -17,13 +19,11 @@ mod yaml;
 use clap::Parser;
 use std::process::ExitCode;
 
-#[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
-
 fn main() -> ExitCode {
     let cli = args::Cli::parse();
     let done = |()| ExitCode::SUCCESS;
     let result = match cli.command {
+        args::Command::Plan(args) => commands::plan::run(args).map(done),
         args::Command::Train(args) => commands::train::run(args),
         args::Command::Evaluate(args) => commands::evaluate::run(args).map(done),
         args::Command::Generate(args) => commands::generate::run(args).map(done),

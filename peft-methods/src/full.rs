@@ -1,15 +1,35 @@
 //! Full-parameter training: every weight of the model trains, and the result is a checkpoint.
 
 use peft_core::adapter::{Rewrite, RewriteOptions, rewrite_into};
-use peft_core::checkpoint::Checkpoint;
-use peft_core::model::Decoder;
-use peft_core::train::{Method, Preparation, TrainError};
+use peft_core::checkpoint::{Checkpoint, CheckpointError, Headers, LazyTensor, safetensors_bytes};
+use peft_core::model::{Decoder, ModelConfig};
+use peft_core::train::{Method, MethodPlan, PlannedParameter, Preparation, TrainError};
+use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Trains all of the checkpoint's weights.
 pub struct Full {
     /// The base: tensors keep its types and its files are carried over.
     pub base: Checkpoint,
+}
+
+impl Full {
+    /// What [`prepare`](Method::prepare) would make trainable: everything. The result has the base's tensors in their
+    /// types.
+    ///
+    /// # Errors
+    /// Sizes beyond all bounds.
+    pub fn plan(model: &ModelConfig, base: &Headers) -> Result<MethodPlan, CheckpointError> {
+        let tensors = base.tensors().iter();
+        let tensors =
+            tensors.map(|(name, t)| LazyTensor::shape_only(name, t.dtype, t.shape.clone())).collect();
+        let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+        Ok(MethodPlan {
+            model: model.clone(),
+            parameters: model.parameters().into_iter().map(PlannedParameter::own).collect(),
+            artifact_bytes: safetensors_bytes(base.dir(), tensors, &metadata)?,
+        })
+    }
 }
 
 impl Method for Full {

@@ -7,6 +7,7 @@ mod faults;
 mod gradients;
 mod merging;
 mod packing;
+mod plan;
 mod program;
 mod push;
 mod report;

@@ -4,6 +4,7 @@ pub mod evaluate;
 pub mod generate;
 pub mod inspect;
 pub mod merge;
+pub mod plan;
 pub mod push;
 pub mod report;
 pub mod train;

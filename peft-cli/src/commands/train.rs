@@ -6,15 +6,16 @@ mod signals;
 
 use crate::args::TrainArgs;
 use crate::error::CliError;
+use crate::forecast::{Forecast, method_plan};
 use crate::observers::Observers;
 use crate::recipe::{self, MethodBlock, OptimizerBlock, Recipe};
 use crate::{device, open, render, report, yaml};
 use folder::{OutputFolder, resume_from, started_at};
 use identity::Inputs;
-use peft_core::checkpoint::{Checkpoint, write_file};
+use peft_core::checkpoint::{Checkpoint, Headers, write_file};
 use peft_core::data::{DataFile, Dataset, Example, LoadOptions, load, split_validation};
 use peft_core::kernels::AdamW;
-use peft_core::model::ModelConfig;
+use peft_core::model::{ModelConfig, ties_embeddings};
 use peft_core::train::{
     Identity, Method, NamedOptimizer, Outcome, Preparation, RunSummary, StepSettings, TrainConfig, Trainer,
     Warmup,
@@ -32,7 +33,6 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
         overrides.push(format!("output_dir={}", Value::from(dir.display().to_string())));
     }
     let recipe = recipe::read(&args.recipe, &overrides)?;
-    let wrong = |message: String| CliError::Recipe { path: args.recipe.clone(), message };
     let device = device::device(&recipe.device)?;
     let compute = device::compute_type(&recipe.dtype, &device)?;
     let output_dir = PathBuf::from(&recipe.output_dir);
@@ -41,10 +41,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
     let hub = open::hub(recipe.revision.as_deref(), args.offline);
     let base = open::base(&recipe.base_model, &hub)?;
     ModelConfig::from_json(base.checkpoint.dir(), base.checkpoint.config())?;
-    let method = method(&recipe, &base.checkpoint, args.offline).map_err(|error| match error {
-        MethodError::Key(message) => wrong(format!("`method`: {message}")),
-        MethodError::Cli(error) => error,
-    })?;
+    let method = method(&recipe, &args.recipe, &base.checkpoint, args.offline)?;
 
     // Templates that write the date write the one of the run's first start, also after a resume.
     let now = args.resume.as_ref().and_then(|_| started_at(&output_dir)).unwrap_or_else(unix_seconds);
@@ -56,7 +53,20 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
         now: Some(now),
     };
     let dataset = load(&recipe.datasets, &base.tokenizer, &options)?;
-    let Examples { train, validation, eval_files } = examples(&recipe, &dataset, &base.tokenizer, &options)?;
+    let held_out = match recipe.eval_datasets.as_slice() {
+        [] => None,
+        configs => Some(load(configs, &base.tokenizer, &options)?),
+    };
+    let Examples { train, validation, eval_files } = examples(&recipe, &dataset, held_out)?;
+
+    let config = train_config(&recipe, &output_dir);
+    let forecast = forecast(&recipe, &args.recipe, &config, &base.checkpoint, (&train, &validation))?;
+    if let Some(warning) = forecast.warning() {
+        if args.require_fit {
+            return Err(CliError::DoesNotFit(warning));
+        }
+        render::warning(&warning);
+    }
 
     let mut model = peft_core::model::load(&base.checkpoint, &device, compute)?;
     let preparation = Preparation {
@@ -78,7 +88,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
         tokenizer: &base.tokenizer,
         train: &train,
         validation: &validation,
-        config: train_config(&recipe, &output_dir),
+        config,
         stop: stop.requested(),
     };
     trainer.config.identity = identity::identity(
@@ -125,10 +135,11 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
         "trainable_parameters": trainable,
         "packing": packing,
         "total_steps": total_steps,
+        "plan": { "memory": forecast.memory },
     });
     folder.write_json("run.json", &run_info)?;
     write_file(&output_dir.join("recipe.yaml"), yaml::text(&json!(recipe)).as_bytes())?;
-    render::run_plan(&recipe, method.name(), &train, &validation, (trainable, total), total_steps, packing);
+    render::run_plan(&recipe, &forecast, &train, &validation, (trainable, total), packing);
 
     let every = recipe.report_to.tensorboard().then_some(recipe.logging_steps);
     let mut observers = Observers::new(&output_dir, every);
@@ -159,32 +170,46 @@ fn unix_seconds() -> u64 {
     since.map_or(0, |since| since.as_secs())
 }
 
-enum MethodError {
-    Key(String),
-    Cli(CliError),
-}
-
-fn method(recipe: &Recipe, base: &Checkpoint, offline: bool) -> Result<Box<dyn Method>, MethodError> {
+/// The recipe's method, ready to prepare a model.
+pub(super) fn method(
+    recipe: &Recipe,
+    path: &Path,
+    base: &Checkpoint,
+    offline: bool,
+) -> Result<Box<dyn Method>, CliError> {
+    let wrong = |message: String| CliError::method(path, &message);
     match &recipe.method {
         MethodBlock::Lora(config) => {
             let start = match &recipe.adapter_name_or_path {
-                Some(name) => Some(open::adapter(name, offline).map_err(MethodError::Cli)?.dir),
+                Some(name) => Some(open::adapter(name, offline)?.dir),
                 None => None,
             };
             let lora = Lora::new(config.as_ref().clone(), &recipe.base_model, recipe.revision.clone(), start);
-            Ok(Box::new(lora.map_err(MethodError::Key)?))
+            Ok(Box::new(lora.map_err(wrong)?))
         }
-        MethodBlock::Full if recipe.adapter_name_or_path.is_some() => Err(MethodError::Key(
-            "full has no adapter to start from; remove adapter_name_or_path".to_string(),
-        )),
-        MethodBlock::Full => {
-            let base = Checkpoint::open(base.dir()).map_err(|error| MethodError::Cli(error.into()))?;
-            Ok(Box::new(Full { base }))
+        MethodBlock::Full if recipe.adapter_name_or_path.is_some() => {
+            Err(wrong("full has no adapter to start from; remove adapter_name_or_path".to_string()))
         }
+        MethodBlock::Full => Ok(Box::new(Full { base: Checkpoint::open(base.dir())? })),
     }
 }
 
-fn adamw(block: &OptimizerBlock) -> AdamW {
+/// What the run will need, once the base is known to have the shapes that its configuration says.
+fn forecast(
+    recipe: &Recipe,
+    path: &Path,
+    config: &TrainConfig,
+    base: &Checkpoint,
+    examples: (&[Example], &[Example]),
+) -> Result<Forecast, CliError> {
+    let mut model = ModelConfig::from_json(base.dir(), base.config())?;
+    model.tie_word_embeddings = ties_embeddings(base)?;
+    let headers = Headers::of(base)?;
+    model.require_in(&headers)?;
+    Forecast::new(recipe, config, &method_plan(recipe, path, &model, &headers)?, examples)
+}
+
+pub(super) fn adamw(block: &OptimizerBlock) -> AdamW {
     AdamW {
         beta_1: block.betas.0,
         beta_2: block.betas.1,
@@ -194,21 +219,20 @@ fn adamw(block: &OptimizerBlock) -> AdamW {
 }
 
 /// What is trained on and what is measured on.
-struct Examples {
-    train: Vec<Example>,
-    validation: Vec<Example>,
+pub(super) struct Examples {
+    pub(super) train: Vec<Example>,
+    pub(super) validation: Vec<Example>,
     /// Files of the validation examples, where those do not come from the training files.
     eval_files: Vec<DataFile>,
 }
 
-fn examples(
+/// The validation examples are `held_out` if there is such data, else a part of the data set.
+pub(super) fn examples(
     recipe: &Recipe,
     dataset: &Dataset,
-    tokenizer: &peft_core::text::Tokenizer,
-    options: &LoadOptions,
+    held_out: Option<Dataset>,
 ) -> Result<Examples, CliError> {
-    if !recipe.eval_datasets.is_empty() {
-        let held_out = load(&recipe.eval_datasets, tokenizer, options)?;
+    if let Some(held_out) = held_out {
         return Ok(Examples {
             train: dataset.examples.clone(),
             validation: held_out.examples,
@@ -227,7 +251,7 @@ fn step_settings(recipe: &Recipe) -> StepSettings {
     }
 }
 
-fn train_config(recipe: &Recipe, output_dir: &Path) -> TrainConfig {
+pub(super) fn train_config(recipe: &Recipe, output_dir: &Path) -> TrainConfig {
     TrainConfig {
         output_dir: output_dir.to_path_buf(),
         seed: recipe.seed,

@@ -210,13 +210,13 @@ impl Default for OptimizerBlock {
 
 impl Serialize for MethodBlock {
     fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let (name, block) = match self {
-            MethodBlock::Lora(config) => ("lora", serde_json::to_value(config)),
-            MethodBlock::Full => ("full", Ok(Value::Object(Map::new()))),
+        let block = match self {
+            MethodBlock::Lora(config) => serde_json::to_value(config),
+            MethodBlock::Full => Ok(Value::Object(Map::new())),
         };
         let mut block = block.map_err(serde::ser::Error::custom)?;
         if let Value::Object(map) = &mut block {
-            map.insert("type".to_string(), name.into());
+            map.insert("type".to_string(), self.name().into());
         }
         block.serialize(serializer)
     }
@@ -235,6 +235,16 @@ impl<'de> Deserialize<'de> for MethodBlock {
                 Some(key) => Err(serde::de::Error::custom(format!("method full has no key `{key}`"))),
             },
             _ => Err(serde::de::Error::custom(format!("unknown method type {kind}; known: lora, full"))),
+        }
+    }
+}
+
+impl MethodBlock {
+    /// The method's name.
+    pub fn name(&self) -> &'static str {
+        match self {
+            MethodBlock::Lora(_) => "lora",
+            MethodBlock::Full => "full",
         }
     }
 }

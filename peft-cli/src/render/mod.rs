@@ -1,10 +1,12 @@
 //! What people see: errors, warnings, tables, progress.
 
+mod plan;
 mod progress;
 mod run;
 mod tokens;
 mod transfers;
 
+pub use plan::plan;
 pub use progress::Progress;
 pub use run::{run_plan, run_stopped, run_summary};
 pub use tokens::tokens;

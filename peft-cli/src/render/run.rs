@@ -1,6 +1,7 @@
 //! What is said before and after a run.
 
 use super::{bytes, command_with, count, program, table, warning};
+use crate::forecast::Forecast;
 use crate::recipe::{MethodBlock, Recipe};
 use peft_core::data::{Example, PackingReport};
 use peft_core::train::{EvalMetrics, RunSummary, Stopped};
@@ -9,18 +10,17 @@ use std::path::Path;
 /// What is about to run, on stderr. `parameters` are those that train, and all.
 pub fn run_plan(
     recipe: &Recipe,
-    method: &str,
+    forecast: &Forecast,
     train: &[Example],
     validation: &[Example],
     (trainable, total): (u64, u64),
-    steps: u64,
     packing: Option<PackingReport>,
 ) {
     let tokens: u64 = train.iter().map(|example| example.ids.len() as u64).sum();
     let supervised: u64 = train.iter().map(|example| example.supervised_tokens() as u64).sum();
     let mut rows = vec![
         vec!["base".to_string(), recipe.base_model.clone()],
-        vec!["method".to_string(), method.to_string()],
+        vec!["method".to_string(), recipe.method.name().to_string()],
         vec![
             "trainable".to_string(),
             format!(
@@ -44,11 +44,15 @@ pub fn run_plan(
             "steps".to_string(),
             format!(
                 "{} of {} × {} {}",
-                count(steps),
+                count(forecast.steps),
                 recipe.gradient_accumulation_steps,
                 recipe.micro_batch_size,
                 if packing.is_some() { "packs" } else { "examples" }
             ),
+        ],
+        vec![
+            "memory".to_string(),
+            format!("predicted peak {} in {}", bytes(forecast.memory.peak_bytes), forecast.memory.peak_phase),
         ],
         vec!["output".to_string(), recipe.output_dir.clone()],
     ];

@@ -25,6 +25,6 @@ pub use fold::{FoldReport, fold, fold_into};
 pub use placement::{Placement, SharedWeight};
 pub use record::{MergeRecord, Original, fingerprints, keep_original};
 pub use rewrite::{Rewrite, RewriteOptions, TensorChange, rewrite_into};
-pub use save::save;
+pub use save::{adapter_bytes, save};
 pub use targets::{Pattern, Selection, TargetModules, select, select_saved};
 pub use unfold::{Source, UnfoldReport, unfold_into};

@@ -59,7 +59,14 @@ pub fn rewrite_into(
         let dtype = options.dtype.filter(|_| tensor.dtype.is_float()).unwrap_or(tensor.dtype);
         total += (tensor.numel() * dtype.size()) as u64;
         let change = rewrite.changes.get(name);
-        let bytes = move || new_bytes(tensor, dtype, change);
+        let bytes = move || {
+            let bytes = new_bytes(tensor, dtype, change)?;
+            if matches!(bytes, Cow::Owned(_)) {
+                // The base's pages have been read and are not needed again.
+                base.release(tensor.name);
+            }
+            Ok(bytes)
+        };
         tensors.push(LazyTensor::new(name.to_string(), dtype, tensor.shape.to_vec(), bytes));
     }
     require_free(dir, total + (1 << 20))?;

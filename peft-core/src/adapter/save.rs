@@ -3,8 +3,9 @@
 use super::config::AdapterConfig;
 use super::error::AdapterError;
 use super::file::{BASE_BIAS, BASE_WEIGHT, PREFIX, WEIGHTS_FILE};
-use crate::checkpoint::{Dtype, LazyTensor, f32_bytes, write_safetensors};
-use crate::model::{Decoder, EMBEDDING, HEAD};
+use super::placement::{Placement, SharedWeight};
+use crate::checkpoint::{Dtype, LazyTensor, f32_bytes, safetensors_bytes, write_safetensors};
+use crate::model::{BaseShapes, Decoder, EMBEDDING, HEAD, ParameterShape};
 use crate::projection::Parameter;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
@@ -37,9 +38,59 @@ pub fn save(model: &Decoder, config: &AdapterConfig, dir: &Path) -> Result<(), A
         };
         tensors.push(LazyTensor::new(key, Dtype::F32, shape, bytes));
     }
-    let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
-    write_safetensors(&dir.join(WEIGHTS_FILE), tensors, &metadata)?;
+    write_safetensors(&dir.join(WEIGHTS_FILE), tensors, &metadata())?;
     config.write(dir)
+}
+
+/// Bytes of the `adapter_model.safetensors` that [`save`] writes of a model on which `parameters` were put by
+/// `placement`; `base` is what the placement was made for.
+///
+/// # Errors
+/// A name that comes twice, or sizes beyond all bounds.
+pub fn adapter_bytes<'a>(
+    parameters: impl Iterator<Item = &'a ParameterShape>,
+    placement: &Placement,
+    base: &BaseShapes,
+) -> Result<u64, AdapterError> {
+    let tied = base.tied && placement.shared != SharedWeight::Parted;
+    let weight = |path: &str| base.weights.get(path).cloned().unwrap_or_default();
+    let mut tensors: Vec<(String, Vec<usize>)> = Vec::new();
+    for parameter in parameters {
+        let below = parameter.name.strip_suffix(".bias").filter(|path| placement.linear.contains(*path));
+        let key = below.map_or_else(|| parameter.name.clone(), |path| format!("{path}{BASE_BIAS}"));
+        let (module, part) = key.rsplit_once('.').unwrap_or_default();
+        // A head that shares the embedding shares its change, whose roles are turned round.
+        let twin = match part {
+            "lora_embedding_A" if tied => Some((format!("{HEAD}.lora_B.weight"), true)),
+            "lora_embedding_B" if tied => Some((format!("{HEAD}.lora_A.weight"), true)),
+            "weight" if tied && module == EMBEDDING => Some((format!("{HEAD}.weight"), false)),
+            _ => None,
+        };
+        tensors.extend(twin.map(|(key, turned)| {
+            let mut shape = parameter.shape.clone();
+            if turned {
+                shape.reverse();
+            }
+            (key, shape)
+        }));
+        tensors.push((key, parameter.shape.clone()));
+    }
+    let mut frozen = Vec::new();
+    if placement.rows.is_empty() {
+        frozen.extend(placement.linear.contains(HEAD).then_some(HEAD));
+        frozen.extend(placement.embedding.then_some(EMBEDDING));
+        frozen.extend((placement.embedding && tied).then_some(HEAD));
+    }
+    tensors.extend(frozen.into_iter().map(|path| (format!("{path}{BASE_WEIGHT}"), weight(path))));
+    let tensors = tensors.into_iter();
+    let tensors =
+        tensors.map(|(key, shape)| LazyTensor::shape_only(format!("{PREFIX}{key}"), Dtype::F32, shape));
+    Ok(safetensors_bytes(Path::new(WEIGHTS_FILE), tensors.collect(), &metadata())?)
+}
+
+/// The header's metadata, as PEFT writes it.
+fn metadata() -> BTreeMap<String, String> {
+    BTreeMap::from([("format".to_string(), "pt".to_string())])
 }
 
 /// The tensors of the file: key, parameter, and whether it is written transposed.

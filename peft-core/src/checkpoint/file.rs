@@ -5,9 +5,10 @@ use std::fmt;
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
+use sha2::{Digest, Sha256};
 
 use super::dtype::{Dtype, to_f32};
 use super::error::CheckpointError;
@@ -38,9 +39,9 @@ pub struct SafetensorsFile {
 
 /// Where a tensor lies; `begin..end` are bytes of the file.
 #[derive(Debug)]
-struct Entry {
-    dtype: Dtype,
-    shape: Vec<usize>,
+pub(super) struct Entry {
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<usize>,
     begin: usize,
     end: usize,
 }
@@ -86,7 +87,7 @@ impl SafetensorsFile {
         // SAFETY: the map is read-only and private to this value; that nobody cuts the file short meanwhile is
         // the documented condition of every user of a checkpoint.
         let map = unsafe { Mmap::map(&file) }.map_err(CheckpointError::read(path))?;
-        let (metadata, tensors) = check(path, &map)?;
+        let (metadata, tensors) = check(path, &map, map.len())?;
         Ok(Self { path: path.to_path_buf(), map, metadata, tensors })
     }
 
@@ -127,9 +128,29 @@ impl SafetensorsFile {
         }
     }
 
-    /// The whole file as it is on disk.
-    pub(crate) fn bytes(&self) -> &[u8] {
-        &self.map
+    /// SHA-256 of the file as it is on disk. Its pages are given back to the system on the way.
+    pub(crate) fn sha256(&self) -> impl AsRef<[u8]> + use<> {
+        const PIECE: usize = 8 << 20;
+        let mut hash = Sha256::new();
+        for (piece, bytes) in self.map.chunks(PIECE).enumerate() {
+            hash.update(bytes);
+            self.forget(piece * PIECE, bytes.len());
+        }
+        hash.finalize()
+    }
+
+    /// Lets the system take back the pages that hold a tensor's bytes; they are read from the file again when needed.
+    /// Pages of a map count as the process's memory for as long as nobody else wants them.
+    pub fn release(&self, name: &str) {
+        if let Some(entry) = self.tensors.get(name) {
+            self.forget(entry.begin, entry.end - entry.begin);
+        }
+    }
+
+    fn forget(&self, begin: usize, length: usize) {
+        // SAFETY: the map is shared and read-only, so a page that is dropped comes back from the file as it was. That
+        // the system declines changes nothing but memory.
+        let _ = unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, begin, length) };
     }
 }
 
@@ -174,26 +195,27 @@ impl<'de> Deserialize<'de> for Header {
     }
 }
 
-type Checked = (BTreeMap<String, String>, BTreeMap<String, Entry>);
+pub(super) type Checked = (BTreeMap<String, String>, BTreeMap<String, Entry>);
 
-/// Metadata and tensors of the file at `path` with contents `bytes`.
-fn check(path: &Path, bytes: &[u8]) -> Result<Checked, CheckpointError> {
+/// Metadata and tensors of the file at `path` of `length` bytes, of which `bytes` are the first, at least to the end of
+/// the header.
+pub(super) fn check(path: &Path, bytes: &[u8], length: usize) -> Result<Checked, CheckpointError> {
     if let Some(found) = recognise(bytes) {
         return Err(CheckpointError::NotSafetensors { path: path.to_path_buf(), found });
     }
-    let Some((length, rest)) = bytes.split_first_chunk::<LENGTH_BYTES>() else {
+    let Some((claimed, rest)) = bytes.split_first_chunk::<LENGTH_BYTES>() else {
         return Err(CheckpointError::TooShort { path: path.to_path_buf(), bytes: bytes.len() });
     };
-    let claimed = u64::from_le_bytes(*length);
+    let claimed = u64::from_le_bytes(*claimed);
     if claimed > MAX_HEADER {
         return Err(CheckpointError::HeaderTooLong { path: path.to_path_buf(), claimed, limit: MAX_HEADER });
     }
     // At most `MAX_HEADER`, which fits.
-    let Some((header, data)) = rest.split_at_checked(claimed as usize) else {
+    let Some(header) = rest.get(..claimed as usize) else {
         return Err(CheckpointError::HeaderPastEnd {
             path: path.to_path_buf(),
             claimed,
-            available: rest.len(),
+            available: length.saturating_sub(LENGTH_BYTES),
         });
     };
     let header = parse(path, header)?;
@@ -213,8 +235,8 @@ fn check(path: &Path, bytes: &[u8]) -> Result<Checked, CheckpointError> {
         let entry = check_tensor(path, &name, info)?;
         entries.push((name, entry));
     }
-    check_cover(path, &mut entries, data.len())?;
     let start = LENGTH_BYTES + claimed as usize;
+    check_cover(path, &mut entries, length.saturating_sub(start))?;
     for (_, entry) in &mut entries {
         entry.begin += start;
         entry.end += start;

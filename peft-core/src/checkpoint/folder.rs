@@ -109,6 +109,13 @@ impl Checkpoint {
         }
     }
 
+    /// Lets the system take back the pages that hold a tensor's bytes; they are read again when needed.
+    pub fn release(&self, name: &str) {
+        if let Some(&file) = self.tensors.get(name) {
+            self.files[file].1.release(name);
+        }
+    }
+
     /// Bytes of all tensors together, as they are stored.
     pub fn total_bytes(&self) -> u64 {
         self.tensors
@@ -138,11 +145,8 @@ impl Checkpoint {
     /// The model's fingerprint in hex: SHA-256 of what `sha256sum` prints for `config.json` and the weights
     /// files, in name order. It depends on how the weights are split into files.
     pub fn sha256(&self) -> String {
-        let mut digests: Vec<(&str, String)> = self
-            .files
-            .par_iter()
-            .map(|(name, file)| (name.as_str(), hex(&Sha256::digest(file.bytes()))))
-            .collect();
+        let mut digests: Vec<(&str, String)> =
+            self.files.par_iter().map(|(name, file)| (name.as_str(), hex(file.sha256().as_ref()))).collect();
         digests.push((CONFIG_FILE, self.config_digest.clone()));
         digests.sort();
         let mut all = Sha256::new();
@@ -151,6 +155,11 @@ impl Checkpoint {
         }
         hex(&all.finalize())
     }
+}
+
+/// The contents of `config.json` in `dir`.
+pub(super) fn read_config(dir: &Path) -> Result<Value, CheckpointError> {
+    Ok(open_config(dir, &Fence::around(dir)?)?.0)
 }
 
 fn open_config(dir: &Path, fence: &Fence) -> Result<(Value, String), CheckpointError> {
@@ -191,34 +200,49 @@ fn open_shards(dir: &Path, fence: &Fence) -> Result<Shards, CheckpointError> {
         files.push((shard.to_string(), SafetensorsFile::open(file)?));
     }
 
+    let names: Vec<Vec<&str>> = files.iter().map(|(_, file)| file.names().collect()).collect();
+    let shards: Vec<&str> = files.iter().map(|(shard, _)| shard.as_str()).collect();
+    let tensors = place_tensors(&path, &weight_map, &shards, &names)?;
+    Ok((files, tensors))
+}
+
+/// For each tensor the position of its shard in `shards`, whose tensors are `names`, sorted. As in transformers, a tensor that
+/// stands in a shard but not in the index at `path` belongs to the model.
+///
+/// Errors where the index names a shard without the tensor, or two shards hold a tensor that it does not name.
+pub(super) fn place_tensors(
+    path: &Path,
+    weight_map: &BTreeMap<String, String>,
+    shards: &[&str],
+    names: &[Vec<&str>],
+) -> Result<BTreeMap<String, usize>, CheckpointError> {
     let positions: BTreeMap<&str, usize> =
-        files.iter().enumerate().map(|(position, (shard, _))| (shard.as_str(), position)).collect();
+        shards.iter().enumerate().map(|(position, shard)| (*shard, position)).collect();
     let mut tensors = BTreeMap::new();
-    for (tensor, shard) in &weight_map {
+    for (tensor, shard) in weight_map {
         let position = positions[shard.as_str()];
-        let file = &files[position].1;
-        if !file.contains(tensor) {
+        if names[position].binary_search(&tensor.as_str()).is_err() {
             return Err(CheckpointError::TensorNotInShard {
-                index: path,
+                index: path.to_path_buf(),
                 tensor: tensor.clone(),
                 shard: shard.clone(),
-                hint: did_you_mean(tensor, file.names()),
+                hint: did_you_mean(tensor, names[position].iter().copied()),
             });
         }
         tensors.insert(tensor.clone(), position);
     }
-    for (position, (_, file)) in files.iter().enumerate() {
-        for tensor in file.names().filter(|name| !weight_map.contains_key(*name)) {
+    for (position, names) in names.iter().enumerate() {
+        for tensor in names.iter().filter(|name| !weight_map.contains_key(**name)) {
             if let Some(first) = tensors.insert(tensor.to_string(), position) {
                 return Err(CheckpointError::AmbiguousTensor {
                     tensor: tensor.to_string(),
-                    first: files[first].1.path().to_path_buf(),
-                    second: file.path().to_path_buf(),
+                    first: path.with_file_name(shards[first]),
+                    second: path.with_file_name(shards[position]),
                 });
             }
         }
     }
-    Ok((files, tensors))
+    Ok(tensors)
 }
 
 /// The index at `path`: tensor to shard, every shard the name of a safetensors file below the folder.

@@ -7,7 +7,8 @@
 //! - [`Checkpoint`]: a model's folder, in one file or shards; [`SafetensorsFile`]: one file of it.
 //! - [`LazyTensor`], [`write_safetensors`], [`write_sharded`]: the way back.
 //! - [`write_file`], [`StagedDir`]: files and folders that appear complete or not at all.
-//! - [`resolve`]: from what a user calls a model, a path or a hub id, to a folder; [`push`]: from a folder to the hub.
+//! - [`resolve`]: from what a user calls a model, a path or a hub id, to a folder; [`resolve_headers`] to its
+//!   [`Headers`] alone; [`push`]: from a folder to the hub.
 
 mod atomic;
 mod disk;
@@ -15,6 +16,7 @@ mod dtype;
 mod error;
 mod file;
 mod folder;
+mod headers;
 mod hub;
 mod json;
 mod writer;
@@ -28,9 +30,10 @@ pub(crate) use folder::hex;
 pub use folder::{
     ADAPTER_CONFIG_FILE, CONFIG_FILE, Checkpoint, INDEX_FILE, MERGE_FILE, ORIGINAL_FILE, WEIGHTS_FILE,
 };
+pub use headers::{Headers, TensorShape};
 pub use hub::{
     HubError, HubOptions, Progress, PushFile, PushReport, PushRequest, PushSource, Selection, check_target,
-    push, resolve, resolve_with_progress, select_files,
+    push, resolve, resolve_headers, resolve_with_progress, select_files,
 };
 pub(crate) use json::read_bounded;
-pub use writer::{Compute, LazyTensor, write_safetensors, write_sharded};
+pub use writer::{Compute, LazyTensor, safetensors_bytes, write_safetensors, write_sharded};

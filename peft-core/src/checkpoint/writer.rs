@@ -45,6 +45,11 @@ impl<'a, E> LazyTensor<'a, E> {
         Self { name: name.into(), dtype, shape, bytes: Box::new(compute) }
     }
 
+    /// A tensor without bytes, to ask [`safetensors_bytes`] about.
+    pub fn shape_only(name: impl Into<String>, dtype: Dtype, shape: Vec<usize>) -> Self {
+        Self::new(name, dtype, shape, || Ok(Cow::Borrowed(&[])))
+    }
+
     /// A tensor copied as it is from an open file.
     pub fn borrowed(tensor: TensorRef<'a>) -> Self {
         Self::new(tensor.name, tensor.dtype, tensor.shape.to_vec(), move || Ok(Cow::Borrowed(tensor.bytes)))
@@ -66,11 +71,33 @@ pub fn write_safetensors<E: From<CheckpointError> + Send>(
     metadata: &BTreeMap<String, String>,
 ) -> Result<(), E> {
     check_names(path, &tensors)?;
+    sort(&mut tensors);
+    write_with(path, |out| stream(path, out, &tensors, metadata))
+}
+
+/// Bytes of the file that [`write_safetensors`] would write; nothing is computed.
+///
+/// Errors where a name comes twice or the sizes overflow; `path` is for messages.
+pub fn safetensors_bytes(
+    path: &Path,
+    mut tensors: Vec<LazyTensor<'_>>,
+    metadata: &BTreeMap<String, String>,
+) -> Result<u64, CheckpointError> {
+    check_names(path, &tensors)?;
+    sort(&mut tensors);
+    let mut total = header(path, &tensors, metadata)?.len() as u64;
+    for tensor in &tensors {
+        total += length(path, tensor)? as u64;
+    }
+    Ok(total)
+}
+
+/// The order of the safetensors library: larger elements first, then by name.
+fn sort<E>(tensors: &mut [LazyTensor<'_, E>]) {
     tensors.sort_by(|a, b| {
         let (larger, smaller) = (b.dtype.to_safetensors(), a.dtype.to_safetensors());
         larger.cmp(&smaller).then_with(|| a.name.cmp(&b.name))
     });
-    write_with(path, |out| stream(path, out, &tensors, metadata))
 }
 
 /// Writes a model's `tensors` into the folder `dir` in files of at most `max_shard_bytes` bytes of tensors:

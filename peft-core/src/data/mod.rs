@@ -89,6 +89,21 @@ impl Dataset {
     }
 }
 
+/// The files as examples of whatever length, before [`Tokenised::collect`] cuts what is too long.
+#[derive(Debug, Clone)]
+pub struct Tokenised {
+    files: Vec<TokenisedFile>,
+    bos: Option<u32>,
+}
+
+#[derive(Debug, Clone)]
+struct TokenisedFile {
+    file: DataFile,
+    on_truncation: OnTruncation,
+    /// One a record.
+    examples: Vec<Example>,
+}
+
 /// Reads and tokenises all files.
 ///
 /// # Errors
@@ -99,10 +114,21 @@ pub fn load(
     tokenizer: &Tokenizer,
     options: &LoadOptions,
 ) -> Result<Dataset, DataError> {
+    tokenise_files(configs, tokenizer, options)?.collect(options.sequence_len, None)
+}
+
+/// Reads and tokenises all files and leaves every example as long as it is.
+///
+/// # Errors
+/// As [`load`], but for those about lengths and supervised tokens.
+pub fn tokenise_files(
+    configs: &[DatasetConfig],
+    tokenizer: &Tokenizer,
+    options: &LoadOptions,
+) -> Result<Tokenised, DataError> {
     if configs.is_empty() {
         return Err(DataError::Option("no dataset is given".into()));
     }
-    let mut collector = Collector::new(options.sequence_len, tokenizer.bos())?;
     let mut files = Vec::with_capacity(configs.len());
     for config in configs {
         let template = match config.format {
@@ -111,7 +137,7 @@ pub fn load(
         };
         let records = records::read(config)?;
         let sha256 = records::sha256(&config.path)?;
-        files.push(DataFile { path: config.path.clone(), sha256, records: records.len() });
+        let file = DataFile { path: config.path.clone(), sha256, records: records.len() };
 
         let prompter = Prompter::new(config, template.as_ref(), tokenizer);
         let tokeniser = Tokeniser::new(tokenizer, options.train_on_inputs);
@@ -128,12 +154,40 @@ pub fn load(
                 tokeniser.example(&prompt, &config.path, number + 1)
             })
             .collect();
-        for (number, example) in tokenised.into_iter().enumerate() {
-            collector.add(example?, on_truncation, &config.path, number + 1);
-        }
+        let examples = tokenised.into_iter().collect::<Result<Vec<_>, _>>()?;
+        files.push(TokenisedFile { file, on_truncation, examples });
     }
-    let (examples, record_of, report) = collector.finish()?;
-    Ok(Dataset { examples, record_of, report, files })
+    Ok(Tokenised { files, bos: tokenizer.bos() })
+}
+
+impl Tokenised {
+    /// The number of tokens of each record.
+    pub fn lengths(&self) -> Vec<usize> {
+        self.files.iter().flat_map(|file| &file.examples).map(|example| example.ids.len()).collect()
+    }
+
+    /// What happens to records that are too long, by file.
+    pub fn on_truncation(&self) -> Vec<OnTruncation> {
+        self.files.iter().map(|file| file.on_truncation).collect()
+    }
+
+    /// Cuts, drops or splits what is longer than `sequence_len`, as `instead` says or else as was asked for.
+    ///
+    /// # Errors
+    /// When `sequence_len` is below 2, an example is too long and should not be, or no supervised token is left.
+    pub fn collect(self, sequence_len: usize, instead: Option<OnTruncation>) -> Result<Dataset, DataError> {
+        let mut collector = Collector::new(sequence_len, self.bos)?;
+        let mut files = Vec::with_capacity(self.files.len());
+        for TokenisedFile { file, on_truncation, examples } in self.files {
+            let on_truncation = instead.unwrap_or(on_truncation);
+            for (number, example) in examples.into_iter().enumerate() {
+                collector.add(example, on_truncation, &file.path, number + 1);
+            }
+            files.push(file);
+        }
+        let (examples, record_of, report) = collector.finish()?;
+        Ok(Dataset { examples, record_of, report, files })
+    }
 }
 
 fn chat_template(

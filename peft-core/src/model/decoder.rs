@@ -7,11 +7,11 @@ use super::cache::KeyValueCache;
 use super::config::ModelConfig;
 use super::context::Context;
 use super::layer::Layer;
+use super::shapes::BaseShapes;
 use crate::data::Batch;
 use crate::kernels::{adapted_linear, rms_norm};
 use crate::projection::{Embedding, Parameter, Projection, Tape, TokenRows};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use std::collections::{BTreeMap, BTreeSet};
 
 /// A decoder-only transformer on a device.
 #[derive(Debug, Clone)]
@@ -190,33 +190,6 @@ impl Decoder {
     /// Modules of the base that hold a weight, by path as transformers spells it, with the weight's shape. A head that
     /// shares the embedding's weight is one of them.
     pub fn base_shapes(&self) -> BaseShapes {
-        let mut shapes = BaseShapes { tied: self.lm_head.is_none(), ..BaseShapes::default() };
-        let norms = self.layers.iter().flat_map(Layer::norms).chain(std::iter::once(&self.norm));
-        let weights = norms.chain(std::iter::once(&self.embed_tokens.weight));
-        let weights = weights.chain(self.projections().map(|projection| &projection.weight));
-        for weight in weights {
-            let path = weight.name.trim_end_matches(".weight");
-            shapes.weights.insert(path.to_string(), weight.shape.clone());
-        }
-        if shapes.tied {
-            shapes.weights.insert(HEAD.to_string(), self.embed_tokens.weight.shape.clone());
-        }
-        shapes.biases = self
-            .projections()
-            .filter(|p| p.bias.is_some())
-            .map(|projection| projection.path.clone())
-            .collect();
-        shapes
+        self.config.base_shapes()
     }
-}
-
-/// The modules of a base: what adapters are matched with, before any weight is read.
-#[derive(Debug, Clone, Default, PartialEq)]
-pub struct BaseShapes {
-    /// Shape of each module's weight, by path.
-    pub weights: BTreeMap<String, Vec<usize>>,
-    /// Paths of the linear modules with a bias.
-    pub biases: BTreeSet<String>,
-    /// Whether the head shares the embedding's weight.
-    pub tied: bool,
 }

@@ -1,11 +1,12 @@
 //! A checkpoint onto a device, tensor by tensor: at most one tensor is held twice at any time.
 
+use super::EMBEDDING;
 use super::attention::Attention;
 use super::config::ModelConfig;
 use super::decoder::Decoder;
 use super::error::ModelError;
 use super::layer::Layer;
-use super::{EMBEDDING, HEAD};
+use super::shapes::ProjectionShape;
 use crate::checkpoint::{Checkpoint, Dtype};
 use crate::projection::{Embedding, Parameter, Projection};
 use burn::tensor::{DType, Device, Tensor, TensorData};
@@ -48,10 +49,7 @@ pub fn load(checkpoint: &Checkpoint, device: &Device, compute: ComputeType) -> R
     let layers =
         (0..c.num_hidden_layers).map(|index| loader.layer(c, index)).collect::<Result<Vec<_>, _>>()?;
     let norm = loader.vector("model.norm.weight", c.hidden_size)?;
-    let lm_head = match c.tie_word_embeddings {
-        true => None,
-        false => Some(loader.projection(HEAD.to_string(), [c.vocab_size, c.hidden_size], false)?),
-    };
+    let lm_head = c.head_projection().map(|head| loader.projection(head)).transpose()?;
     loader.refuse_rest(c)?;
     let dtype = compute.dtype();
     Ok(Decoder {
@@ -77,7 +75,10 @@ pub fn ties_embeddings(checkpoint: &Checkpoint) -> Result<bool, ModelError> {
     if !config.tie_word_embeddings || !checkpoint.contains(head) || !checkpoint.contains(embedding) {
         return Ok(config.tie_word_embeddings);
     }
-    Ok(checkpoint.tensor(head)?.bytes == checkpoint.tensor(embedding)?.bytes)
+    let same = checkpoint.tensor(head)?.bytes == checkpoint.tensor(embedding)?.bytes;
+    checkpoint.release(head);
+    checkpoint.release(embedding);
+    Ok(same)
 }
 
 struct Loader<'a> {
@@ -91,7 +92,6 @@ impl Loader<'_> {
     fn layer(&self, c: &ModelConfig, index: usize) -> Result<Layer, ModelError> {
         let prefix = format!("model.layers.{index}");
         let attention = format!("{prefix}.self_attn");
-        let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
         let qk_norm = match c.qk_norm {
             true => Some((
                 self.vector(&format!("{attention}.q_norm.weight"), c.head_dim)?,
@@ -99,15 +99,14 @@ impl Loader<'_> {
             )),
             false => None,
         };
-        let mlp = |name: &str, dims| self.projection(format!("{prefix}.mlp.{name}"), dims, c.mlp_bias);
-        let up = [c.intermediate_size, c.hidden_size];
+        let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = c.layer_projections(index);
         Ok(Layer {
             input_norm: self.vector(&format!("{prefix}.input_layernorm.weight"), c.hidden_size)?,
             attention: Attention {
-                q_proj: self.projection(format!("{attention}.q_proj"), [q, c.hidden_size], c.qkv_bias)?,
-                k_proj: self.projection(format!("{attention}.k_proj"), [kv, c.hidden_size], c.qkv_bias)?,
-                v_proj: self.projection(format!("{attention}.v_proj"), [kv, c.hidden_size], c.qkv_bias)?,
-                o_proj: self.projection(format!("{attention}.o_proj"), [c.hidden_size, q], c.output_bias)?,
+                q_proj: self.projection(q_proj)?,
+                k_proj: self.projection(k_proj)?,
+                v_proj: self.projection(v_proj)?,
+                o_proj: self.projection(o_proj)?,
                 qk_norm,
                 head_dim: c.head_dim,
                 epsilon: c.rms_norm_eps,
@@ -116,14 +115,15 @@ impl Loader<'_> {
             },
             post_attention_norm: self
                 .vector(&format!("{prefix}.post_attention_layernorm.weight"), c.hidden_size)?,
-            gate_proj: mlp("gate_proj", up)?,
-            up_proj: mlp("up_proj", up)?,
-            down_proj: mlp("down_proj", [c.hidden_size, c.intermediate_size])?,
+            gate_proj: self.projection(gate_proj)?,
+            up_proj: self.projection(up_proj)?,
+            down_proj: self.projection(down_proj)?,
             epsilon: c.rms_norm_eps,
         })
     }
 
-    fn projection(&self, path: String, dims: [usize; 2], bias: bool) -> Result<Projection, ModelError> {
+    fn projection(&self, shape: ProjectionShape) -> Result<Projection, ModelError> {
+        let ProjectionShape { path, dims, bias } = shape;
         let weight = self.matrix(&format!("{path}.weight"), dims)?;
         let bias = match bias {
             true => Some(self.vector(&format!("{path}.bias"), dims[0])?),
@@ -171,6 +171,8 @@ impl Loader<'_> {
                 TensorData::new(values, dims)
             }
         };
+        // The device has its copy now; without this, the whole file would count as memory for the rest of the run.
+        self.checkpoint.release(name);
         self.taken.borrow_mut().insert(name.to_string());
         let value = Tensor::from_data(data, (self.device, self.compute.dtype()));
         Ok(Parameter { name: name.to_string(), value, shape, trainable: false })

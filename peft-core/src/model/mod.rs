@@ -11,6 +11,7 @@ mod generate;
 mod layer;
 mod load;
 mod rope;
+mod shapes;
 
 /// The embedding's path in the checkpoints of every family.
 pub const EMBEDDING: &str = "model.embed_tokens";
@@ -20,9 +21,10 @@ pub const HEAD: &str = "lm_head";
 pub use cache::KeyValueCache;
 pub use config::{Family, ModelConfig};
 pub use context::Context;
-pub use decoder::{BaseShapes, Decoder};
+pub use decoder::Decoder;
 pub use error::ModelError;
 pub use generate::{Sampling, generate};
 pub use layer::Layer;
 pub use load::{ComputeType, load, ties_embeddings};
 pub use rope::{RopeScaling, RopeTable};
+pub use shapes::{BaseShapes, ParameterShape, ProjectionShape};

@@ -21,6 +21,11 @@ pub(super) struct HeadLoss {
     pub gradient: Option<Tensor<2>>,
 }
 
+/// Rows of logits held at a time: as asked for, else by the vocabulary's size, and of `count` at most all.
+pub(super) fn chunk_rows(asked: Option<usize>, vocab_size: usize, count: usize) -> usize {
+    asked.unwrap_or(CHUNK_ELEMENTS / vocab_size).clamp(1, count.max(1))
+}
+
 /// Sums cross-entropy over `rows` `[rows, hidden]` (after the final norm, without autodiff) against `targets`.
 ///
 /// With `backward` = (scale, key), gradients of the head's trainable parameters are added to `gradients` and that of
@@ -34,7 +39,7 @@ pub(super) fn head_loss(
     gradients: &mut BTreeMap<String, Tensor<2>>,
 ) -> HeadLoss {
     let [count, _] = rows.dims();
-    let chunk = chunk_rows.unwrap_or(CHUNK_ELEMENTS / model.config.vocab_size).clamp(1, count.max(1));
+    let chunk = self::chunk_rows(chunk_rows, model.config.vocab_size, count);
     let frozen = model.frozen_head();
     let device = &model.device;
     let mut loss_sum = Tensor::zeros([1], device);

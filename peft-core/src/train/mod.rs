@@ -8,6 +8,7 @@ mod memory;
 mod method;
 mod metrics;
 mod optimizer;
+pub mod plan;
 mod run;
 mod schedule;
 mod selection;
@@ -17,13 +18,13 @@ mod trainer;
 
 pub use error::TrainError;
 pub use evaluate::{Evaluation, Generation, evaluate, exact_match};
-pub use memory::peak_memory_bytes;
-pub use method::{Method, Preparation};
+pub use memory::{DeviceMemory, device_memory, peak_memory_bytes, resident_bytes};
+pub use method::{Method, MethodPlan, ParameterRole, PlannedParameter, Preparation};
 pub use metrics::{EvalMetrics, StepMetrics};
 pub use optimizer::{NamedOptimizer, ParameterOptimizer};
 pub use schedule::{Schedule, Warmup};
 pub use selection::{BestMetric, EarlyStopping, Every, Selection};
-pub use state::{Fingerprint, Identity};
+pub use state::{Fingerprint, Identity, state_bytes};
 pub use step::{MicroBatch, StepGradients, StepSettings, accumulate, global_norm};
 pub use trainer::{
     Observer, Outcome, RunSummary, Stopped, TrainConfig, Trainer, latest_checkpoint, require_vocabulary,

@@ -339,7 +339,8 @@ impl<'r, 'a> Run<'r, 'a> {
             exported_step,
             seconds: self.seconds,
             tokens: self.tokens,
-            peak_memory_bytes: self.peak_memory_bytes,
+            // Saving and evaluating may have taken more than any step.
+            peak_memory_bytes: peak_memory_bytes(&self.trainer.model.device).max(self.peak_memory_bytes),
             artifact,
         }))
     }

@@ -97,7 +97,7 @@ impl Every {
     }
 
     /// Steps between one time and the next.
-    pub(super) fn steps(self, steps_per_epoch: u64) -> u64 {
+    pub fn steps(self, steps_per_epoch: u64) -> u64 {
         match self {
             Self::Steps(steps) => steps.max(1),
             Self::PerEpoch(times) => steps_per_epoch.div_ceil(times.max(1)).max(1),

@@ -6,13 +6,13 @@
 
 use super::course::Course;
 use super::error::TrainError;
-use super::method::Method;
+use super::method::{Method, PlannedParameter};
 use super::optimizer::ParameterOptimizer;
 use crate::checkpoint::{
-    Dtype, LazyTensor, SafetensorsFile, StagedDir, f32_bytes, read_bounded, remove_dir, write_file,
-    write_safetensors,
+    Dtype, LazyTensor, SafetensorsFile, StagedDir, f32_bytes, read_bounded, remove_dir, safetensors_bytes,
+    write_file, write_safetensors,
 };
-use crate::model::Decoder;
+use crate::model::{Decoder, ParameterShape};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
@@ -147,6 +147,23 @@ pub(super) fn prune(output_dir: &Path, limit: Option<usize>, keep: &[u64]) -> Re
         remove_dir(old)?;
     }
     Ok(())
+}
+
+/// Bytes of the tensors' file of a checkpoint in which those parameters train and the optimizer keeps `moments` values
+/// for each.
+///
+/// # Errors
+/// A name that comes twice, or sizes beyond all bounds.
+pub fn state_bytes(parameters: &[PlannedParameter], moments: u64) -> Result<u64, TrainError> {
+    let mut tensors = Vec::new();
+    for ParameterShape { name, shape } in parameters.iter().filter(|p| p.trainable).map(|p| &p.shape) {
+        // Vectors are held as one row.
+        let dims = if shape.len() == 1 { vec![1, shape[0]] } else { shape.clone() };
+        let mut add = |name| tensors.push(LazyTensor::shape_only(name, Dtype::F32, dims.clone()));
+        add(format!("{PARAMETER}{name}"));
+        (1..=moments).for_each(|moment| add(format!("{OPTIMIZER}{name}.moment_{moment}")));
+    }
+    Ok(safetensors_bytes(Path::new(TENSORS), tensors, &BTreeMap::new())?)
 }
 
 /// What the checkpoint folder `path` says of itself, if it is of the same run.

@@ -68,6 +68,25 @@ pub struct TrainConfig {
     pub identity: Identity,
 }
 
+impl TrainConfig {
+    /// The order of these examples.
+    pub fn epochs(&self, examples: &[Example]) -> Epochs {
+        Epochs {
+            lengths: examples.iter().map(|example| example.ids.len()).collect(),
+            micro_batch_size: self.micro_batch_size,
+            gradient_accumulation_steps: self.gradient_accumulation_steps,
+            shuffle: self.shuffle_data,
+            pack_tokens: self.pack_tokens,
+            seed: self.seed,
+        }
+    }
+
+    /// Steps of a whole run.
+    pub fn total_steps(&self, epochs: &Epochs) -> u64 {
+        self.max_steps.unwrap_or_else(|| epochs.total_steps(self.num_epochs))
+    }
+}
+
 /// Watches a run.
 pub trait Observer {
     /// Training starts after `done` of `total` steps.
@@ -159,20 +178,12 @@ pub fn latest_checkpoint(output_dir: &Path) -> Option<PathBuf> {
 impl Trainer<'_> {
     /// Steps of the whole run.
     pub fn total_steps(&self) -> u64 {
-        self.config.max_steps.unwrap_or_else(|| self.epochs().total_steps(self.config.num_epochs))
+        self.config.total_steps(&self.epochs())
     }
 
     /// The order of the training examples.
     pub fn epochs(&self) -> Epochs {
-        let config = &self.config;
-        Epochs {
-            lengths: self.train.iter().map(|example| example.ids.len()).collect(),
-            micro_batch_size: config.micro_batch_size,
-            gradient_accumulation_steps: config.gradient_accumulation_steps,
-            shuffle: config.shuffle_data,
-            pack_tokens: config.pack_tokens,
-            seed: config.seed,
-        }
+        self.config.epochs(self.train)
     }
 
     /// Checks that the run can go on from the checkpoint folder `path`, before anything is written.

@@ -14,12 +14,12 @@ use fa::{Preconditioners, preconditioners};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use peft_core::adapter::{
     Adapter, AdapterConfig, AdapterError, InitLoraWeights, LoraConfig, Pattern, Placement, SharedWeight,
-    TargetModules, save, select,
+    TargetModules, adapter_bytes, save, select,
 };
-use peft_core::model::{BaseShapes, Decoder, EMBEDDING, HEAD};
+use peft_core::model::{BaseShapes, Decoder, EMBEDDING, HEAD, ModelConfig, ParameterShape, ProjectionShape};
 use peft_core::projection::{Delta, LowRank, Magnitude, Parameter};
 use peft_core::random::Stream;
-use peft_core::train::{Method, Preparation, TrainError};
+use peft_core::train::{Method, MethodPlan, ParameterRole, PlannedParameter, Preparation, TrainError};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
@@ -74,6 +74,63 @@ impl Lora {
             base_model_name_or_path: Some(self.base.clone()),
             revision: self.revision.clone(),
         })
+    }
+
+    /// What [`prepare`](Method::prepare) would add and make trainable.
+    ///
+    /// # Errors
+    /// As `prepare`: targets that match nothing, a shared weight of which nothing is said.
+    pub fn plan(&self, model: &ModelConfig) -> Result<MethodPlan, AdapterError> {
+        let config = self.config();
+        let base = model.base_shapes();
+        let placement = config.place(&base, true)?;
+        let patterns = config.patterns()?;
+        let mut model = model.clone();
+        model.tie_word_embeddings &= placement.shared != SharedWeight::Parted;
+        let dropout = config.lora_dropout > 0.0;
+        let mut parameters: Vec<PlannedParameter> = Vec::new();
+        let mut add = |module: &str, part: &str, shape: &[usize], role| {
+            let shape = ParameterShape::new(format!("{module}.{part}"), shape);
+            // LoRA-FA leaves the A of projections as drawn.
+            let trainable = !(self.block.lora_fa && part == "lora_A.weight");
+            parameters.push(PlannedParameter { shape, module: module.to_string(), role, trainable });
+        };
+        for ProjectionShape { path, dims: [rows, columns], .. } in &model.projections() {
+            if !placement.linear.contains(path) {
+                continue;
+            }
+            let rank = patterns.rank(path);
+            let role = ParameterRole::Factor { rank, dropout };
+            add(path, "lora_A.weight", &[rank, *columns], role);
+            add(path, "lora_B.weight", &[*rows, rank], role);
+            if config.lora_bias {
+                add(path, "lora_B.bias", &[*rows], ParameterRole::Part);
+            }
+            if config.use_dora {
+                add(path, "lora_magnitude_vector", &[*rows], ParameterRole::Gain);
+            }
+        }
+        if placement.embedding {
+            let (rank, [vocab, hidden]) = (patterns.rank(EMBEDDING), [model.vocab_size, model.hidden_size]);
+            let role = ParameterRole::Factor { rank, dropout };
+            add(EMBEDDING, "lora_embedding_A", &[rank, vocab], role);
+            add(EMBEDDING, "lora_embedding_B", &[hidden, rank], role);
+            if config.use_dora {
+                add(EMBEDDING, "lora_magnitude_vector", &[hidden], ParameterRole::Gain);
+            }
+        }
+        for (path, indices) in &placement.rows {
+            add(
+                path,
+                "token_adapter.trainable_tokens_delta",
+                &[indices.len(), model.hidden_size],
+                ParameterRole::Part,
+            );
+        }
+        let trains = |p: &ParameterShape| is_trained_whole(&placement, &p.name);
+        parameters.extend(model.parameters().into_iter().filter(trains).map(PlannedParameter::own));
+        let artifact_bytes = adapter_bytes(parameters.iter().map(|p| &p.shape), &placement, &base)?;
+        Ok(MethodPlan { model, parameters, artifact_bytes })
     }
 
     /// Puts fresh changes onto the model.
@@ -229,12 +286,17 @@ fn set_trainable(model: &mut Decoder, placement: &Placement) {
         rows.values.set_trainable();
     }
     for parameter in model.parameters_mut() {
-        let Some((module, part)) = parameter.name.rsplit_once('.') else { continue };
-        let is = |paths: &[String]| paths.iter().any(|path| path == module);
-        if is(&placement.saved) || (part == "bias" && is(&placement.biases)) {
+        if is_trained_whole(placement, &parameter.name) {
             parameter.set_trainable();
         }
     }
+}
+
+/// Whether a parameter of the checkpoint trains: of a module saved whole, or a bias.
+fn is_trained_whole(placement: &Placement, name: &str) -> bool {
+    let Some((module, part)) = name.rsplit_once('.') else { return false };
+    let is = |paths: &[String]| paths.iter().any(|path| path == module);
+    is(&placement.saved) || (part == "bias" && is(&placement.biases))
 }
 
 impl Method for Lora {

@@ -1,5 +1,6 @@
 //! Requests to the hub: few, and with the token for the hub's own host alone.
 
+use std::io::{self, Read};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -10,6 +11,7 @@ use ureq::{Agent, Body};
 use super::cache::{cached_repos, is_commit};
 use super::error::HubError;
 use super::options::HubOptions;
+use crate::checkpoint::file::{LENGTH_BYTES, MAX_HEADER};
 use crate::nearest::did_you_mean;
 
 const USER_AGENT: &str = concat!("peft-rs/", env!("CARGO_PKG_VERSION"));
@@ -116,7 +118,7 @@ impl<'a> Client<'a> {
     pub(super) fn revision_info(&self) -> Result<RevisionInfo, HubError> {
         let url =
             format!("{}/api/models/{}/revision/{}", self.endpoint, self.repo, quote(self.revision, false));
-        let mut response = self.send(Method::Get { from: 0 }, &url)?;
+        let mut response = self.send(Method::Get { from: 0, last: None }, &url)?;
         self.check_status(&url, &response, None)?;
         let info: RevisionInfo = read_json(&url, &mut response)?;
         if !is_commit(&info.sha) {
@@ -157,22 +159,60 @@ impl<'a> Client<'a> {
     /// may send everything instead.
     pub(super) fn download(&self, commit: &str, file: &str, from: u64) -> Result<(u64, Body), HubError> {
         let url = self.file_url(commit, file);
-        let response = self.send(Method::Get { from }, &url)?;
+        let response = self.send(Method::Get { from, last: None }, &url)?;
         if response.status() == 416 {
             // Nothing begins there: what was received before is not this file.
             return self.download(commit, file, 0);
         }
         self.check_status(&url, &response, Some(file))?;
-        let begin = if response.status() == 206 {
-            let range = header(&response, "content-range").unwrap_or_default();
-            let begin = range.strip_prefix("bytes ").and_then(|range| range.split('-').next()?.parse().ok());
-            begin
-                .filter(|&begin: &u64| begin == from)
-                .ok_or_else(|| invalid(&url, "another range than was asked for"))?
-        } else {
-            0
+        let begin = match response.status().as_u16() {
+            206 => begin_of_range(&url, &response, from)?,
+            _ => 0,
         };
         Ok((begin, response.into_body()))
+    }
+
+    /// The beginning of the safetensors file `file` at `commit`, to the end of its header, and its size in bytes.
+    ///
+    /// Two requests for parts of the file. From a server that sends whole files all the same, the beginning is read
+    /// and the connection closed.
+    pub(super) fn safetensors_header(&self, commit: &str, file: &str) -> Result<(Vec<u8>, u64), HubError> {
+        let url = self.file_url(commit, file);
+        let last = LENGTH_BYTES as u64 - 1;
+        let mut response = self.send(Method::Get { from: 0, last: Some(last) }, &url)?;
+        self.check_status(&url, &response, Some(file))?;
+        let partial = response.status() == 206;
+        let size = if partial {
+            begin_of_range(&url, &response, 0)?;
+            header(&response, "content-range").and_then(|range| range.rsplit('/').next()?.parse().ok())
+        } else {
+            header(&response, "content-length").and_then(|length| length.parse().ok())
+        };
+        let size: u64 = size.ok_or_else(|| invalid(&url, "no size of the file"))?;
+        let mut begin = vec![0; LENGTH_BYTES];
+        let interrupted =
+            |error: io::Error| HubError::Interrupted { file: file.to_string(), reason: error.to_string() };
+        response.body_mut().as_reader().read_exact(&mut begin).map_err(interrupted)?;
+        let claimed = begin.first_chunk().map_or(0, |length| u64::from_le_bytes(*length));
+        if claimed > MAX_HEADER || claimed > size.saturating_sub(LENGTH_BYTES as u64) || claimed == 0 {
+            // The check of the header says what is wrong.
+            return Ok((begin, size));
+        }
+        let mut rest = if partial {
+            let from = LENGTH_BYTES as u64;
+            let rest = self.send(Method::Get { from, last: Some(from + claimed - 1) }, &url)?;
+            self.check_status(&url, &rest, Some(file))?;
+            if rest.status() != 206 {
+                return Err(invalid(&url, "a part of the file the first time and all of it the second"));
+            }
+            begin_of_range(&url, &rest, from)?;
+            rest
+        } else {
+            response
+        };
+        begin.resize(LENGTH_BYTES + claimed as usize, 0);
+        rest.body_mut().as_reader().read_exact(&mut begin[LENGTH_BYTES..]).map_err(interrupted)?;
+        Ok((begin, size))
     }
 
     fn file_url(&self, commit: &str, file: &str) -> String {
@@ -192,8 +232,14 @@ impl<'a> Client<'a> {
                 Method::Get { .. } => self.agent.get(&url),
             };
             request = request.header("Accept-Encoding", "identity");
-            if let Method::Get { from: from @ 1.. } = method {
-                request = request.header("Range", format!("bytes={from}-"));
+            match method {
+                Method::Get { from, last: Some(last) } => {
+                    request = request.header("Range", format!("bytes={from}-{last}"));
+                }
+                Method::Get { from: from @ 1.., last: None } => {
+                    request = request.header("Range", format!("bytes={from}-"));
+                }
+                _ => {}
             }
             if let (Some(token), true) = (&self.options.token, origin == self.origin) {
                 request = request.header("Authorization", format!("Bearer {token}"));
@@ -245,7 +291,18 @@ impl<'a> Client<'a> {
 #[derive(Clone, Copy)]
 enum Method {
     Head,
-    Get { from: u64 },
+    /// Bytes `from` to `last`, or to the end.
+    Get {
+        from: u64,
+        last: Option<u64>,
+    },
+}
+
+/// The first byte of a partial answer, which must be `from`.
+fn begin_of_range(url: &str, response: &Response<Body>, from: u64) -> Result<u64, HubError> {
+    let range = header(response, "content-range").unwrap_or_default();
+    let begin = range.strip_prefix("bytes ").and_then(|range| range.split('-').next()?.parse().ok());
+    begin.filter(|&begin: &u64| begin == from).ok_or_else(|| invalid(url, "another range than was asked for"))
 }
 
 pub(super) fn header(response: &Response<Body>, name: &str) -> Option<String> {

@@ -13,6 +13,7 @@ mod push;
 mod selection;
 mod upload;
 
+use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
@@ -22,7 +23,10 @@ use sha2::{Digest, Sha256};
 
 use super::disk::require_free;
 use super::error::CheckpointError;
-use super::folder::{ADAPTER_CONFIG_FILE, CONFIG_FILE, INDEX_FILE, WEIGHTS_FILE, hex, no_folder, read_index};
+use super::folder::{
+    ADAPTER_CONFIG_FILE, CONFIG_FILE, Checkpoint, INDEX_FILE, WEIGHTS_FILE, hex, no_folder, read_index,
+};
+use super::headers::{HeaderBytes, Headers};
 use crate::nearest::did_you_mean;
 use cache::{ADAPTER_WEIGHTS_FILE, RepoCache, cached_repos, missing_files};
 use client::{Client, FileInfo, RevisionInfo};
@@ -62,9 +66,85 @@ pub fn resolve_with_progress(
     options: &HubOptions,
     progress: &mut dyn FnMut(Progress<'_>),
 ) -> Result<PathBuf, CheckpointError> {
+    match place(base, options)? {
+        Place::Folder(dir) => Ok(dir),
+        Place::Hub { revision, cache } if options.offline => find_cached(base, revision, options, &cache),
+        Place::Hub { revision, cache } => {
+            let client = Client::new(options, base, revision)?;
+            let info = client.revision_info()?;
+            let mut download = Download { client: &client, cache: &cache, commit: &info.sha, progress };
+            for file in wanted_files(base, &info)? {
+                download.fetch(file)?;
+                if file == INDEX_FILE {
+                    for shard in shards(&cache.snapshot(&info.sha))? {
+                        download.fetch(&shard)?;
+                    }
+                }
+            }
+            cache.remember(revision, &info.sha)?;
+            Ok(cache.snapshot(&info.sha))
+        }
+    }
+}
+
+/// The headers of the model that `base` names, as [`resolve`] understands it.
+///
+/// Where the weights of a hub id are not in the cache, they are not downloaded either: of each file only the header
+/// is asked for. Configuration, tokenizer and index come into the cache as usual. Offline, the cache must have
+/// everything.
+pub fn resolve_headers(base: &str, options: &HubOptions) -> Result<Headers, CheckpointError> {
+    let (revision, cache) = match place(base, options)? {
+        Place::Folder(dir) => return Headers::of(&Checkpoint::open(&dir)?),
+        Place::Hub { revision, cache } if options.offline => {
+            let dir = find_cached(base, revision, options, &cache)?;
+            return Headers::of(&Checkpoint::open(&dir)?);
+        }
+        Place::Hub { revision, cache } => (revision, cache),
+    };
+    let client = Client::new(options, base, revision)?;
+    let info = client.revision_info()?;
+    let snapshot = cache.snapshot(&info.sha);
+    let mut download = Download { client: &client, cache: &cache, commit: &info.sha, progress: &mut |_| {} };
+    let mut weights = Vec::new();
+    for file in wanted_files(base, &info)? {
+        if file == ADAPTER_WEIGHTS_FILE {
+            continue;
+        }
+        if file.ends_with(".safetensors") {
+            weights.push(file.to_string());
+            continue;
+        }
+        download.fetch(file)?;
+        if file == INDEX_FILE {
+            weights.extend(shards(&snapshot)?);
+        }
+    }
+    let is_model = weights == [WEIGHTS_FILE] || snapshot.join(INDEX_FILE).is_file();
+    if !is_model || weights.iter().all(|file| snapshot.join(file).is_file()) {
+        return Headers::of(&Checkpoint::open(&snapshot)?);
+    }
+    let mut parts = Vec::with_capacity(weights.len());
+    let mut missing_bytes = 0;
+    for file in weights {
+        let (bytes, length) = client.safetensors_header(&info.sha, &file)?;
+        if !snapshot.join(&file).is_file() {
+            missing_bytes += length;
+        }
+        parts.push(HeaderBytes { file, bytes, length });
+    }
+    Headers::of_parts(&snapshot, &parts, missing_bytes)
+}
+
+/// Where what a user calls a model is to be found.
+enum Place<'a> {
+    Folder(PathBuf),
+    Hub { revision: &'a str, cache: RepoCache },
+}
+
+fn place<'a>(base: &str, options: &'a HubOptions) -> Result<Place<'a>, CheckpointError> {
     let path = Path::new(base);
     if path.is_dir() {
-        return Ok(path.to_path_buf());
+        return Ok(Place::Folder(path.to_path_buf()));
     }
     if base.starts_with(['.', '/', '~']) || base.matches('/').count() > 1 || path.exists() {
         return Err(no_folder(path));
@@ -76,27 +156,12 @@ pub fn resolve_with_progress(
     if !is_revision(revision) {
         return Err(HubError::InvalidRevision { revision: revision.to_string() }.into());
     }
-    let cache = RepoCache::new(&options.cache_dir, base);
-    if options.offline {
-        return find_cached(base, revision, options, &cache);
-    }
-    let client = Client::new(options, base, revision)?;
-    let info = client.revision_info()?;
-    let mut download = Download { client: &client, cache: &cache, commit: &info.sha, progress };
-    for file in wanted_files(base, &info)? {
-        download.fetch(file)?;
-        if file == INDEX_FILE {
-            let index = read_index(&cache.snapshot(&info.sha).join(file))?;
-            let mut shards: Vec<&String> = index.values().collect();
-            shards.sort();
-            shards.dedup();
-            for shard in shards {
-                download.fetch(shard)?;
-            }
-        }
-    }
-    cache.remember(revision, &info.sha)?;
-    Ok(cache.snapshot(&info.sha))
+    Ok(Place::Hub { revision, cache: RepoCache::new(&options.cache_dir, base) })
+}
+
+/// The files that the index in the folder `snapshot` names, sorted.
+fn shards(snapshot: &Path) -> Result<BTreeSet<String>, CheckpointError> {
+    Ok(read_index(&snapshot.join(INDEX_FILE))?.into_values().collect())
 }
 
 /// The snapshot in the cache, complete.
@@ -325,6 +390,7 @@ fn is_top_level(file: &str) -> bool {
 
 #[cfg(test)]
 mod push_tests;
+mod header_tests;
 #[cfg(test)]
 mod test_server;
 #[cfg(test)]

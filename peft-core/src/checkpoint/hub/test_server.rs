@@ -51,6 +51,10 @@ pub(super) struct State {
     pub(super) creations: Vec<Value>,
     /// Branches besides `main`.
     pub(super) branches: Vec<String>,
+    /// The CDN sends whole files whatever part is asked for.
+    pub(super) whole: bool,
+    /// Bytes of contents that the CDN has sent.
+    pub(super) sent: usize,
 }
 
 /// Both servers; they end with the test process.
@@ -386,15 +390,18 @@ fn answer_cdn(state: &mut State, request: Request, stream: &mut TcpStream) {
         return respond(stream, "200 OK", &[etag], 0, b"");
     }
     let contents = state.forged.as_ref().unwrap_or(&state.files[&path[1..]]);
-    let from: usize =
-        range.strip_prefix("bytes=").map_or(0, |range| range.trim_end_matches('-').parse().unwrap());
-    let rest = &contents[from.min(contents.len())..];
+    let asked = range.strip_prefix("bytes=").filter(|_| !state.whole).and_then(|range| range.split_once('-'));
+    let (from, last) = asked.unwrap_or(("0", ""));
+    let from: usize = from.parse().unwrap();
+    let end = last.parse().map_or(contents.len(), |last: usize| contents.len().min(last + 1));
+    let rest = &contents[from.min(end)..end];
     let sent = if state.breaks > 0 { rest.len() / 2 } else { rest.len() };
     state.breaks = state.breaks.saturating_sub(1);
-    if from == 0 {
+    state.sent += sent;
+    if asked.is_none() {
         respond(stream, "200 OK", &[], rest.len(), &rest[..sent]);
     } else {
-        let content_range = format!("bytes {from}-{}/{}", contents.len() - 1, contents.len());
+        let content_range = format!("bytes {from}-{}/{}", end - 1, contents.len());
         let headers = [("Content-Range", content_range)];
         respond(stream, "206 Partial Content", &headers, rest.len(), &rest[..sent]);
     }

@@ -10,7 +10,7 @@ use super::*;
 const INDEX: &[u8] = br#"{"weight_map":{"a":"s1.safetensors","b":"s2.safetensors"}}"#;
 
 /// A cache of its own and the options for it.
-fn options(endpoint: &str) -> (TempDir, HubOptions) {
+pub(super) fn options(endpoint: &str) -> (TempDir, HubOptions) {
     let cache = tempfile::tempdir().unwrap();
     let options = HubOptions {
         revision: None,

@@ -1,0 +1,143 @@
+//! The predicted memory of a step against the bytes that it really asks for, counted by the allocator.
+#![allow(clippy::unwrap_used)]
+
+use burn::tensor::Device;
+use peft_core::checkpoint::Checkpoint;
+use peft_core::data::{Example, collate};
+use peft_core::model::{ComputeType, Decoder, load};
+use peft_core::projection::DropoutKey;
+use peft_core::train::plan::{BatchShape, Phase, Workload, predict};
+use peft_core::train::{Method, MethodPlan, Preparation, StepGradients, StepSettings, accumulate, evaluate};
+use peft_methods::{Full, Lora};
+use peft_tests::root;
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
+
+/// The system's allocator, with an account of what is alive.
+struct Counting;
+
+static ALIVE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+fn count(bytes: usize) {
+    PEAK.fetch_max(ALIVE.fetch_add(bytes, SeqCst) + bytes, SeqCst);
+}
+
+// SAFETY: every call goes to the system's allocator as it is.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        count(layout.size());
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        ALIVE.fetch_sub(layout.size(), SeqCst);
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+/// The most bytes alive at a time while `work` runs, beyond those alive before.
+fn peak_of(work: impl FnOnce()) -> f64 {
+    let before = ALIVE.load(SeqCst);
+    PEAK.store(before, SeqCst);
+    work();
+    (PEAK.load(SeqCst) - before) as f64
+}
+
+fn compare(model: &Decoder, plan: &MethodPlan, cases: &[(usize, usize, usize, bool)]) {
+    for &(rows, time, supervised, gradient_checkpointing) in cases {
+        let supervised = (0..time).map(|token| token + supervised >= time).collect();
+        let example = Example { ids: vec![5; time], supervised };
+        let examples = vec![example; rows];
+        let shape = BatchShape::of(examples.iter());
+        let step = StepSettings { gradient_checkpointing, loss_chunk_rows: None };
+        let work = Workload {
+            model: &model.config,
+            compute: ComputeType::F32,
+            parameters: &plan.parameters,
+            step,
+            accumulation: 1,
+            batches: [shape].into(),
+            evaluation: [shape].into(),
+            generated_tokens: 0,
+            moments: 0,
+            runtime: 0,
+            host: true,
+        };
+        let predicted = predict(&work);
+        let of = |phase| {
+            let held = predicted.phases.iter().find(|held| held.phase == phase).unwrap().components;
+            (held.gradients + held.activations + held.logits) as f64
+        };
+        let batch = collate(&examples.iter().collect::<Vec<_>>(), 0);
+        let key = DropoutKey { seed: 1, step: 1, micro_batch: 0 };
+        let stepped = peak_of(|| accumulate(model, &batch, 1.0, key, step, &mut StepGradients::default()));
+        let evaluated = peak_of(|| {
+            evaluate(model, &examples, rows, None, || true);
+        });
+        let what = (rows, time, gradient_checkpointing, &shape);
+        let ratio = of(Phase::Step) / stepped;
+        assert!((0.95..1.1).contains(&ratio), "step {what:?}: {} of {stepped}", of(Phase::Step));
+        let ratio = of(Phase::Evaluation) / evaluated;
+        assert!(
+            (0.95..1.25).contains(&ratio),
+            "evaluation {what:?}: {} of {evaluated}",
+            of(Phase::Evaluation)
+        );
+    }
+}
+
+const PREPARATION: Preparation = Preparation {
+    seed: 1,
+    examples: &[],
+    micro_batch_size: 1,
+    step: StepSettings { gradient_checkpointing: false, loss_chunk_rows: None },
+};
+
+/// Short and long, few and many supervised tokens, the whole graph and layer by layer.
+const CASES: [(usize, usize, usize, bool); 6] = [
+    (16, 64, 32, false),
+    (16, 64, 60, false),
+    (16, 64, 32, true),
+    (4, 256, 128, false),
+    (4, 256, 128, true),
+    (1, 512, 20, false),
+];
+
+// One test: what others would allocate at the same time must not be counted.
+#[test]
+fn a_steps_bytes_are_predicted() {
+    let checkpoint = Checkpoint::open(&root().join("recipes/quickstart/base")).unwrap();
+    for method in [
+        r#"{"r": 16, "target_modules": "all-linear"}"#,
+        r#"{"r": 16, "target_modules": "all-linear", "lora_dropout": 0.1}"#,
+        r#"{"r": 8}"#,
+        r#"{"r": 8, "use_dora": true, "target_modules": "all-linear"}"#,
+    ] {
+        let mut model = load(&checkpoint, &Device::flex(), ComputeType::F32).unwrap();
+        let lora = Lora::new(serde_json::from_str(method).unwrap(), "base", None, None).unwrap();
+        lora.prepare(&mut model, &PREPARATION).unwrap();
+        let plan = lora.plan(&model.config).unwrap();
+        let trained: Vec<String> =
+            model.parameters().iter().filter(|p| p.trainable).map(|p| p.name.clone()).collect();
+        let mut planned: Vec<&str> = plan.parameters.iter().map(|p| p.shape.name.as_str()).collect();
+        planned.sort_unstable();
+        let mut sorted: Vec<&str> = trained.iter().map(String::as_str).collect();
+        sorted.sort_unstable();
+        assert_eq!(planned, sorted);
+        compare(&model, &plan, &CASES);
+    }
+    let mut model = load(&checkpoint, &Device::flex(), ComputeType::F32).unwrap();
+    let headers = peft_core::checkpoint::Headers::of(&checkpoint).unwrap();
+    let plan = Full::plan(&model.config, &headers).unwrap();
+    Full { base: checkpoint }.prepare(&mut model, &PREPARATION).unwrap();
+    compare(&model, &plan, &CASES);
+}
