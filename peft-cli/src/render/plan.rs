@@ -128,7 +128,7 @@ fn course(report: &Report) {
         count(course.tokens),
         count(course.padded_tokens)
     );
-    println!("            {} evaluations · {} checkpoints", course.evaluations, course.saves);
+    println!("            evaluations: {} · checkpoints: {}", course.evaluations, course.saves);
     if let (Some(seconds), Some(measured)) = (report.seconds, &report.calibration) {
         let rate = 1.0 / measured.seconds_per_token.max(1e-12);
         let peak =

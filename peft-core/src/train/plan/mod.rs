@@ -197,7 +197,7 @@ fn allocator(host: bool, held: &Components) -> u64 {
 }
 
 /// Freed memory that the process keeps, whatever the model's size.
-const HOST_RETAINED: u64 = 40 << 20;
+const HOST_RETAINED: u64 = 48 << 20;
 /// Context and kernels of a GPU.
 const DEVICE_RETAINED: u64 = 600 << 20;
 
