@@ -93,7 +93,7 @@ fn a_plan_reads_headers_alone() {
     let parameters = planned["base"]["parameters"].as_u64().unwrap();
     assert_eq!(2 * parameters, end);
     assert!(end > 10_000_000_000, "{end}");
-    assert_eq!(planned["base"]["types"]["BF16"].as_u64(), Some(parameters));
+    assert_eq!(planned["base"]["types"]["bf16"].as_u64(), Some(parameters));
     assert_eq!(planned["memory"]["components"]["base_weights"].as_u64(), Some(4 * parameters));
     // Nothing was written there either: 512-byte blocks.
     assert!(path.metadata().unwrap().blocks() < 1000);
@@ -108,20 +108,20 @@ fn a_plan_reads_headers_alone() {
 
 #[test]
 fn records_that_are_too_long_are_told_and_stop_only_the_run() {
-    let overrides = ["sequence_len=50"];
+    let overrides = ["sequence_len=57"];
     let planned = plan(&overrides);
     let data = &planned["data"];
     assert!(data["too_long"].as_u64().unwrap() > 0);
-    assert!(data["error"].as_str().unwrap().contains("more than sequence_len 50"), "{data}");
+    assert!(data["error"].as_str().unwrap().contains("more than sequence_len 57"), "{data}");
     let (records, examples) = (data["records"].as_u64().unwrap(), data["train_examples"].as_u64().unwrap());
     assert_eq!(records - examples, data["too_long"].as_u64().unwrap());
     let binned: u64 = data["histogram"].as_array().unwrap().iter().map(|bin| bin[2].as_u64().unwrap()).sum();
     assert_eq!(binned, records);
-    let cut = plan(&["sequence_len=50", "on_truncation=right"]);
+    let cut = plan(&["sequence_len=57", "on_truncation=right"]);
     assert_eq!((&cut["data"]["error"], &cut["data"]["truncated"]), (&Value::Null, &data["too_long"]));
     // Cut on the right, an example loses its end-of-sequence token.
     assert_eq!(cut["data"]["without_eos"], data["too_long"]);
-    let out = peft(&["plan", "recipes/quickstart.yaml", "--override", "sequence_len=50"]);
+    let out = peft(&["plan", "recipes/quickstart.yaml", "--override", "sequence_len=57"]);
     assert!(out.status.success());
     assert!(String::from_utf8_lossy(&out.stderr).contains("the run will stop"));
 }

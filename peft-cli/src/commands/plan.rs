@@ -321,8 +321,10 @@ impl Data {
 fn collect(tokenised: Tokenised, sequence_len: usize) -> Result<(Dataset, Option<String>), CliError> {
     match tokenised.clone().collect(sequence_len, None) {
         Err(error @ DataError::TooLong { .. }) => {
-            let rest = tokenised.collect(sequence_len, Some(OnTruncation::Drop))?;
-            Ok((rest, Some(error.to_string())))
+            let text = error.to_string();
+            // Where nothing is short enough, there is nothing to plan with.
+            let rest = tokenised.collect(sequence_len, Some(OnTruncation::Drop)).map_err(|_| error)?;
+            Ok((rest, Some(text)))
         }
         result => Ok((result?, None)),
     }
