@@ -97,7 +97,7 @@ pub fn fingerprints(checkpoint: &Checkpoint) -> Result<BTreeMap<String, Original
 
 /// SHA-256 of the adapter's weight file.
 pub(super) fn adapter_sha256(adapter: &Adapter) -> String {
-    hex(&Sha256::digest(adapter.file().bytes()))
+    hex(adapter.file().sha256().as_ref())
 }
 
 /// Writes the tensors of `base` that are others in `folded`, as they are, into its folder, under a name that no loader

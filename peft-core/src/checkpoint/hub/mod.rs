@@ -389,8 +389,9 @@ fn is_top_level(file: &str) -> bool {
 }
 
 #[cfg(test)]
-mod push_tests;
 mod header_tests;
+#[cfg(test)]
+mod push_tests;
 #[cfg(test)]
 mod test_server;
 #[cfg(test)]
