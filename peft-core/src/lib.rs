@@ -6,6 +6,7 @@
 
 pub mod adapter;
 pub mod checkpoint;
+mod contain;
 pub mod data;
 mod error;
 pub mod kernels;

@@ -7,7 +7,7 @@
 use super::config::AdapterConfig;
 use super::error::AdapterError;
 use super::placement::{Placement, SharedWeight};
-use crate::checkpoint::SafetensorsFile;
+use crate::checkpoint::{ADAPTER_CONFIG_FILE, CheckpointError, Fence, SafetensorsFile};
 use crate::model::{BaseShapes, EMBEDDING, HEAD};
 use crate::nearest::did_you_mean;
 use std::collections::BTreeMap;
@@ -15,6 +15,9 @@ use std::path::{Path, PathBuf};
 
 /// The name of the weights' file.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+
+/// What older programs wrote in its place.
+const PICKLED_WEIGHTS: &str = "adapter_model.bin";
 
 pub(super) const PREFIX: &str = "base_model.model.";
 pub(super) const BASE_WEIGHT: &str = ".base_layer.weight";
@@ -76,8 +79,22 @@ pub struct Resolved {
 
 impl Adapter {
     /// Opens an adapter folder.
+    ///
+    /// # Errors
+    /// Either file missing, damaged, or a link that leads out of the folder and its hub cache; weights that are there
+    /// only as pickle.
     pub fn open(dir: &Path) -> Result<Self, AdapterError> {
+        let fence = Fence::around(dir)?;
+        if dir.join(ADAPTER_CONFIG_FILE).exists() {
+            fence.check(&dir.join(ADAPTER_CONFIG_FILE))?;
+        }
         let (config, warnings) = AdapterConfig::read(dir)?;
+        if dir.join(WEIGHTS_FILE).exists() {
+            fence.check(&dir.join(WEIGHTS_FILE))?;
+        } else if dir.join(PICKLED_WEIGHTS).exists() {
+            let file = PICKLED_WEIGHTS.to_string();
+            return Err(CheckpointError::PickleOnly { dir: dir.to_path_buf(), file }.into());
+        }
         let file = SafetensorsFile::open(dir.join(WEIGHTS_FILE))?;
         Ok(Self { dir: dir.to_path_buf(), config, warnings, file })
     }

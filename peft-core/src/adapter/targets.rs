@@ -8,9 +8,12 @@ use super::config::Layers;
 use super::error::AdapterError;
 use crate::model::{EMBEDDING, HEAD};
 use crate::nearest::did_you_mean;
-use fancy_regex::Regex;
+use fancy_regex::{Regex, RegexBuilder};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use std::collections::BTreeSet;
+
+/// Steps back that an expression may take on one path; a path is short, and an adapter's file may hold many expressions.
+const MAX_BACKTRACKING: usize = 100_000;
 
 /// Suffixes or a regular expression.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -83,7 +86,8 @@ fn is_suffix(path: &str, name: &str) -> bool {
 
 /// Compiles an expression that must match a whole path.
 fn full_match(key: &'static str, expression: &str, shown: &str) -> Result<Regex, AdapterError> {
-    Regex::new(&format!("^{expression}$")).map_err(|error| AdapterError::Pattern {
+    let regex = RegexBuilder::new(&format!("^{expression}$")).backtrack_limit(MAX_BACKTRACKING).build();
+    regex.map_err(|error| AdapterError::Pattern {
         key,
         pattern: shown.to_string(),
         message: error.to_string(),

@@ -102,7 +102,7 @@ pub enum CheckpointError {
     #[error("{}: neither model.safetensors nor model.safetensors.index.json", dir.display())]
     NoWeights { dir: PathBuf },
     /// Weights only as Python objects, which run code when they are read.
-    #[error("{}: weights are there only as pickle ({file}); pickle is never read, convert the model to safetensors", dir.display())]
+    #[error("{}: weights are there only as pickle ({file}); pickle is never read, convert it to safetensors (load it in Python and call save_pretrained)", dir.display())]
     PickleOnly { dir: PathBuf, file: String },
     /// An adapter where a model is expected.
     #[error("{}: this is an adapter (it holds adapter_config.json), not a model; name its base model here", dir.display())]
@@ -169,9 +169,18 @@ impl CheckpointError {
                     | io::ErrorKind::NotADirectory
                     | io::ErrorKind::IsADirectory
                     | io::ErrorKind::InvalidFilename
+                    // A path with a NUL in it.
+                    | io::ErrorKind::InvalidInput
             ),
-            Self::WriteFailed { .. }
-            | Self::DuplicateTensor { .. }
+            // A path that cannot be is a mistake; a disk that fails is not.
+            Self::WriteFailed { source, .. } => matches!(
+                source.kind(),
+                io::ErrorKind::NotADirectory
+                    | io::ErrorKind::AlreadyExists
+                    | io::ErrorKind::InvalidFilename
+                    | io::ErrorKind::InvalidInput
+            ),
+            Self::DuplicateTensor { .. }
             | Self::ReservedName { .. }
             | Self::WrongLength { .. }
             | Self::NotEnoughSpace { .. } => false,

@@ -246,18 +246,26 @@ pub(super) fn check(path: &Path, bytes: &[u8], length: usize) -> Result<Checked,
 
 /// What the file is if it begins like something that is often found in place of weights.
 fn recognise(bytes: &[u8]) -> Option<&'static str> {
-    const LOOKALIKES: [(&[u8], &str); 7] = [
+    const PICKLE: &str = "a Python pickle, which is never read; convert it to safetensors";
+    const LOOKALIKES: [(&[u8], &str); 6] = [
         (b"version https://git-lfs", "a git-lfs pointer; fetch the file itself with `git lfs pull`"),
         (b"<!doctype", "a web page; the download went wrong, fetch the file again"),
         (b"<html", "a web page; the download went wrong, fetch the file again"),
-        (b"pk\x03\x04", "a zip archive, probably a PyTorch pickle; convert it to safetensors"),
-        (b"\x80\x02", "a Python pickle; convert it to safetensors"),
+        (
+            b"pk\x03\x04",
+            "a zip archive, probably a PyTorch pickle, which is never read; convert it to safetensors",
+        ),
         (b"gguf", "a GGUF file; fetch the safetensors of the model"),
         (b"\x89hdf", "an HDF5 file; fetch the safetensors of the model"),
     ];
-    // A header length small enough for a valid file has zeros in bytes 4 to 8, which text never has.
-    if bytes.get(4..LENGTH_BYTES) == Some(&[0; 4]) {
+    // A valid file has zeros in bytes 4 to 8 of its header's length, and then the header. Text never has zeros there,
+    // archives and pickles may.
+    if bytes.get(4..=LENGTH_BYTES) == Some(b"\0\0\0\0{") {
         return None;
+    }
+    // Protocols 2 to 5, and an instruction, none of which is 0.
+    if matches!(bytes, [0x80, 2..=5, 1..=255, ..]) {
+        return Some(PICKLE);
     }
     LOOKALIKES
         .iter()

@@ -282,7 +282,7 @@ fn is_safe_shard(shard: &str) -> bool {
 fn no_weights(dir: &Path) -> CheckpointError {
     let names = file_names(dir).unwrap_or_default();
     let is_pickle = |name: &&String| {
-        matches!(extension(name).as_str(), "bin" | "pt" | "pth" | "ckpt")
+        matches!(extension(name).as_str(), "bin" | "pt" | "pth" | "ckpt" | "pkl")
             && (name.contains("model") || name.starts_with("consolidated"))
     };
     let dir = dir.to_path_buf();
@@ -345,14 +345,14 @@ pub(super) fn no_folder(path: &Path) -> CheckpointError {
 }
 
 /// The places to which links in a model's folder may lead.
-pub(super) struct Fence {
+pub(crate) struct Fence {
     roots: Vec<PathBuf>,
 }
 
 impl Fence {
     /// The folder itself, and where it is a snapshot in a hub cache, its repository's folder there
     /// (`models--org--name`, whose snapshots link to its `blobs`).
-    pub(super) fn around(dir: &Path) -> Result<Self, CheckpointError> {
+    pub(crate) fn around(dir: &Path) -> Result<Self, CheckpointError> {
         let real = fs::canonicalize(dir).map_err(CheckpointError::read(dir))?;
         let repository =
             real.ancestors().skip(1).zip(real.ancestors().skip(2)).find(|(snapshots, repository)| {
@@ -365,7 +365,7 @@ impl Fence {
     }
 
     /// Errors where the real place of `path` is outside.
-    pub(super) fn check(&self, path: &Path) -> Result<(), CheckpointError> {
+    pub(crate) fn check(&self, path: &Path) -> Result<(), CheckpointError> {
         let target = fs::canonicalize(path).map_err(CheckpointError::read(path))?;
         if self.roots.iter().any(|root| target.starts_with(root)) {
             return Ok(());

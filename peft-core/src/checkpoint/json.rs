@@ -53,7 +53,10 @@ impl<'de, V: Deserialize<'de>> Deserialize<'de> for Entries<V> {
 }
 
 /// The bytes of the regular file at `path`, of which there may be at most `limit`.
-pub(crate) fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, CheckpointError> {
+///
+/// # Errors
+/// A file that is missing, larger, or no file: a pipe is not waited for.
+pub fn read_bounded(path: &Path, limit: u64) -> Result<Vec<u8>, CheckpointError> {
     let metadata = path.metadata().map_err(CheckpointError::read(path))?;
     // Checked before opening: a pipe would block.
     if !metadata.is_file() {

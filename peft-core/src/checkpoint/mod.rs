@@ -26,7 +26,7 @@ pub use disk::{free_bytes, require_free};
 pub use dtype::{Dtype, DtypeError, f32_bytes, from_f32, to_f32};
 pub use error::CheckpointError;
 pub use file::{SafetensorsFile, TensorRef};
-pub(crate) use folder::hex;
+pub(crate) use folder::{Fence, hex};
 pub use folder::{
     ADAPTER_CONFIG_FILE, CONFIG_FILE, Checkpoint, INDEX_FILE, MERGE_FILE, ORIGINAL_FILE, WEIGHTS_FILE,
 };
@@ -35,5 +35,5 @@ pub use hub::{
     HubError, HubOptions, Progress, PushFile, PushReport, PushRequest, PushSource, Selection, check_target,
     push, resolve, resolve_headers, resolve_with_progress, select_files,
 };
-pub(crate) use json::read_bounded;
+pub use json::read_bounded;
 pub use writer::{Compute, LazyTensor, safetensors_bytes, write_safetensors, write_sharded};

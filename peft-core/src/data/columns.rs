@@ -8,7 +8,8 @@ use parquet::record::Field;
 use serde_json::Value;
 
 use super::DataError;
-use super::records::{Record, malformed};
+use super::records::{LineLimit, Record, malformed, unreadable};
+use crate::contain::contained;
 
 /// Rows under a header, as strings. Quotes have a meaning between commas alone: tab-separated files are commonly
 /// written without any.
@@ -18,12 +19,14 @@ pub(super) fn read_table(
     delimiter: u8,
     limit: usize,
 ) -> Result<Vec<Record>, DataError> {
-    let mut reader =
-        csv::ReaderBuilder::new().delimiter(delimiter).quoting(delimiter == b',').from_reader(file);
+    let mut reader = csv::ReaderBuilder::new()
+        .delimiter(delimiter)
+        .quoting(delimiter == b',')
+        .from_reader(LineLimit::new(file));
     let wrong = |error: csv::Error| {
         let place = error.position().map_or("header".into(), |position| format!("line {}", position.line()));
         match error.into_kind() {
-            csv::ErrorKind::Io(source) => DataError::Read { path: path.into(), source },
+            csv::ErrorKind::Io(error) => unreadable(path, place, error),
             csv::ErrorKind::UnequalLengths { expected_len, len, .. } => {
                 malformed(path, place, format!("{len} values where the header has {expected_len}"))
             }
@@ -47,6 +50,12 @@ pub(super) fn read_table(
 
 /// The rows of a Parquet file.
 pub(super) fn read_parquet(path: &Path, file: File, limit: usize) -> Result<Vec<Record>, DataError> {
+    // The library asserts that lists and maps have the usual form.
+    contained(|| read_rows(path, file, limit))
+        .unwrap_or_else(|problem| Err(malformed(path, "the file", problem)))
+}
+
+fn read_rows(path: &Path, file: File, limit: usize) -> Result<Vec<Record>, DataError> {
     let wrong =
         |place: String, error: parquet::errors::ParquetError| malformed(path, place, error.to_string());
     let reader = SerializedFileReader::new(file).map_err(|error| wrong("footer".into(), error))?;
@@ -106,7 +115,7 @@ fn field_to_json(field: &Field) -> Result<Value, String> {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::super::records::tests::{failure, records};
-    use parquet::data_type::{ByteArray, ByteArrayType, Int64Type};
+    use parquet::data_type::{ByteArray, ByteArrayType, Int32Type, Int64Type};
     use parquet::file::properties::WriterProperties;
     use parquet::file::writer::SerializedFileWriter;
     use parquet::schema::parser::parse_message_type;
@@ -158,5 +167,21 @@ mod tests {
         assert_eq!(records("d.parquet", &bytes), expected);
         bytes.truncate(bytes.len() - 3);
         assert!(failure("d.parquet", &bytes).starts_with("d.parquet: footer: "));
+    }
+
+    #[test]
+    fn parquet_maps_of_another_form_are_refused() {
+        let schema = "message m { required group tags (MAP) { required int32 a; required int32 b; } }";
+        let schema = Arc::new(parse_message_type(schema).unwrap());
+        let mut bytes = Vec::new();
+        let mut writer = SerializedFileWriter::new(&mut bytes, schema, Arc::default()).unwrap();
+        let mut group = writer.next_row_group().unwrap();
+        while let Some(mut column) = group.next_column().unwrap() {
+            column.typed::<Int32Type>().write_batch(&[1], None, None).unwrap();
+            column.close().unwrap();
+        }
+        group.close().unwrap();
+        writer.close().unwrap();
+        assert!(failure("d.parquet", &bytes).contains("map"));
     }
 }

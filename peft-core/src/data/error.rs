@@ -1,5 +1,6 @@
 //! What can be wrong with data.
 
+use std::io::ErrorKind;
 use std::path::PathBuf;
 
 use crate::text::TextError;
@@ -162,7 +163,10 @@ impl DataError {
     /// Whether the user's files or options are wrong (exit code 2), as against anything else (exit code 1).
     pub fn is_bad_input(&self) -> bool {
         match self {
-            DataError::Read { source, .. } => source.kind() == std::io::ErrorKind::PermissionDenied,
+            DataError::Read { source, .. } => matches!(
+                source.kind(),
+                ErrorKind::PermissionDenied | ErrorKind::InvalidInput | ErrorKind::InvalidFilename
+            ),
             DataError::Template { source, .. } | DataError::Text { source, .. } => source.is_bad_input(),
             _ => true,
         }

@@ -1,7 +1,7 @@
 //! Data files as lists of objects.
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -15,6 +15,15 @@ use crate::nearest::did_you_mean;
 pub type Record = Map<String, Value>;
 
 const EXTENSIONS: [&str; 6] = ["json", "jsonl", "csv", "tsv", "parquet", "txt"];
+
+/// Extensions of Python's pickles and of archives with them inside.
+const PICKLES: [&str; 6] = ["pkl", "pickle", "pt", "pth", "bin", "joblib"];
+
+/// Bytes of the largest file that is read as one text (`.json`, `.txt`).
+const MAX_TEXT: u64 = 4 << 30;
+
+/// Bytes of the longest line elsewhere: what is longer is no record but, for instance, a file of zeros.
+const MAX_LINE: usize = 256 << 20;
 
 /// Reads the records that `config` asks for, in file order; the format is the file name's extension:
 ///
@@ -43,7 +52,13 @@ pub fn read(config: &DatasetConfig) -> Result<Vec<Record>, DataError> {
         "parquet" => read_parquet(path, file, limit)?,
         "txt" => read_text(path, file, config.separator.as_deref(), limit)?,
         _ => {
-            let hint = did_you_mean(&extension, EXTENSIONS);
+            let hint = match PICKLES.contains(&extension.as_str()) {
+                true => {
+                    "; pickle is never read: write the records with pandas' to_json(lines=True) or to_parquet"
+                        .into()
+                }
+                false => did_you_mean(&extension, EXTENSIONS),
+            };
             return Err(DataError::UnknownFormat { path: path.into(), extension, hint });
         }
     };
@@ -72,6 +87,10 @@ fn open(path: &Path) -> Result<File, DataError> {
         names.sort();
         names
     };
+    // Checked before opening: a pipe would block.
+    if path.metadata().is_ok_and(|metadata| !metadata.is_file() && !metadata.is_dir()) {
+        return Err(malformed(path, "the file", "not a regular file; write the records to one"));
+    }
     if path.is_dir() {
         let is_data = |name: &String| name.rsplit_once('.').is_some_and(|(_, ext)| EXTENSIONS.contains(&ext));
         let files: Vec<String> = names(path).into_iter().filter(is_data).take(8).collect();
@@ -94,9 +113,15 @@ fn open(path: &Path) -> Result<File, DataError> {
     })
 }
 
-fn read_all(path: &Path, mut file: File) -> Result<String, DataError> {
+fn read_all(path: &Path, file: File) -> Result<String, DataError> {
+    let failed = |source| DataError::Read { path: path.into(), source };
+    if file.metadata().map_err(failed)?.len() > MAX_TEXT {
+        let problem =
+            format!("more than {MAX_TEXT} bytes; name records by line (.jsonl), which are read one by one");
+        return Err(malformed(path, "the file", problem));
+    }
     let mut bytes = Vec::new();
-    file.read_to_end(&mut bytes).map_err(|source| DataError::Read { path: path.into(), source })?;
+    file.take(MAX_TEXT).read_to_end(&mut bytes).map_err(failed)?;
     let mut text = String::from_utf8(bytes).map_err(|error| {
         let place = format!("byte {}", error.utf8_error().valid_up_to());
         malformed(path, place, "not UTF-8 text")
@@ -156,13 +181,13 @@ fn read_json(path: &Path, file: File) -> Result<Vec<Record>, DataError> {
 }
 
 fn read_jsonl(path: &Path, file: File, limit: usize) -> Result<Vec<Record>, DataError> {
-    let mut reader = BufReader::new(file);
+    let mut reader = BufReader::new(LineLimit::new(file));
     let mut records = Vec::new();
     let mut line = Vec::new();
     for number in 1.. {
         line.clear();
         let read = reader.read_until(b'\n', &mut line);
-        if read.map_err(|source| DataError::Read { path: path.into(), source })? == 0
+        if read.map_err(|error| unreadable(path, format!("line {number}"), error))? == 0
             || records.len() == limit
         {
             break;
@@ -201,6 +226,42 @@ fn read_text(
             .collect(),
         None => text.lines().filter(|line| !line.trim().is_empty()).take(limit).map(record).collect(),
     })
+}
+
+/// A file that fails with [`ErrorKind::InvalidData`](io::ErrorKind::InvalidData) where a line does not end.
+pub(super) struct LineLimit {
+    file: File,
+    /// Bytes since the line's begin.
+    length: usize,
+}
+
+impl LineLimit {
+    pub(super) fn new(file: File) -> Self {
+        Self { file, length: 0 }
+    }
+}
+
+impl Read for LineLimit {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.file.read(buffer)?;
+        self.length = match buffer[..count].iter().rposition(|&byte| byte == b'\n') {
+            Some(end) => count - end - 1,
+            None => self.length + count,
+        };
+        if self.length > MAX_LINE {
+            let problem = format!("a line of more than {MAX_LINE} bytes");
+            return Err(io::Error::new(io::ErrorKind::InvalidData, problem));
+        }
+        Ok(count)
+    }
+}
+
+/// The error for a file that fails to be read at `place`.
+pub(super) fn unreadable(path: &Path, place: String, error: io::Error) -> DataError {
+    match error.kind() {
+        io::ErrorKind::InvalidData => malformed(path, place, error.to_string()),
+        _ => DataError::Read { path: path.into(), source: error },
+    }
 }
 
 /// The error for a file that is wrong at `place`.
@@ -289,6 +350,8 @@ pub(super) mod tests {
         assert!(failure(dir.path()).ends_with("name a data file, for example train.jsonl"));
         std::fs::write(dir.path().join("t.jsonll"), "").unwrap();
         assert!(failure(&dir.path().join("t.jsonll")).contains("unknown format `jsonll`"));
+        std::fs::write(dir.path().join("t.pkl"), b"\x80\x04.").unwrap();
+        assert!(failure(&dir.path().join("t.pkl")).contains("pickle is never read"));
     }
 
     #[test]

@@ -160,6 +160,13 @@ impl RopeScaling {
                 return Err(invalid(format!("{block}.rope_type"), &other.into(), expected));
             }
         };
+        // The table is made in f32.
+        let (frequencies, scale) = scaling.frequencies(theta, head_dim, max_positions);
+        let finite = |frequency: &f64| (*frequency as f32 * max_positions as f32).is_finite();
+        if !((scale as f32).is_finite() && frequencies.iter().all(finite)) {
+            let found = serde_json::json!({ "rope_theta": theta, block: parameters });
+            return Err(invalid(block.to_string(), &found, "values that give finite frequencies"));
+        }
         Ok((theta, scaling))
     }
 

@@ -5,22 +5,36 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::TextError;
+use crate::checkpoint::{CheckpointError, Fence, read_bounded};
 
 /// Largest `tokenizer.json` accepted; the largest published ones are some 30 MB.
 pub(super) const MAX_TOKENIZER_BYTES: u64 = 512 << 20;
 /// Largest configuration or template file accepted.
 const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
-/// A file's bytes; `None` when there is no such file.
+/// A file's bytes; `None` when there is no such file. A link must stay in the folder or its hub cache.
 pub(super) fn read(path: &Path, limit: u64) -> Result<Option<Vec<u8>>, TextError> {
-    let failed = |source| TextError::Read { path: path.into(), source };
-    match std::fs::metadata(path) {
-        Ok(metadata) if metadata.len() > limit => {
-            Err(TextError::TooLarge { path: path.into(), bytes: metadata.len(), limit })
+    let inside = match path.parent().filter(|_| path.exists()) {
+        Some(dir) => Fence::around(dir).and_then(|fence| fence.check(path)),
+        None => Ok(()),
+    };
+    match inside.and_then(|()| read_bounded(path, limit)) {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(CheckpointError::ReadFailed { source, .. }) if source.kind() == std::io::ErrorKind::NotFound => {
+            Ok(None)
         }
-        Ok(_) => std::fs::read(path).map(Some).map_err(failed),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(failed(error)),
+        Err(CheckpointError::ReadFailed { path, source }) => Err(TextError::Read { path, source }),
+        Err(CheckpointError::TooLarge { path, bytes, limit }) => {
+            Err(TextError::TooLarge { path, bytes, limit })
+        }
+        Err(CheckpointError::LeadsOut { path, target }) => {
+            let problem = format!(
+                "leads out of its folder, to {}; copy the file instead of linking it",
+                target.display()
+            );
+            Err(TextError::Invalid { path, problem })
+        }
+        Err(_) => Err(TextError::Invalid { path: path.into(), problem: "not a regular file".into() }),
     }
 }
 

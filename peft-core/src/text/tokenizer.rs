@@ -8,6 +8,7 @@ use super::folder::{
     without_tokenizer_hint,
 };
 use super::{ChatTemplate, DecodeStream, TextError};
+use crate::contain::contained;
 use crate::nearest::did_you_mean;
 
 /// The roles of special tokens in `tokenizer_config.json` and `special_tokens_map.json`.
@@ -54,9 +55,8 @@ impl Tokenizer {
         let Some(bytes) = read(&path, MAX_TOKENIZER_BYTES)? else {
             return Err(TextError::NoTokenizer { dir: dir.into(), hint: without_tokenizer_hint(dir) });
         };
-        let mut inner = tokenizers::Tokenizer::from_bytes(&bytes).map_err(|error| TextError::Invalid {
-            path: path.clone(),
-            problem: format!("not a usable tokenizer: {error}"),
+        let mut inner = guarded(|| tokenizers::Tokenizer::from_bytes(&bytes)).map_err(|error| {
+            TextError::Invalid { path: path.clone(), problem: format!("not a usable tokenizer: {error}") }
         })?;
         drop(bytes);
         // A published file may cut or pad by itself; cutting is this toolkit's explicit business.
@@ -161,9 +161,7 @@ impl Tokenizer {
     }
 
     fn encode_raw(&self, text: &str, add_special: bool) -> Result<Encoding, TextError> {
-        let encoding = self
-            .inner
-            .encode_char_offsets(text, add_special)
+        let encoding = guarded(|| self.inner.encode_char_offsets(text, add_special))
             .map_err(|error| TextError::Tokenizer(error.to_string()))?;
         let mut offsets = encoding.get_offsets().to_vec();
         // Byte-level tokenizers trim spaces off the offsets, which leaves a token of spaces with an empty range: it
@@ -187,7 +185,8 @@ impl Tokenizer {
     /// # Errors
     /// When the tokenizer's decoder fails.
     pub fn decode(&self, ids: &[u32], skip_special: bool) -> Result<String, TextError> {
-        self.inner.decode(ids, skip_special).map_err(|error| TextError::Tokenizer(error.to_string()))
+        guarded(|| self.inner.decode(ids, skip_special))
+            .map_err(|error| TextError::Tokenizer(error.to_string()))
     }
 
     /// A decoder that takes one token at a time and gives out text as soon as it is complete.
@@ -274,6 +273,11 @@ impl Tokenizer {
     }
 }
 
+/// The library's answer, with its panics on an odd `tokenizer.json` among its errors.
+fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    contained(work).unwrap_or_else(|panic| Err(panic.into()))
+}
+
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
@@ -289,6 +293,16 @@ mod tests {
         let error = Tokenizer::from_dir(dir).unwrap_err();
         assert!(error.is_bad_input());
         error.to_string()
+    }
+
+    #[test]
+    fn a_tokenizer_that_makes_the_library_panic_is_refused() {
+        let dir = folder(false, &[]);
+        let path = dir.path().join("tokenizer.json");
+        let mut json: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        json["pre_tokenizer"] = json!({"type": "FixedLength", "length": 0});
+        std::fs::write(&path, json.to_string()).unwrap();
+        assert!(failure(dir.path()).starts_with("the tokenizer failed: "));
     }
 
     #[test]

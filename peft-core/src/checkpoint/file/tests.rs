@@ -143,17 +143,25 @@ fn unknown_dtypes_are_named() {
 
 #[test]
 fn other_files_in_place_of_weights_are_recognised() {
-    let cases: [(&[u8], &str); 5] = [
+    let cases: [(&[u8], &str); 8] = [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "git lfs pull"),
         (b"<!DOCTYPE html><html></html>", "web page"),
         (b"<HTML lang=en>", "web page"),
         (b"PK\x03\x04\x00\x00\x08\x08\x00", "pickle"),
+        (b"PK\x03\x04\x00\x00\x00\x00\x00", "pickle"),
+        (b"\x80\x02}q\x00.", "pickle"),
+        // The length of a frame puts zeros where a header's length has them.
+        (b"\x80\x04\x95\x10\x00\x00\x00\x00\x00\x00\x00}\x94.", "pickle"),
         (b"GGUF\x03\x00\x00\x01\x00", "GGUF"),
     ];
     for (bytes, expected) in cases {
         let message = open_bytes(bytes).unwrap_err().to_string();
         assert!(message.contains(expected), "{message}");
     }
+    // A header of 0x280 bytes begins like a pickle and is none.
+    let mut sound = 0x280u64.to_le_bytes().to_vec();
+    sound.extend(format!("{{{:0x$}}}", "", x = 0x27e).replace('0', " ").bytes());
+    assert!(open_bytes(&sound).is_ok());
 }
 
 #[test]
