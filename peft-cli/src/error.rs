@@ -1,5 +1,6 @@
 //! The program's error and its exit code.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 /// What ends a command.
@@ -63,7 +64,15 @@ impl CliError {
     /// 2 for bad input, 1 for anything else.
     pub fn exit_code(&self) -> u8 {
         let bad_input = match self {
-            CliError::Io { .. } | CliError::Busy { .. } => false,
+            // A path that cannot be is a mistake; a disk that fails is not.
+            CliError::Io { source, .. } => matches!(
+                source.kind(),
+                ErrorKind::NotADirectory
+                    | ErrorKind::PermissionDenied
+                    | ErrorKind::InvalidInput
+                    | ErrorKind::InvalidFilename
+            ),
+            CliError::Busy { .. } => false,
             CliError::Core(error) => error.is_bad_input(),
             _ => true,
         };

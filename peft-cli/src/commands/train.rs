@@ -36,6 +36,9 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
     let device = device::device(&recipe.device)?;
     let compute = device::compute_type(&recipe.dtype, &device)?;
     let output_dir = PathBuf::from(&recipe.output_dir);
+    if output_dir.exists() && !output_dir.is_dir() {
+        return Err(wrong(format!("`output_dir` {} is not a folder", output_dir.display())));
+    }
     let resume = resume_from(args.resume.as_deref(), &output_dir)?;
 
     let hub = open::hub(recipe.revision.as_deref(), args.offline);

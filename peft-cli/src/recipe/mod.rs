@@ -10,8 +10,15 @@ pub use schema::{MethodBlock, OptimizerBlock, Recipe};
 pub use strict::parse as parse_strict;
 
 use crate::error::CliError;
+use peft_core::checkpoint::read_bounded;
 use serde_json::{Map, Value};
 use std::path::Path;
+
+/// Bytes of the largest recipe read.
+const MAX_RECIPE_BYTES: u64 = 1 << 20;
+
+/// Parts of the deepest key that an override may name.
+const MAX_DEPTH: usize = 16;
 
 /// Reads a recipe, applies `overrides` (`key=value`, dots for nesting) and resolves every default.
 ///
@@ -19,7 +26,8 @@ use std::path::Path;
 /// Anything wrong with the file, naming key and nearest known key.
 pub fn read(path: &Path, overrides: &[String]) -> Result<Recipe, CliError> {
     let wrong = |message: String| CliError::Recipe { path: path.to_path_buf(), message };
-    let text = std::fs::read_to_string(path).map_err(|error| wrong(format!("cannot be read: {error}")))?;
+    let text = String::from_utf8(read_bounded(path, MAX_RECIPE_BYTES)?)
+        .map_err(|error| wrong(format!("not UTF-8 text: {error}")))?;
     let mut value: Value = serde_saphyr::from_str(&text).map_err(|error| wrong(error.to_string()))?;
     if !value.is_object() {
         return Err(wrong("expected keys and values at the top".to_string()));
@@ -39,6 +47,9 @@ pub fn read(path: &Path, overrides: &[String]) -> Result<Recipe, CliError> {
 
 /// Sets the value at a dotted key, making objects on the way.
 fn set(target: &mut Value, key: &str, new: Value) -> Result<(), String> {
+    if key.split('.').count() > MAX_DEPTH {
+        return Err(format!("a key has at most {MAX_DEPTH} parts"));
+    }
     let mut place = target;
     for part in key.split('.') {
         if place.is_null() {

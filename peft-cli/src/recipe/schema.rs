@@ -300,8 +300,11 @@ impl Recipe {
         if !(decay(optimizer.betas.0) && decay(optimizer.betas.1)) {
             return Err(format!("`optimizer.betas` is {:?}, expected two numbers below 1", optimizer.betas));
         }
-        if !(optimizer.eps >= 0.0 && optimizer.weight_decay >= 0.0) {
-            return Err("`optimizer.eps` and `optimizer.weight_decay` must not be negative".to_string());
+        let usable = |x: f64| x.is_finite() && x >= 0.0;
+        if !(usable(optimizer.eps) && usable(optimizer.weight_decay)) {
+            return Err(
+                "`optimizer.eps` and `optimizer.weight_decay` must be finite and not negative".to_string()
+            );
         }
         Ok(())
     }

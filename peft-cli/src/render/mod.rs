@@ -18,17 +18,32 @@ use std::io::IsTerminal;
 /// Prints an error to stderr.
 pub fn error(error: &CliError) {
     let label = if std::io::stderr().is_terminal() { "\x1b[1;31merror\x1b[0m" } else { "error" };
-    eprintln!("{label}: {error}");
+    eprintln!("{label}: {}", printable(&error.to_string()));
 }
 
 /// Prints a warning to stderr.
 pub fn warning(message: &str) {
     let label = if std::io::stderr().is_terminal() { "\x1b[1;33mwarning\x1b[0m" } else { "warning" };
-    eprintln!("{label}: {message}");
+    eprintln!("{label}: {}", printable(message));
+}
+
+/// The text without what a terminal would obey: names in it come from files.
+fn printable(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '\n' | '\t' => out.push(c),
+            c if c.is_control() => out.extend(c.escape_unicode()),
+            c => out.push(c),
+        }
+    }
+    out
 }
 
 /// A table with its columns aligned, first column to the left and the others to the right.
 pub fn table(rows: &[Vec<String>]) -> String {
+    let rows: Vec<Vec<String>> =
+        rows.iter().map(|row| row.iter().map(|cell| printable(cell)).collect()).collect();
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {
         rows.iter().filter_map(|row| row.get(column)).map(|cell| cell.chars().count()).max().unwrap_or(0)
