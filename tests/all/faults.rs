@@ -8,14 +8,14 @@ use std::process::Command;
 use tempfile::TempDir;
 
 /// A copy of the quickstart's base to be damaged.
-fn base() -> (TempDir, PathBuf) {
+pub fn base() -> (TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     copy(&root().join(BASE), dir.path());
     let path = dir.path().to_path_buf();
     (dir, path)
 }
 
-fn copy(from: &Path, to: &Path) {
+pub fn copy(from: &Path, to: &Path) {
     for entry in std::fs::read_dir(from).unwrap() {
         let path = entry.unwrap().path();
         std::fs::copy(&path, to.join(path.file_name().unwrap())).unwrap();
@@ -23,7 +23,7 @@ fn copy(from: &Path, to: &Path) {
 }
 
 /// Refused with an error that contains all of `expected`.
-fn refuses(args: &[&str], expected: &[&str]) {
+pub fn refuses(args: &[&str], expected: &[&str]) {
     let stderr = peft_refuses(args);
     for part in expected {
         assert!(stderr.contains(part), "no `{part}` in: {stderr}");
@@ -31,19 +31,19 @@ fn refuses(args: &[&str], expected: &[&str]) {
     assert_eq!(stderr.lines().filter(|line| line.starts_with("error")).count(), 1, "{stderr}");
 }
 
-fn refuses_base(dir: &Path, expected: &[&str]) {
+pub fn refuses_base(dir: &Path, expected: &[&str]) {
     let dir = dir.display().to_string();
     refuses(&["generate", "--base-model", &dir, "--prompt", "x"], expected);
 }
 
 /// The header and the data of a safetensors file.
-fn split(path: &Path) -> (Value, Vec<u8>) {
+pub fn split(path: &Path) -> (Value, Vec<u8>) {
     let bytes = std::fs::read(path).unwrap();
     let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
     (serde_json::from_slice(&bytes[8..8 + length]).unwrap(), bytes[8 + length..].to_vec())
 }
 
-fn join(path: &Path, header: &Value, data: &[u8]) {
+pub fn join(path: &Path, header: &Value, data: &[u8]) {
     let header = header.to_string();
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend(header.as_bytes());

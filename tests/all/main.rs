@@ -13,5 +13,6 @@ mod push;
 mod report;
 mod resume;
 mod rope;
+mod security;
 mod trajectory;
 mod variants;
