@@ -1,49 +1,48 @@
 //! Chat templates: Jinja as `transformers` runs it, in an engine that can only produce a bounded string.
 //!
-//! A template comes with a downloaded model and is not trusted. It sees the messages and the special tokens and
-//! nothing else; it has no loader, its steps, its recursion and its output are limited.
+//! A template comes with a downloaded model and is not trusted. It sees the messages, the special tokens and the
+//! variables that the user named, and nothing else; it has no loader, and its steps, its recursion and the bytes that it
+//! reads and writes are limited.
 //!
-//! Known differences from Python: `~` joins `none`, booleans and lists as the engine writes them, there is no `%` for
-//! strings, and iterating over `none` is empty instead of an error.
+//! Known differences from Python: there is no `%` for strings, no `*` or `**` before an argument, and a function or a
+//! generator is not printed as Python prints it.
 
 use std::collections::BTreeMap;
 use std::error::Error as _;
-use std::io;
+use std::ops::Range;
 
-use minijinja::value::{Kwargs, Value, ValueKind};
-use minijinja::{Environment, Error, ErrorKind, State, UndefinedBehavior};
+use minijinja::value::Value;
+use minijinja::{Error, ErrorKind};
 use serde_json::Map;
 
-use super::{TextError, date, python};
+use super::builtins::{MARKING, MARKS, Refusal};
+use super::engine::{MAX_STEPS, Program};
+use super::meter::{OutOfMemory, meter};
+use super::{TextError, date};
 
-/// Steps of the engine for one rendering; a conversation takes some fifty a message.
-const MAX_STEPS: u64 = 5_000_000;
-/// Nesting of macro calls.
-const MAX_RECURSION: usize = 100;
-/// Bytes of output of one rendering.
-const MAX_OUTPUT: usize = 64 << 20;
-const NAME: &str = "chat_template";
+/// The names under which a message's reasoning is passed; `transformers` fills the first from the others.
+const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
 
 /// A model's way to write a conversation.
 #[derive(Debug)]
 pub struct ChatTemplate {
-    environment: Environment<'static>,
+    program: Program,
     special_tokens: BTreeMap<String, String>,
     uses_date: bool,
+    marks_generation: bool,
 }
 
 impl ChatTemplate {
     /// Parses a template. `special_tokens` maps roles such as `bos_token` to text; they are variables of the template.
     ///
     /// # Errors
-    /// When the source is not valid Jinja.
+    /// When the source is not valid Jinja, or has a tag or an expression of absurd length.
     pub fn new(source: String, special_tokens: &BTreeMap<String, String>) -> Result<Self, TextError> {
         let uses_date = source.contains("strftime_now");
-        let mut environment = environment();
-        environment
-            .add_template_owned(NAME, without_generation_tags(&source))
-            .map_err(|error| TextError::TemplateSyntax(describe(&error)))?;
-        let mut template = Self { environment, special_tokens: special_tokens.clone(), uses_date };
+        let (source, marks_generation) = with_generation_filters(&source);
+        let program = Program::new(source).map_err(|error| TextError::TemplateSyntax(describe(&error)))?;
+        let special_tokens = special_tokens.clone();
+        let mut template = Self { program, special_tokens, uses_date, marks_generation };
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
         template.set_time(now.map_or(0, |since| since.as_secs()));
         Ok(template)
@@ -52,7 +51,8 @@ impl ChatTemplate {
     /// What the template takes for the present, in seconds since 1970 (UTC); without this, the time of
     /// [`new`](Self::new).
     pub fn set_time(&mut self, unix_seconds: u64) {
-        self.environment.add_function("strftime_now", move |format: &str| {
+        self.program.add_function("strftime_now", move |state: &minijinja::State, format: &str| {
+            meter(state)?.charge(16 * format.len())?;
             date::strftime(format, unix_seconds).ok_or_else(|| {
                 Error::new(ErrorKind::InvalidOperation, format!("date format `{format}` is not supported"))
             })
@@ -64,9 +64,17 @@ impl ChatTemplate {
         self.uses_date
     }
 
+    /// Whether the template says by `{% generation %}` which text the model should learn.
+    pub fn marks_generation(&self) -> bool {
+        self.marks_generation
+    }
+
     /// Writes `messages` (objects with `role` and `content`, as in the chat format) as one string. With
     /// `add_generation_prompt` the string ends where the assistant's answer begins. `extra` are further variables,
-    /// for example `enable_thinking`.
+    /// for example `tools`, `documents` or `enable_thinking`; they win over special tokens of the same name.
+    ///
+    /// As in `transformers`, a property of a message that is null counts as absent, and reasoning is found under each of
+    /// its usual names.
     ///
     /// # Errors
     /// When the template refuses the messages (`raise_exception`), fails on them, or exceeds its limits.
@@ -76,6 +84,90 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         extra: &Map<String, serde_json::Value>,
     ) -> Result<String, TextError> {
+        self.run(self.variables(messages, add_generation_prompt, extra), input_bytes(messages, extra))
+    }
+
+    /// As [`render`](Self::render) without a generation prompt, with the text's `{% generation %}` blocks as ascending
+    /// ranges of bytes.
+    ///
+    /// # Errors
+    /// As for `render`; also when the messages hold the noncharacters U+FDD0 or U+FDD1, which serve as marks.
+    pub fn render_marked(
+        &self,
+        messages: &[serde_json::Value],
+        extra: &Map<String, serde_json::Value>,
+    ) -> Result<(String, Vec<Range<usize>>), TextError> {
+        let plain = self.render(messages, false, extra)?;
+        if !self.marks_generation {
+            return Ok((plain, Vec::new()));
+        }
+        let mut variables = self.variables(messages, false, extra);
+        variables.insert(MARKING, Value::from(true));
+        let marked = self.run(variables, input_bytes(messages, extra))?;
+        let failed = |problem: &str| TextError::TemplateFailed(format!("its `generation` blocks {problem}"));
+        let (mut text, mut ranges, mut start) = (String::with_capacity(plain.len()), Vec::new(), None);
+        for c in marked.chars() {
+            match (MARKS.iter().position(|&mark| mark == c), start) {
+                (None, _) => text.push(c),
+                (Some(0), None) => start = Some(text.len()),
+                (Some(1), Some(from)) => {
+                    ranges.push(from..text.len());
+                    start = None;
+                }
+                _ => return Err(failed("are nested, or the messages hold U+FDD0 or U+FDD1")),
+            }
+        }
+        match start.is_none() && text == plain {
+            true => Ok((text, ranges)),
+            false => Err(failed("are not written where they stand")),
+        }
+    }
+
+    /// Writes `messages` up to the end of the last one's content, for a model to go on from there.
+    ///
+    /// # Errors
+    /// As for [`render`](Self::render); also when the last message has no content that is a text, or the template does
+    /// not write it.
+    pub fn render_open(
+        &self,
+        messages: &[serde_json::Value],
+        extra: &Map<String, serde_json::Value>,
+    ) -> Result<String, TextError> {
+        const TAG: &str = "CONTINUE_FINAL_MESSAGE_TAG ";
+        let failed = |problem: &str| TextError::TemplateFailed(format!("the last message {problem}"));
+        let mut messages = messages.to_vec();
+        let content = messages.last_mut().and_then(|message| message.get_mut("content"));
+        let text = match content {
+            Some(serde_json::Value::Array(parts)) => {
+                parts.iter_mut().rev().find_map(|part| part.get_mut("text"))
+            }
+            other => other,
+        };
+        let Some(serde_json::Value::String(text)) = text else {
+            return Err(failed("has no text to go on from"));
+        };
+        let content = text.trim().to_string();
+        text.push_str(TAG);
+        let mut rendered = self.render(&messages, false, extra)?;
+        match rendered.rfind(TAG.trim_end()) {
+            Some(at) if rendered.contains(&content) => {
+                let spaced = rendered[at..].starts_with(TAG);
+                rendered.truncate(at);
+                if !spaced {
+                    rendered.truncate(rendered.trim_end().len());
+                }
+                Ok(rendered)
+            }
+            _ => Err(failed("does not appear in what the template writes")),
+        }
+    }
+
+    fn variables<'a>(
+        &'a self,
+        messages: &[serde_json::Value],
+        add_generation_prompt: bool,
+        extra: &'a Map<String, serde_json::Value>,
+    ) -> BTreeMap<&'a str, Value> {
         let mut variables: BTreeMap<&str, Value> = BTreeMap::new();
         for (role, token) in &self.special_tokens {
             variables.insert(role, Value::from(token.as_str()));
@@ -85,60 +177,51 @@ impl ChatTemplate {
         for (name, value) in extra {
             variables.insert(name, Value::from_serialize(value));
         }
-        variables.insert("messages", Value::from_serialize(messages));
+        let messages: Vec<serde_json::Value> = messages.iter().map(as_templates_expect).collect();
+        variables.insert("messages", Value::from_serialize(&messages));
         variables.insert("add_generation_prompt", Value::from(add_generation_prompt));
+        variables
+    }
 
-        let mut output = Bounded(Vec::new());
-        self.environment
-            .get_template(NAME)
-            .and_then(|template| template.render_captured_to(variables, &mut output).map(drop))
-            .map_err(|error| classify(&error))?;
-        String::from_utf8(output.0).map_err(|error| TextError::TemplateFailed(error.to_string()))
+    fn run(&self, variables: BTreeMap<&str, Value>, input_bytes: usize) -> Result<String, TextError> {
+        self.program.run(variables, input_bytes).map_err(|error| classify(&error))
     }
 }
 
-/// The engine, set up as `transformers` sets up its own.
-fn environment() -> Environment<'static> {
-    let mut environment = Environment::new();
-    environment.set_trim_blocks(true);
-    environment.set_lstrip_blocks(true);
-    environment.set_undefined_behavior(UndefinedBehavior::Lenient);
-    environment.set_fuel(Some(MAX_STEPS));
-    environment.set_recursion_limit(MAX_RECURSION);
-    environment.set_auto_escape_callback(|_| minijinja::AutoEscape::None);
-    environment.set_formatter(|out, _, value| {
-        let text = python::to_str(value);
-        out.write_str(&text).map_err(Error::from)
-    });
-    environment.set_unknown_method_callback(method);
-    environment.add_filter("tojson", |value: Value, indent: Option<Value>, kwargs: Kwargs| {
-        python::Json::from_kwargs(indent, &kwargs)?.dump(&value)
-    });
-    environment.add_filter("string", |value: Value| python::to_str(&value));
-    environment.add_test("sequence", |value: &Value| {
-        matches!(value.kind(), ValueKind::Seq | ValueKind::Map | ValueKind::String)
-    });
-    environment.add_test("iterable", |value: &Value| {
-        matches!(value.kind(), ValueKind::String | ValueKind::Undefined) || value.try_iter().is_ok()
-    });
-    environment.add_function("raise_exception", |message: Value| -> Result<String, Error> {
-        let refusal = Refusal(python::to_str(&message));
-        Err(Error::new(ErrorKind::InvalidOperation, "raise_exception").with_source(refusal))
-    });
-    environment
+/// A message without its null properties, and with its reasoning under the names that templates look for.
+fn as_templates_expect(message: &serde_json::Value) -> serde_json::Value {
+    let serde_json::Value::Object(message) = message else {
+        return message.clone();
+    };
+    let present = message.iter().filter(|(_, value)| !value.is_null());
+    let mut message: Map<_, _> = present.map(|(key, value)| (key.clone(), value.clone())).collect();
+    if let Some(reasoning) = REASONING.iter().find_map(|name| message.get(*name)).cloned() {
+        message.entry("thinking").or_insert_with(|| reasoning.clone());
+        message.insert(REASONING[0].into(), reasoning);
+    }
+    message.into()
 }
 
-fn method(state: &State, value: &Value, method: &str, args: &[Value]) -> Result<Value, Error> {
-    match value.as_str().and_then(|text| python::string_method(text, method, args)) {
-        Some(result) => Ok(result),
-        None => minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args),
+/// The size of what a rendering is given, for its limits.
+fn input_bytes(messages: &[serde_json::Value], extra: &Map<String, serde_json::Value>) -> usize {
+    fn size(value: &serde_json::Value) -> usize {
+        match value {
+            serde_json::Value::String(text) => 16 + text.len(),
+            serde_json::Value::Array(items) => 16 + items.iter().map(size).sum::<usize>(),
+            serde_json::Value::Object(items) => {
+                16 + items.iter().map(|(key, value)| key.len() + size(value)).sum::<usize>()
+            }
+            _ => 16,
+        }
     }
+    messages.iter().chain(extra.values()).map(size).sum()
 }
 
 /// `{% generation %}` marks what the assistant wrote, an extension that changes nothing in the text: the marks become
-/// blocks without effect that keep their whitespace control.
-fn without_generation_tags(source: &str) -> String {
+/// filter blocks with a scope of their own that keep the marks' whitespace control. Also says whether there are any.
+fn with_generation_filters(source: &str) -> (String, bool) {
     let mut out = String::with_capacity(source.len());
+    let mut found = false;
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
         let Some(length) = rest[start..].find("%}") else {
@@ -150,41 +233,17 @@ fn without_generation_tags(source: &str) -> String {
         let right = body.strip_suffix(['-', '+']).map_or("", |_| &body[body.len() - 1..]);
         out.push_str(&rest[..start]);
         match body[..body.len() - right.len()].trim() {
-            "generation" => out.push_str(&format!("{{%{left} if true {right}%}}")),
-            "endgeneration" => out.push_str(&format!("{{%{left} endif {right}%}}")),
+            "generation" => {
+                found = true;
+                out.push_str(&format!("{{%{left} filter generation %}}{{% with {right}%}}"));
+            }
+            "endgeneration" => out.push_str(&format!("{{%{left} endwith %}}{{% endfilter {right}%}}")),
             _ => out.push_str(&rest[start..start + length + 2]),
         }
         rest = &rest[start + length + 2..];
     }
     out.push_str(rest);
-    out
-}
-
-/// What a template said to `raise_exception`.
-#[derive(Debug, thiserror::Error)]
-#[error("{0}")]
-struct Refusal(String);
-
-/// Output that stops at [`MAX_OUTPUT`].
-struct Bounded(Vec<u8>);
-
-/// Why [`Bounded`] stopped.
-#[derive(Debug, thiserror::Error)]
-#[error("output limit")]
-struct OutputLimit;
-
-impl io::Write for Bounded {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        if bytes.len() > MAX_OUTPUT - self.0.len() {
-            return Err(io::Error::other(OutputLimit));
-        }
-        self.0.extend_from_slice(bytes);
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
+    (out, found)
 }
 
 fn classify(error: &Error) -> TextError {
@@ -193,8 +252,8 @@ fn classify(error: &Error) -> TextError {
         if let Some(Refusal(message)) = current.downcast_ref() {
             return TextError::TemplateRefused(message.clone());
         }
-        if current.downcast_ref::<io::Error>().is_some() {
-            return TextError::TemplateLimit(format!("{MAX_OUTPUT} bytes of output"));
+        if current.downcast_ref::<OutOfMemory>().is_some() {
+            return TextError::TemplateLimit("bytes read and written".into());
         }
         if current.downcast_ref::<Error>().is_some_and(|error| error.kind() == ErrorKind::OutOfFuel) {
             return TextError::TemplateLimit(format!("{MAX_STEPS} steps"));
@@ -216,21 +275,21 @@ fn describe(error: &Error) -> String {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
     use serde_json::json;
 
-    fn parse(source: &str) -> Result<ChatTemplate, TextError> {
+    pub(in crate::text) fn parse(source: &str) -> Result<ChatTemplate, TextError> {
         let tokens = [("bos_token", "<s>"), ("eos_token", "</s>"), ("unk_token", "<unk>")];
         ChatTemplate::new(source.into(), &tokens.map(|(role, text)| (role.into(), text.into())).into())
     }
 
-    fn template(source: &str) -> ChatTemplate {
+    pub(in crate::text) fn template(source: &str) -> ChatTemplate {
         parse(source).unwrap()
     }
 
-    fn render(source: &str) -> Result<String, TextError> {
+    pub(in crate::text) fn render(source: &str) -> Result<String, TextError> {
         template(source).render(&[json!({"role": "user", "content": "Hi"})], false, &Map::new())
     }
 
@@ -265,16 +324,19 @@ mod tests {
     }
 
     #[test]
-    fn limits_end_a_template_that_does_not() {
-        let loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
-        assert!(matches!(render(loops), Err(TextError::TemplateLimit(what)) if what == "5000000 steps"));
-        let calls = "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}";
-        assert!(matches!(render(calls), Err(TextError::TemplateFailed(_))));
-        let writes = "{% set x = 'x' * 1000000 %}{% for a in range(99999) %}{{ x }}{% endfor %}";
-        assert!(
-            matches!(render(writes), Err(TextError::TemplateLimit(what)) if what.ends_with("bytes of output"))
-        );
-        assert!(matches!(render("{% include '/etc/passwd' %}"), Err(TextError::TemplateFailed(_))));
+    fn generation_blocks_are_found_and_change_nothing() {
+        let source = "{% for m in messages %}\n  {%- if m.role == 'user' %}\n{{ m.content }}\n  {% else %}\n<a>\n  {% generation %}\n\
+             {{ m.content }}\n  {%- endgeneration -%}\n  \n{% endif %}\n{% endfor %}";
+        let messages =
+            [json!({"role": "user", "content": "q"}), json!({"role": "assistant", "content": "é"})];
+        let (text, ranges) = template(source).render_marked(&messages, &Map::new()).unwrap();
+        assert_eq!(text, template(source).render(&messages, false, &Map::new()).unwrap());
+        assert_eq!(ranges.iter().map(|range| &text[range.clone()]).collect::<Vec<_>>(), ["é"]);
+        let marks = [json!({"role": "assistant", "content": "\u{fdd0}"})];
+        assert!(matches!(
+            template(source).render_marked(&marks, &Map::new()),
+            Err(TextError::TemplateFailed(_))
+        ));
     }
 
     #[test]

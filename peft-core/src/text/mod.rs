@@ -4,13 +4,19 @@
 //! chat template in the files beside it. [`ChatTemplate`] renders a conversation with that template, in an engine
 //! that can do nothing but produce a bounded string. [`DecodeStream`] turns generated tokens into text as they come.
 
+#[cfg(test)]
+mod attacks;
+mod builtins;
 mod chat;
 mod date;
 mod decode;
+mod engine;
 mod error;
 #[cfg(test)]
 pub(crate) mod fixtures;
 mod folder;
+mod meter;
+mod operators;
 mod python;
 mod tokenizer;
 

@@ -41,6 +41,12 @@ impl Json {
         Ok(Self { indent, item_separator, key_separator, sort_keys, ensure_ascii })
     }
 
+    /// Bytes that every value takes besides its own, and that it takes for each level it stands at.
+    pub(super) fn overhead(&self) -> (usize, usize) {
+        let indent = self.indent.as_ref().map_or(0, String::len);
+        (16 + self.item_separator.len() + self.key_separator.len() + indent, indent)
+    }
+
     /// The value as JSON text.
     pub(super) fn dump(&self, value: &Value) -> Result<String, Error> {
         let mut out = String::new();
