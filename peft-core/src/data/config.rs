@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
 
 /// The form of a file's records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -34,8 +35,21 @@ impl Default for MessageProperties {
     }
 }
 
+/// Which of the tokens that end a message are learnt.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TrainOnEos {
+    /// Those of the messages that are learnt.
+    #[default]
+    Turn,
+    /// Those of all messages.
+    All,
+    /// The one of the last message that is learnt.
+    Last,
+}
+
 /// One entry of a recipe's `datasets`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct DatasetConfig {
     /// A `.json`, `.jsonl`, `.csv`, `.tsv`, `.parquet` or `.txt` file.
     pub path: PathBuf,
@@ -63,6 +77,17 @@ pub struct DatasetConfig {
     /// The names of a message's properties; without it `role` and `content`, or `from` and `value` where those are
     /// absent.
     pub message_property_mappings: Option<MessageProperties>,
+    /// The field to take for `tools`, the list of functions that a conversation may call; a list or its JSON text.
+    pub field_tools: Option<String>,
+    /// Whose messages are learnt; `[assistant]` unless said otherwise.
+    pub roles_to_train: Option<Vec<String>>,
+    /// The property of a message that says whether it is learnt, whoever speaks. Without it, `train` (true or false)
+    /// and `weight` (0 or 1) where a message has them.
+    pub message_field_training: Option<String>,
+    /// Which of the tokens that end a message are learnt; `turn` unless said otherwise.
+    pub train_on_eos: Option<TrainOnEos>,
+    /// Further variables of the chat template, for example `enable_thinking: false`; they win over the recipe's.
+    pub chat_template_kwargs: Option<Map<String, Value>>,
 }
 
 impl DatasetConfig {
@@ -81,6 +106,11 @@ impl DatasetConfig {
             field_messages: None,
             field_text: None,
             message_property_mappings: None,
+            field_tools: None,
+            roles_to_train: None,
+            message_field_training: None,
+            train_on_eos: None,
+            chat_template_kwargs: None,
         }
     }
 }

@@ -104,8 +104,8 @@ pub enum DataError {
         /// What went wrong.
         source: Box<TextError>,
     },
-    /// The chat template hides where an assistant's message begins or ends.
-    #[error("{}: record {record}: the chat template writes message {message} in a way that does not show what the assistant said (it may count, move or repeat messages); use another template, or type `prompt_completion`", path.display())]
+    /// The chat template hides where a message begins or ends.
+    #[error("{}: record {record}: the chat template writes message {message} in a way that does not show for certain where it begins and ends (it may change, move, count or repeat messages); {help}", path.display())]
     OpaqueTemplate {
         /// The file.
         path: PathBuf,
@@ -113,6 +113,8 @@ pub enum DataError {
         record: usize,
         /// The message's number, from 1.
         message: usize,
+        /// What can be done.
+        help: String,
     },
     /// The tokenizer has no token to end an answer with.
     #[error("{}: record {record} needs an end-of-sequence token, and {} names none; set `eos_token` in its tokenizer_config.json", path.display(), tokenizer.display())]

@@ -19,6 +19,14 @@ pub(super) struct Fields<'a> {
     pub(super) number: usize,
 }
 
+/// A message of a conversation.
+pub(super) struct Message {
+    /// What the chat template sees, with `role` and `content`.
+    pub(super) value: Value,
+    /// Whether it is learnt, where the record says so.
+    pub(super) train: Option<bool>,
+}
+
 impl Fields<'_> {
     fn get(&self, name: &str) -> Result<&Value, DataError> {
         self.record.get(name).ok_or_else(|| self.missing(self.record, "", name))
@@ -65,8 +73,29 @@ impl Fields<'_> {
         }
     }
 
+    /// The functions that the conversation may call.
+    pub(super) fn tools(&self, config: &DatasetConfig) -> Result<Option<Value>, DataError> {
+        let name = config.field_tools.as_deref().unwrap_or("tools");
+        let value = match self.record.get(name) {
+            None if config.field_tools.is_none() => return Ok(None),
+            _ => self.get(name)?,
+        };
+        let expected = "a list of functions";
+        // Tables keep nested values as JSON.
+        let tools = match value.as_str() {
+            Some("") => Value::Null,
+            Some(text) => serde_json::from_str(text).map_err(|_| self.wrong(name, expected, value))?,
+            None => value.clone(),
+        };
+        match tools {
+            Value::Null => Ok(None),
+            Value::Array(list) if list.iter().all(Value::is_object) => Ok(Some(Value::Array(list))),
+            _ => Err(self.wrong(name, expected, value)),
+        }
+    }
+
     /// The messages as objects with `role` and `content`.
-    pub(super) fn messages(&self, config: &DatasetConfig) -> Result<Vec<Value>, DataError> {
+    pub(super) fn messages(&self, config: &DatasetConfig) -> Result<Vec<Message>, DataError> {
         let name = match &config.field_messages {
             Some(name) => name.as_str(),
             None if !self.record.contains_key("messages") && self.record.contains_key("conversations") => {
@@ -90,7 +119,7 @@ impl Fields<'_> {
         name: &str,
         at: usize,
         value: &Value,
-    ) -> Result<Value, DataError> {
+    ) -> Result<Message, DataError> {
         let place = format!("{name}[{at}]");
         let Some(message) = value.as_object() else {
             return Err(self.wrong(place, "an object", value));
@@ -125,6 +154,22 @@ impl Fields<'_> {
         let mut normal = Map::from_iter([("role".into(), role.into()), ("content".into(), content)]);
         let others = message.iter().filter(|(key, _)| **key != keys.role && **key != keys.content);
         normal.extend(others.map(|(key, value)| (key.clone(), value.clone())));
-        Ok(Value::Object(normal))
+        let flags = match &config.message_field_training {
+            Some(name) => vec![name.as_str()],
+            None => vec!["train", "weight"],
+        };
+        let mut train = None;
+        for name in flags {
+            train = match normal.remove(name) {
+                None | Some(Value::Null) => train,
+                Some(Value::Bool(flag)) => Some(flag),
+                Some(Value::Number(number)) if number.as_f64() == Some(0.0) => Some(false),
+                Some(Value::Number(number)) if number.as_f64() == Some(1.0) => Some(true),
+                Some(other) => {
+                    return Err(self.wrong(format!("{place}.{name}"), "true, false, 0 or 1", &other));
+                }
+            };
+        }
+        Ok(Message { value: Value::Object(normal), train })
     }
 }

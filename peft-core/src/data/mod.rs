@@ -13,6 +13,7 @@
 pub mod batches;
 mod columns;
 mod config;
+mod conversation;
 pub mod epochs;
 mod error;
 mod fields;
@@ -22,13 +23,15 @@ pub mod records;
 pub mod split;
 pub mod tokenise;
 mod truncation;
+mod turns;
 
 use std::path::PathBuf;
 
 use rayon::prelude::*;
+use serde_json::{Map, Value};
 
 pub use batches::{Batch, collate, collate_packs, epoch_order};
-pub use config::{DatasetConfig, DatasetType, MessageProperties};
+pub use config::{DatasetConfig, DatasetType, MessageProperties, TrainOnEos};
 pub use epochs::{Epoch, Epochs, Rows};
 pub use error::DataError;
 pub use packing::PackingReport;
@@ -53,6 +56,8 @@ pub struct LoadOptions {
     pub train_on_inputs: bool,
     /// The source of a chat template to use instead of the tokenizer's own.
     pub chat_template: Option<String>,
+    /// Further variables of the chat template; a file's own win over them.
+    pub chat_template_kwargs: Map<String, Value>,
     /// What a chat template that asks for the date is told, in seconds since 1970; without it, the present. A run that
     /// should be repeatable fixes it.
     pub now: Option<u64>,
@@ -139,7 +144,7 @@ pub fn tokenise_files(
         let sha256 = records::sha256(&config.path)?;
         let file = DataFile { path: config.path.clone(), sha256, records: records.len() };
 
-        let prompter = Prompter::new(config, template.as_ref(), tokenizer);
+        let prompter = Prompter::new(config, template.as_ref(), tokenizer, &options.chat_template_kwargs);
         let tokeniser = Tokeniser::new(tokenizer, options.train_on_inputs);
         let on_truncation = options.on_truncation.unwrap_or(match config.format {
             DatasetType::Completion => OnTruncation::Split,
@@ -219,6 +224,7 @@ mod tests {
             on_truncation: None,
             train_on_inputs: false,
             chat_template: None,
+            chat_template_kwargs: Map::new(),
             now: None,
         }
     }

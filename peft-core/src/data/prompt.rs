@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 use super::fields::Fields;
 use super::records::Record;
 use super::{DataError, DatasetConfig, DatasetType};
-use crate::text::{ChatTemplate, TextError, Tokenizer};
+use crate::text::{ChatTemplate, Tokenizer};
 
 /// The prompt of Stanford Alpaca for a record with an input.
 const ALPACA_WITH_INPUT: [&str; 3] = [
@@ -30,24 +30,34 @@ pub struct Prompt {
     pub text: String,
     /// The characters to learn, as ascending ranges of character positions.
     pub supervised: Vec<Range<usize>>,
-    /// Whether the text ends with what the model should write, so that it should learn to stop there.
+    /// Whether the text ends with what the model should write but not with a token that says so, so that it should learn
+    /// to stop there.
     pub ends_with_answer: bool,
 }
 
 /// Writes the records of one file.
 #[derive(Debug)]
 pub struct Prompter<'a> {
-    config: &'a DatasetConfig,
+    pub(super) config: &'a DatasetConfig,
     template: Option<&'a ChatTemplate>,
+    /// Further variables of the template.
+    pub(super) variables: Map<String, Value>,
     /// Texts of the tokens that end a turn.
-    stops: Vec<String>,
+    pub(super) stops: Vec<String>,
 }
 
 impl<'a> Prompter<'a> {
-    /// A prompter for the file of `config`; `template` is needed for type `messages` alone.
-    pub fn new(config: &'a DatasetConfig, template: Option<&'a ChatTemplate>, tokenizer: &Tokenizer) -> Self {
+    /// A prompter for the file of `config`; `template` and its `variables` are needed for type `messages` alone.
+    pub fn new(
+        config: &'a DatasetConfig,
+        template: Option<&'a ChatTemplate>,
+        tokenizer: &Tokenizer,
+        variables: &Map<String, Value>,
+    ) -> Self {
         let stops = tokenizer.stop_ids().iter().filter_map(|&id| tokenizer.token(id)).collect();
-        Self { config, template, stops }
+        let mut variables = variables.clone();
+        variables.extend(config.chat_template_kwargs.clone().unwrap_or_default());
+        Self { config, template, variables, stops }
     }
 
     /// Writes one record; `number` counts from 1 and serves errors.
@@ -90,86 +100,6 @@ impl<'a> Prompter<'a> {
             }
         }
     }
-
-    /// Renders the conversation and finds the assistant's turns in it.
-    fn conversation(&self, template: &ChatTemplate, fields: &Fields) -> Result<Prompt, DataError> {
-        let messages = fields.messages(self.config)?;
-        let render = |messages: &[Value], prompt: bool| template.render(messages, prompt, &Map::new());
-        let failed = |source: TextError| DataError::Text {
-            path: fields.path.into(),
-            record: fields.number,
-            source: Box::new(source),
-        };
-        let text = render(&messages, false).map_err(failed)?;
-        let assistant = |message: &Value| message.get("role").and_then(Value::as_str) == Some("assistant");
-        let mut supervised = Vec::new();
-        let mut marked = 0;
-        for at in (0..messages.len()).filter(|&at| assistant(&messages[at])) {
-            // The turn is what the text gains over the prompt it answers, if the template writes a conversation's
-            // beginning alike whatever follows.
-            let start = render(&messages[..at], true).ok().filter(|prompt| text.starts_with(prompt.as_str()));
-            let end = render(&messages[..=at], false).ok().filter(|turn| text.starts_with(turn.as_str()));
-            let mut turn = match (start.as_ref(), end) {
-                (Some(start), Some(end)) if start.len() <= end.len() => {
-                    start.len()..self.without_space_after_stop(&end)
-                }
-                _ => {
-                    let content = self.locate(&text, &messages, at, &render).ok_or_else(|| {
-                        let (path, record) = (fields.path.into(), fields.number);
-                        DataError::OpaqueTemplate { path, record, message: at + 1 }
-                    })?;
-                    match start {
-                        Some(start) if start.len() <= content.start => start.len()..content.end,
-                        _ => content,
-                    }
-                }
-            };
-            turn.start = turn.start.max(marked);
-            marked = turn.end.max(marked);
-            if !turn.is_empty() {
-                supervised.push(turn);
-            }
-        }
-        Ok(Prompt {
-            supervised: character_ranges(&text, &supervised),
-            ends_with_answer: messages.last().is_some_and(assistant),
-            text,
-        })
-    }
-
-    /// The length of a rendering without the white space that follows its last stop token: nobody generates it.
-    fn without_space_after_stop(&self, rendered: &str) -> usize {
-        let trimmed = rendered.trim_end();
-        match self.stops.iter().any(|stop| trimmed.ends_with(stop.as_str())) {
-            true => trimmed.len(),
-            false => rendered.len(),
-        }
-    }
-
-    /// Where `text` has the content of message `at`, together with the stop token after it: what changes when the
-    /// content is replaced. `None` when more changes than that.
-    fn locate(
-        &self,
-        text: &str,
-        messages: &[Value],
-        at: usize,
-        render: &impl Fn(&[Value], bool) -> Result<String, TextError>,
-    ) -> Option<Range<usize>> {
-        const MARK: &str = "\u{e000}\u{e001}\u{e000}";
-        let mut marked = messages.to_vec();
-        marked[at].as_object_mut()?.insert("content".into(), MARK.into());
-        let rendered = render(&marked, false).ok()?;
-        let (before, after) = rendered.split_once(MARK)?;
-        if after.contains(MARK) || text.len() < before.len() + after.len() {
-            return None;
-        }
-        let content = text.strip_prefix(before)?.strip_suffix(after)?;
-        let end = before.len() + content.len();
-        let rest = after.trim_start();
-        let stop = self.stops.iter().filter(|stop| rest.starts_with(stop.as_str())).map(String::len).max();
-        let through_stop = stop.map_or(0, |stop| after.len() - rest.len() + stop);
-        Some(before.len()..end + through_stop)
-    }
 }
 
 fn answered(prompt: String, answer: &str) -> Prompt {
@@ -178,47 +108,25 @@ fn answered(prompt: String, answer: &str) -> Prompt {
     Prompt { text: prompt + answer, supervised, ends_with_answer: true }
 }
 
-/// Ascending byte ranges as character ranges.
-fn character_ranges(text: &str, ranges: &[Range<usize>]) -> Vec<Range<usize>> {
-    let (mut byte, mut character) = (0, 0);
-    let mut advance = |to: usize| {
-        character += text[byte..to].chars().count();
-        byte = to;
-        character
-    };
-    ranges.iter().map(|range| advance(range.start)..advance(range.end)).collect()
-}
-
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     #![allow(clippy::unwrap_used, clippy::single_range_in_vec_init)]
-    use super::super::MessageProperties;
     use super::*;
-    use crate::text::fixtures::{CHATML, chat, plain};
+    use crate::text::fixtures::plain;
     use serde_json::json;
 
-    fn prompt(config: &DatasetConfig, tokenizer: &Tokenizer, record: Value) -> Result<Prompt, DataError> {
+    pub(in crate::data) fn prompt(
+        config: &DatasetConfig,
+        tokenizer: &Tokenizer,
+        record: Value,
+    ) -> Result<Prompt, DataError> {
         let template = tokenizer.chat_template().ok();
         let Value::Object(record) = record else { panic!("not an object") };
-        Prompter::new(config, template.as_ref(), tokenizer).prompt(&record, 7)
+        Prompter::new(config, template.as_ref(), tokenizer, &Map::new()).prompt(&record, 7)
     }
 
     fn usual(format: DatasetType, record: Value) -> Prompt {
         prompt(&DatasetConfig::new("d.json", format), &plain(), record).unwrap()
-    }
-
-    /// The supervised pieces of a conversation's text.
-    fn learnt(template: &str, record: Value) -> Result<Vec<String>, DataError> {
-        let prompt = prompt(&DatasetConfig::new("d.json", DatasetType::Messages), &chat(template), record)?;
-        let text: Vec<char> = prompt.text.chars().collect();
-        Ok(prompt.supervised.into_iter().map(|range| text[range].iter().collect()).collect())
-    }
-
-    fn talk() -> Value {
-        json!({"messages": [
-            {"role": "system", "content": "Grüße"}, {"role": "user", "content": "yes"},
-            {"role": "assistant", "content": "yes"}, {"role": "user", "content": "ü?"},
-            {"role": "assistant", "content": " n "}]})
     }
 
     #[test]
@@ -267,74 +175,5 @@ mod tests {
         let mut config = DatasetConfig::new("d.json", DatasetType::Alpaca);
         config.field_input = Some("context".into());
         assert!(failure(&config, json!({"instruction": "a", "output": "b"})).contains("no field `context`"));
-    }
-
-    #[test]
-    fn messages_are_learnt_where_the_assistant_speaks() {
-        assert_eq!(learnt(CHATML, talk()).unwrap(), ["yes<|im_end|>", " n <|im_end|>"]);
-    }
-
-    #[test]
-    fn sharegpt_conversations_are_recognised() {
-        let record =
-            json!({"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]});
-        assert_eq!(learnt(CHATML, record).unwrap(), ["b<|im_end|>"]);
-        let mut config = DatasetConfig::new("d.json", DatasetType::Messages);
-        config.field_messages = Some("chat".into());
-        config.message_property_mappings =
-            Some(MessageProperties { role: "who".into(), content: "what".into() });
-        let record = json!({"chat": [{"who": "user", "what": "a"}, {"who": "assistant", "what": "b"}]});
-        let prompt = prompt(&config, &chat(CHATML), record).unwrap();
-        assert_eq!(prompt.text, "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n");
-    }
-
-    #[test]
-    fn templates_that_write_the_last_turn_differently_are_followed() {
-        // As in reasoning models: only the last answer carries an (empty) thought.
-        let thinking = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and loop.last %}\
-             <think></think>{% endif %}{{ m.content | trim }}<|im_end|>\n{% endfor %}\
-             {% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
-        assert_eq!(learnt(thinking, talk()).unwrap(), ["yes<|im_end|>", "<think></think>n<|im_end|>"]);
-        // As in Mistral's: the system message goes into the last question.
-        let moving = "{% for m in messages[1:] %}{% if m.role == 'user' %}[INST]{% if not messages[1:][loop.index:] \
-             | selectattr('role', 'eq', 'user') | list %}{{ messages[0].content }} {% endif %}{{ m.content }}[/INST]\
-             {% else %} {{ m.content | trim }}<|im_end|>{% endif %}{% endfor %}";
-        assert_eq!(learnt(moving, talk()).unwrap(), ["yes<|im_end|>", " n<|im_end|>"]);
-    }
-
-    #[test]
-    fn templates_that_hide_the_answer_are_refused() {
-        let counting = "{% for m in messages %}{{ messages | map(attribute='content') | join | length }}{{ m.content }}{% endfor %}";
-        let record = json!({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "hello"},
-            {"role": "user", "content": "b"}]});
-        let error = learnt(counting, record).unwrap_err();
-        assert!(matches!(error, DataError::OpaqueTemplate { record: 7, message: 2, .. }), "{error}");
-        assert!(error.is_bad_input());
-    }
-
-    #[test]
-    fn wrong_messages_are_named() {
-        let failure =
-            |messages: Value| learnt(CHATML, json!({ "messages": messages })).unwrap_err().to_string();
-        assert!(failure(json!([])).contains("expected a list of messages"));
-        assert!(failure(json!(["a"])).contains("field `messages[0]`: expected an object"));
-        assert!(
-            failure(json!([{"role": "user", "contnt": "a"}]))
-                .contains("no field `messages[0].content` (did you mean `contnt`?)")
-        );
-        assert!(failure(json!([{"role": 1, "content": "a"}])).contains("a role's name"));
-        let refusing = "{{ raise_exception('no system') }}";
-        let error = learnt(refusing, talk()).unwrap_err().to_string();
-        assert_eq!(error, "d.json: record 7: the chat template refuses these messages: no system");
-    }
-
-    #[test]
-    fn a_conversation_that_ends_with_a_question_has_no_answer_at_its_end() {
-        let record =
-            json!({"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]});
-        let prompt = prompt(&DatasetConfig::new("d.json", DatasetType::Messages), &chat(CHATML), record);
-        let prompt = prompt.unwrap();
-        assert!(!prompt.ends_with_answer);
-        assert_eq!(prompt.supervised.len(), 1);
     }
 }
