@@ -102,6 +102,17 @@ pub struct ModelArgs {
     pub offline: bool,
 }
 
+/// How conversations are written.
+#[derive(Args)]
+pub struct ChatArgs {
+    /// A .jinja file, or the text of a template, in place of the tokenizer's chat template.
+    #[arg(long, value_name = "FILE|TEXT")]
+    pub chat_template: Option<String>,
+    /// Further variables of the chat template, like '{enable_thinking: false}'.
+    #[arg(long, value_name = "MAP")]
+    pub chat_template_kwargs: Option<String>,
+}
+
 /// How a data file becomes examples.
 #[derive(Args)]
 pub struct DataArgs {
@@ -111,6 +122,11 @@ pub struct DataArgs {
     /// Name of a field in the data, `prompt=question`. May be repeated.
     #[arg(long = "field", value_name = "FIELD=NAME")]
     pub fields: Vec<String>,
+    /// A key of a recipe's dataset, `roles_to_train=[user,assistant]`. May be repeated.
+    #[arg(long = "dataset", value_name = "KEY=VALUE")]
+    pub keys: Vec<String>,
+    #[command(flatten)]
+    pub chat: ChatArgs,
     /// Split a .txt file at this string instead of at lines.
     #[arg(long)]
     pub separator: Option<String>,
@@ -163,6 +179,11 @@ pub struct GenerateArgs {
     /// System message of a chat.
     #[arg(long, value_name = "TEXT", requires = "chat")]
     pub system: Option<String>,
+    /// How the answer begins; with --prompt.
+    #[arg(long, value_name = "TEXT", requires = "chat", requires = "prompt")]
+    pub prefill: Option<String>,
+    #[command(flatten)]
+    pub template: ChatArgs,
     /// Most tokens to generate.
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub max_new_tokens: usize,

@@ -1,10 +1,11 @@
 //! `peft generate`: continue a prompt, or chat. The continuation streams to stdout and nothing else goes there.
 
+use super::data;
 use crate::args::GenerateArgs;
 use crate::error::CliError;
 use crate::{device, open};
 use peft_core::model::{Decoder, Sampling, generate};
-use peft_core::text::Tokenizer;
+use peft_core::text::{ChatTemplate, Tokenizer};
 use serde_json::{Map, Value, json};
 use std::io::{BufRead, IsTerminal, Write};
 
@@ -27,7 +28,13 @@ pub fn run(args: GenerateArgs) -> Result<(), CliError> {
     let hub = open::hub(args.model.revision.as_deref(), args.model.offline);
     let base = open::base(&args.model.base_model, &hub)?;
     let model = open::model(&base, args.model.adapter.as_deref(), args.model.offline, &device, compute)?;
-    let session = Session { model, tokenizer: base.tokenizer, args: &args };
+    let template = match &args.template.chat_template {
+        Some(value) => Some(ChatTemplate::new(data::chat_template(value)?, base.tokenizer.special_tokens())?),
+        None if args.chat => Some(base.tokenizer.chat_template()?),
+        None => None,
+    };
+    let variables = data::chat_template_kwargs(&args.template)?;
+    let session = Session { model, tokenizer: base.tokenizer, template, variables, args: &args };
 
     match (&args.prompt, args.chat) {
         (Some(prompt), false) => {
@@ -51,6 +58,9 @@ fn message(role: &str, content: &str) -> Value {
 struct Session<'a> {
     model: Decoder,
     tokenizer: Tokenizer,
+    /// There in a chat.
+    template: Option<ChatTemplate>,
+    variables: Map<String, Value>,
     args: &'a GenerateArgs,
 }
 
@@ -83,7 +93,16 @@ impl Session<'_> {
     }
 
     fn reply(&self, messages: &[Value]) -> Result<String, CliError> {
-        let text = self.tokenizer.chat_template()?.render(messages, true, &Map::new())?;
+        let Some(template) = &self.template else {
+            return Err(CliError::flag("--chat", "there is no chat template"));
+        };
+        let text = match &self.args.prefill {
+            Some(prefill) => {
+                let messages = [messages, &[message("assistant", prefill)]].concat();
+                template.render_open(&messages, &self.variables)?
+            }
+            None => template.render(messages, true, &self.variables)?,
+        };
         self.answer(self.tokenizer.encode(&text, true)?.ids)
     }
 

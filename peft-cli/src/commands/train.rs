@@ -52,7 +52,8 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
         sequence_len: recipe.sequence_len,
         train_on_inputs: recipe.train_on_inputs,
         on_truncation: recipe.on_truncation,
-        chat_template: None,
+        chat_template: recipe.chat_template.as_deref().map(super::data::chat_template).transpose()?,
+        chat_template_kwargs: recipe.chat_template_kwargs.clone(),
         now: Some(now),
     };
     let dataset = load(&recipe.datasets, &base.tokenizer, &options)?;

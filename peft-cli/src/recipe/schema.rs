@@ -35,6 +35,10 @@ pub struct Recipe {
     pub on_truncation: Option<OnTruncation>,
     /// Supervise the prompt too.
     pub train_on_inputs: bool,
+    /// A .jinja file, or the text of a template, in place of the tokenizer's chat template.
+    pub chat_template: Option<String>,
+    /// Further variables of the chat template.
+    pub chat_template_kwargs: Map<String, Value>,
     /// Shuffled, length-bucketed order, or file order.
     pub shuffle_data: bool,
     /// Examples a micro-batch, or packs.
@@ -114,6 +118,8 @@ impl Default for Recipe {
             sample_packing: false,
             on_truncation: None,
             train_on_inputs: false,
+            chat_template: None,
+            chat_template_kwargs: Map::new(),
             shuffle_data: true,
             micro_batch_size: 4,
             gradient_accumulation_steps: 1,
