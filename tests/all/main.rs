@@ -14,5 +14,6 @@ mod report;
 mod resume;
 mod rope;
 mod security;
+mod templates;
 mod trajectory;
 mod variants;
