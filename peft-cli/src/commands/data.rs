@@ -2,6 +2,7 @@
 
 use crate::args::{ChatArgs, DataArgs};
 use crate::error::CliError;
+use crate::recipe::Recipe;
 use peft_core::data::{DatasetConfig, LoadOptions};
 use serde_json::{Map, Value};
 use std::path::Path;
@@ -51,6 +52,18 @@ pub fn options(args: &DataArgs) -> Result<LoadOptions, CliError> {
         chat_template: args.chat.chat_template.as_deref().map(chat_template).transpose()?,
         chat_template_kwargs: chat_template_kwargs(&args.chat)?,
         now: None,
+    })
+}
+
+/// How a recipe's data become examples. `now` is what templates that write the date are told.
+pub fn recipe_options(recipe: &Recipe, now: Option<u64>) -> Result<LoadOptions, CliError> {
+    Ok(LoadOptions {
+        sequence_len: recipe.sequence_len,
+        train_on_inputs: recipe.train_on_inputs,
+        on_truncation: recipe.on_truncation,
+        chat_template: recipe.chat_template.as_deref().map(chat_template).transpose()?,
+        chat_template_kwargs: recipe.chat_template_kwargs.clone(),
+        now,
     })
 }
 

@@ -1,6 +1,6 @@
 //! `peft plan`: what a recipe's run will be, from headers, tokenizer and data alone.
 
-use super::train;
+use super::{data, train};
 use crate::args::PlanArgs;
 use crate::error::CliError;
 use crate::forecast::{Forecast, MOMENTS, method_plan};
@@ -8,9 +8,7 @@ use crate::recipe::{self, Recipe};
 use crate::{device, open, render};
 use burn::tensor::Device;
 use peft_core::checkpoint::{Headers, resolve_headers};
-use peft_core::data::{
-    DataError, Dataset, Example, LoadOptions, OnTruncation, PackingReport, Tokenised, tokenise_files,
-};
+use peft_core::data::{DataError, Dataset, Example, OnTruncation, PackingReport, Tokenised, tokenise_files};
 use peft_core::model::{ComputeType, ModelConfig, ProjectionShape};
 use peft_core::text::Tokenizer;
 use peft_core::train::plan::{BatchShape, Calibration, calibrate, evaluation_batches};
@@ -270,13 +268,7 @@ impl Data {
     /// Reads the recipe's data as `train` does. That records are too long stops nothing here: it is reported, and the
     /// plan goes on without them.
     fn read(recipe: &Recipe, tokenizer: &Tokenizer) -> Result<Self, CliError> {
-        let options = LoadOptions {
-            sequence_len: recipe.sequence_len,
-            train_on_inputs: recipe.train_on_inputs,
-            on_truncation: recipe.on_truncation,
-            chat_template: None,
-            now: None,
-        };
+        let options = data::recipe_options(recipe, None)?;
         let tokenised = tokenise_files(&recipe.datasets, tokenizer, &options)?;
         let mut lengths = tokenised.lengths();
         let on_truncation = tokenised.on_truncation();

@@ -4,6 +4,7 @@ mod folder;
 mod identity;
 mod signals;
 
+use super::data;
 use crate::args::TrainArgs;
 use crate::error::CliError;
 use crate::forecast::{Forecast, method_plan};
@@ -13,7 +14,7 @@ use crate::{device, open, render, report, yaml};
 use folder::{OutputFolder, resume_from, started_at};
 use identity::Inputs;
 use peft_core::checkpoint::{Checkpoint, Headers, write_file};
-use peft_core::data::{DataFile, Dataset, Example, LoadOptions, load, split_validation};
+use peft_core::data::{DataFile, Dataset, Example, load, split_validation};
 use peft_core::kernels::AdamW;
 use peft_core::model::{ModelConfig, ties_embeddings};
 use peft_core::train::{
@@ -37,7 +38,8 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
     let compute = device::compute_type(&recipe.dtype, &device)?;
     let output_dir = PathBuf::from(&recipe.output_dir);
     if output_dir.exists() && !output_dir.is_dir() {
-        return Err(wrong(format!("`output_dir` {} is not a folder", output_dir.display())));
+        let message = format!("`output_dir` {} is not a folder", output_dir.display());
+        return Err(CliError::Recipe { path: args.recipe, message });
     }
     let resume = resume_from(args.resume.as_deref(), &output_dir)?;
 
@@ -48,14 +50,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
 
     // Templates that write the date write the one of the run's first start, also after a resume.
     let now = args.resume.as_ref().and_then(|_| started_at(&output_dir)).unwrap_or_else(unix_seconds);
-    let options = LoadOptions {
-        sequence_len: recipe.sequence_len,
-        train_on_inputs: recipe.train_on_inputs,
-        on_truncation: recipe.on_truncation,
-        chat_template: recipe.chat_template.as_deref().map(super::data::chat_template).transpose()?,
-        chat_template_kwargs: recipe.chat_template_kwargs.clone(),
-        now: Some(now),
-    };
+    let options = data::recipe_options(&recipe, Some(now))?;
     let dataset = load(&recipe.datasets, &base.tokenizer, &options)?;
     let held_out = match recipe.eval_datasets.as_slice() {
         [] => None,

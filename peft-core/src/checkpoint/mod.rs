@@ -26,10 +26,10 @@ pub use disk::{free_bytes, require_free};
 pub use dtype::{Dtype, DtypeError, f32_bytes, from_f32, to_f32};
 pub use error::CheckpointError;
 pub use file::{SafetensorsFile, TensorRef};
-pub(crate) use folder::{Fence, hex};
 pub use folder::{
     ADAPTER_CONFIG_FILE, CONFIG_FILE, Checkpoint, INDEX_FILE, MERGE_FILE, ORIGINAL_FILE, WEIGHTS_FILE,
 };
+pub(crate) use folder::{Fence, hex};
 pub use headers::{Headers, TensorShape};
 pub use hub::{
     HubError, HubOptions, Progress, PushFile, PushReport, PushRequest, PushSource, Selection, check_target,
