@@ -3,6 +3,7 @@
 
 mod allocator;
 mod args;
+mod card;
 mod commands;
 mod device;
 mod error;

@@ -8,6 +8,25 @@ pub fn text(value: &Value) -> String {
     serde_saphyr::to_string(value).unwrap_or_else(|_| format!("{value:#}"))
 }
 
+/// `text` as a double-quoted YAML scalar, on one line whatever is in it.
+pub fn string(text: &str) -> String {
+    let mut out = String::from("\"");
+    for c in text.chars() {
+        match c {
+            '"' | '\\' => out.extend(['\\', c]),
+            '\n' => out.push_str("\\n"),
+            '\t' => out.push_str("\\t"),
+            // YAML takes the last four for line breaks or forbids them.
+            c if c.is_control() || ['\u{2028}', '\u{2029}', '\u{feff}', '\u{fffe}'].contains(&c) => {
+                out.push_str(&format!("\\u{:04x}", u32::from(c)));
+            }
+            c => out.push(c),
+        }
+    }
+    out.push('"');
+    out
+}
+
 /// A word that a POSIX shell takes as it stands.
 pub fn shell(word: &str) -> String {
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._-+=:,@%".contains(c);
@@ -41,5 +60,16 @@ mod tests {
         assert_eq!(shell("out/quickstart"), "out/quickstart");
         assert_eq!(shell("a b's $x"), r"'a b'\''s $x'");
         assert_eq!(shell(""), "''");
+    }
+
+    #[test]
+    fn any_text_comes_back() {
+        for text in
+            ["plain", "a: b # c", "\"q\" \\ 'x'", "two\nlines\ttab\r", "\u{85}\u{2028}\u{7f}ü🦙", "", "yes"]
+        {
+            let yaml = string(text);
+            assert_eq!(yaml.lines().count(), 1, "{yaml}");
+            assert_eq!(serde_saphyr::from_str::<String>(&yaml).unwrap(), text, "{yaml}");
+        }
     }
 }

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used)]
 
 mod adapters;
+mod card;
 mod families;
 mod faults;
 mod gradients;

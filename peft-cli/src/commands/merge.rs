@@ -3,7 +3,7 @@
 use super::unmerge;
 use crate::args::{MergeArgs, MergeCheckArgs};
 use crate::error::CliError;
-use crate::{open, prompts, render};
+use crate::{card, open, prompts, render};
 use peft_core::adapter::{
     Adapter, Drift, FoldCheck, FoldReport, MergeRecord, RewriteOptions, Rounding, available_memory,
     check_bytes, check_fold, default_max_drift, fold_into, keep_original,
@@ -62,6 +62,14 @@ pub fn run(args: MergeArgs) -> Result<(), CliError> {
     };
     let verification = check.as_ref().map_or(Value::Null, to_json);
     MergeRecord::new(&base, &adapter, report.changed.clone(), verification.clone())?.write(staged.path())?;
+    // In place of the base's own card, which was carried over with its other files.
+    let text = card::merged(
+        (&args.base_model, args.revision.as_deref()),
+        (&args.adapter, &adapter.config),
+        dtype,
+        &report,
+    );
+    card::write(staged.path(), text.as_bytes())?;
     staged.commit()?;
 
     if args.json {

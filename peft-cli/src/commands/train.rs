@@ -10,7 +10,7 @@ use crate::error::CliError;
 use crate::forecast::{Forecast, method_plan};
 use crate::observers::Observers;
 use crate::recipe::{self, MethodBlock, OptimizerBlock, Recipe};
-use crate::{device, open, render, report, yaml};
+use crate::{card, device, open, render, report, yaml};
 use folder::{OutputFolder, resume_from, started_at};
 use identity::Inputs;
 use peft_core::checkpoint::{Checkpoint, Headers, write_file};
@@ -140,6 +140,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
     write_file(&output_dir.join("recipe.yaml"), yaml::text(&json!(recipe)).as_bytes())?;
     render::run_plan(&recipe, &forecast, &train, &validation, (trainable, total), packing);
 
+    let users_card = card::users(&output_dir.join(method.artifact()), base.checkpoint.dir());
     let every = recipe.report_to.tensorboard().then_some(recipe.logging_steps);
     let mut observers = Observers::new(&output_dir, every);
     let outcome = trainer.run(resume.as_deref(), &mut observers);
@@ -159,6 +160,19 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
         map.insert("result".to_string(), result_json(&summary));
     }
     folder.write_json("run.json", &run_info)?;
+    let card = users_card.unwrap_or_else(|| {
+        let run = card::Trained {
+            recipe: &recipe,
+            files: &dataset.files,
+            report: &dataset.report,
+            examples: (train.len(), validation.len()),
+            parameters: (trainable, total),
+            dtype: &format!("{compute:?}"),
+            summary: &summary,
+        };
+        card::trained(&run).into_bytes()
+    });
+    card::write(&summary.artifact, &card)?;
     report::write(&output_dir)?;
     render::run_summary(&recipe, &args.recipe, &summary);
     Ok(ExitCode::SUCCESS)
