@@ -17,6 +17,8 @@ pub struct Cli {
 pub enum Command {
     /// What a recipe's run will be: what trains, how many steps, how much memory. No weights are read.
     Plan(PlanArgs),
+    /// Write a commented recipe to begin with.
+    Init(InitArgs),
     /// Run a recipe: adapt a base model to data.
     Train(TrainArgs),
     /// Loss, perplexity, token accuracy and exact match on a data file.
@@ -34,6 +36,33 @@ pub enum Command {
     Inspect(InspectArgs),
     /// Write report.html for a run again, from the files in its folder.
     Report(ReportArgs),
+    /// What this machine can run.
+    Doctor(DoctorArgs),
+}
+
+/// `peft init`.
+#[derive(Args)]
+pub struct InitArgs {
+    /// The recipe to write; a file that is there is never overwritten.
+    #[arg(value_name = "OUT.yaml")]
+    pub output: PathBuf,
+    /// lora, rslora, dora, lora+, lora-fa or full.
+    #[arg(long, value_name = "M", default_value = "lora")]
+    pub method: String,
+    /// A checkpoint folder or a hub id (`org/name`). If it is on this machine, lengths are measured with it.
+    #[arg(long, value_name = "B")]
+    pub base_model: Option<String>,
+    /// The data file; its fields tell its type.
+    #[arg(long, value_name = "FILE")]
+    pub data: Option<PathBuf>,
+}
+
+/// `peft doctor`.
+#[derive(Args)]
+pub struct DoctorArgs {
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// `peft plan`.

@@ -27,9 +27,19 @@ pub fn device(name: &str) -> Result<Device, CliError> {
 
 #[cfg(feature = "cuda")]
 fn cuda(index: usize) -> Option<Device> {
-    use burn::tensor::DeviceType;
-    let found = Device::enumerate(DeviceType::Cuda).into_vec();
-    (index < found.len()).then(|| Device::cuda(index))
+    (index < cuda_devices()).then(|| Device::cuda(index))
+}
+
+/// How many CUDA devices this program can use.
+#[cfg(feature = "cuda")]
+pub fn cuda_devices() -> usize {
+    Device::enumerate(burn::tensor::DeviceType::Cuda).into_vec().len()
+}
+
+/// How many CUDA devices this program can use: none, in a build without CUDA.
+#[cfg(not(feature = "cuda"))]
+pub fn cuda_devices() -> usize {
+    0
 }
 
 #[cfg(not(feature = "cuda"))]

@@ -25,6 +25,7 @@ fn main() -> ExitCode {
     let done = |()| ExitCode::SUCCESS;
     let result = match cli.command {
         args::Command::Plan(args) => commands::plan::run(args).map(done),
+        args::Command::Init(args) => commands::init::run(args).map(done),
         args::Command::Train(args) => commands::train::run(args),
         args::Command::Evaluate(args) => commands::evaluate::run(args).map(done),
         args::Command::Generate(args) => commands::generate::run(args).map(done),
@@ -32,6 +33,7 @@ fn main() -> ExitCode {
         args::Command::Push(args) => commands::push::run(args).map(done),
         args::Command::Inspect(args) => commands::inspect::run(args).map(done),
         args::Command::Report(args) => commands::report::run(&args).map(done),
+        args::Command::Doctor(args) => commands::doctor::run(args).map(done),
     };
     match result {
         Ok(code) => code,

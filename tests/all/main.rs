@@ -3,9 +3,11 @@
 
 mod adapters;
 mod card;
+mod doctor;
 mod families;
 mod faults;
 mod gradients;
+mod init;
 mod merging;
 mod packing;
 mod plan;

@@ -1,7 +1,9 @@
 //! One command, one file.
 
+pub mod doctor;
 pub mod evaluate;
 pub mod generate;
+pub mod init;
 pub mod inspect;
 pub mod merge;
 pub mod plan;
