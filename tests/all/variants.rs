@@ -41,7 +41,7 @@ fn train(dir: &Path) -> (PathBuf, Lora, Decoder, Vec<f64>) {
     let epsilon = if json["method"]["lora_fa"].is_boolean() { 1e-12 } else { 1e-8 };
     let method = Lora::new(block, "base", None, Some(dir.join("initial"))).unwrap();
     let mut model = open(&base);
-    let preparation = Preparation { seed: 0, examples: &[], micro_batch_size: 2, step: STEP };
+    let preparation = Preparation { seed: 0, examples: &[], micro_batch_size: 2, step: STEP, resume: None };
     method.prepare(&mut model, &preparation).unwrap();
     let adamw = AdamW { beta_1: 0.9, beta_2: 0.999, epsilon, weight_decay: 0.0 };
     let losses = steps(&mut model, &method, adamw);

@@ -73,6 +73,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
         examples: &train,
         micro_batch_size: recipe.micro_batch_size,
         step: step_settings(&recipe),
+        resume: resume.as_deref(),
     };
     method.prepare(&mut model, &preparation)?;
 

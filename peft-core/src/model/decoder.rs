@@ -10,7 +10,7 @@ use super::layer::Layer;
 use super::shapes::BaseShapes;
 use crate::data::Batch;
 use crate::kernels::{adapted_linear, rms_norm};
-use crate::projection::{Embedding, Parameter, Projection, Tape, TokenRows};
+use crate::projection::{Embedding, InputObserver, Parameter, Projection, Tape, TokenRows};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 /// A decoder-only transformer on a device.
@@ -142,6 +142,19 @@ impl Decoder {
             x = layer.forward(&tape, x, &context, cache);
         }
         self.final_norm(&tape, x)
+    }
+
+    /// Shows the input of every projection to `observer`, in the order of the forward over the batch: those of the
+    /// layers, then that of a head with a weight of its own, whose logits are not computed. Rows of padding are among
+    /// the inputs.
+    pub fn observe_inputs(&self, batch: &Batch, observer: InputObserver) {
+        let tape = Tape::observing(observer);
+        let context = self.batch_context(batch);
+        let x = self.embed(&tape, self.ids(&batch.ids));
+        let x = self.layers.iter().fold(x, |x, layer| layer.forward(&tape, x, &context, None));
+        if let Some(head) = &self.lm_head {
+            observer(&head.path, &self.final_norm(&tape, x));
+        }
     }
 
     /// Empty caches, one a layer.

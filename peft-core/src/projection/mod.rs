@@ -13,7 +13,7 @@ pub use embedding::{Embedding, TokenRows};
 pub use low_rank::LowRank;
 pub use magnitude::Magnitude;
 pub use parameter::Parameter;
-pub use tape::{DropoutKey, Tape};
+pub use tape::{DropoutKey, InputObserver, Tape};
 
 use crate::kernels::adapted_linear;
 use burn::tensor::Tensor;
@@ -65,6 +65,7 @@ impl Projection {
     /// # Shapes
     /// `x` `[tokens, in]`, `residual` and the result `[tokens, out]`.
     pub fn forward(&self, tape: &Tape, x: Tensor<2>, residual: Option<Tensor<2>>) -> Tensor<2> {
+        tape.observe(&self.path, &x);
         let term = self.delta.as_ref().map(|delta| match delta {
             Delta::LowRank(form) => form.term(tape, &self.path, &x, &self.weight.value),
         });

@@ -17,26 +17,41 @@ pub struct DropoutKey {
     pub micro_batch: u64,
 }
 
+/// Is shown a projection's path and its input `[tokens, in]`.
+pub type InputObserver<'a> = &'a dyn Fn(&str, &Tensor<2>);
+
 /// Hands parameters to a forward pass and remembers the leaves whose gradients are wanted.
-pub struct Tape {
+pub struct Tape<'a> {
     leaves: Option<RefCell<BTreeMap<String, Tensor<2>>>>,
     dropout: Option<DropoutKey>,
+    observer: Option<InputObserver<'a>>,
 }
 
-impl Tape {
+impl<'a> Tape<'a> {
     /// No graph and no dropout: inference.
     pub fn inference() -> Self {
-        Self { leaves: None, dropout: None }
+        Self { leaves: None, dropout: None, observer: None }
+    }
+
+    /// Inference that shows every projection's input to `observer` before it is used.
+    pub fn observing(observer: InputObserver<'a>) -> Self {
+        Self { leaves: None, dropout: None, observer: Some(observer) }
     }
 
     /// No graph, with the dropout of training: the first pass over layers that are computed again in the backward.
     pub fn untracked(dropout: DropoutKey) -> Self {
-        Self { leaves: None, dropout: Some(dropout) }
+        Self { leaves: None, dropout: Some(dropout), observer: None }
     }
 
     /// Trainable parameters become leaves of an autodiff graph.
     pub fn recording(dropout: DropoutKey) -> Self {
-        Self { leaves: Some(RefCell::default()), dropout: Some(dropout) }
+        Self { leaves: Some(RefCell::default()), dropout: Some(dropout), observer: None }
+    }
+
+    pub(super) fn observe(&self, path: &str, x: &Tensor<2>) {
+        if let Some(observer) = self.observer {
+            observer(path, x);
+        }
     }
 
     /// The parameter's value; on a recording tape, the parameter's leaf if it trains.

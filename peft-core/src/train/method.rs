@@ -19,6 +19,8 @@ pub struct Preparation<'a> {
     pub micro_batch_size: usize,
     /// How a step runs.
     pub step: StepSettings,
+    /// The checkpoint folder that the run goes on from; the trained values in it are read after the preparation.
+    pub resume: Option<&'a Path>,
 }
 
 /// A way to adapt a model: it chooses what trains, and writes the result.

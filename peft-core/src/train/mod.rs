@@ -25,7 +25,9 @@ pub use optimizer::{NamedOptimizer, ParameterOptimizer};
 pub use schedule::{Schedule, Warmup};
 pub use selection::{BestMetric, EarlyStopping, Every, Selection};
 pub use state::{Fingerprint, Identity, state_bytes};
-pub use step::{MicroBatch, StepGradients, StepSettings, accumulate, global_norm};
+pub use step::{
+    GradientSink, MicroBatch, MicroBatchLoss, StepGradients, StepSettings, accumulate, backward, global_norm,
+};
 pub use trainer::{
     Observer, Outcome, RunSummary, Stopped, TrainConfig, Trainer, latest_checkpoint, require_vocabulary,
 };

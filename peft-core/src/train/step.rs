@@ -25,6 +25,20 @@ pub struct StepSettings {
     pub loss_chunk_rows: Option<usize>,
 }
 
+/// Gradients of parameters by name, handed over as soon as they exist: head, final norm, then the segments from the last
+/// to the first, then the embedding. A name comes more than once where its parameter is used more than once; the
+/// gradient is the sum.
+pub type GradientSink<'a> = &'a mut dyn FnMut(BTreeMap<String, Tensor<2>>);
+
+/// The loss of one micro-batch.
+#[derive(Debug, Clone, Copy)]
+pub struct MicroBatchLoss {
+    /// Sum of the losses in nats.
+    pub loss_sum: f64,
+    /// Targets predicted correctly.
+    pub correct: u64,
+}
+
 /// What accumulates over the micro-batches of a step.
 #[derive(Default)]
 pub struct StepGradients {
@@ -57,6 +71,22 @@ pub fn accumulate(
     settings: StepSettings,
     step: &mut StepGradients,
 ) {
+    let StepGradients { gradients, loss_sum, correct } = step;
+    let loss = backward(model, batch, scale, key, settings, &mut |new| add_gradients(gradients, new));
+    *loss_sum += loss.loss_sum;
+    *correct += loss.correct;
+}
+
+/// Forward and backward of one micro-batch as [`accumulate`] runs it, with the gradients given to `sink` instead of
+/// being kept: with `gradient_checkpointing`, gradients of no more than one layer are held at a time.
+pub fn backward(
+    model: &Decoder,
+    batch: &MicroBatch,
+    scale: f64,
+    key: DropoutKey,
+    settings: StepSettings,
+    sink: GradientSink,
+) -> MicroBatchLoss {
     let context = model.batch_context(batch);
     let untracked = Tape::untracked(key);
     let segments = segments(model.layers().len(), settings.gradient_checkpointing);
@@ -84,46 +114,51 @@ pub fn accumulate(
     let norm_tape = Tape::recording(key);
     let leaf = output.clone().select(0, rows.clone()).autodiff().require_grad();
     let normed = model.final_norm(&norm_tape, leaf.clone());
+    let mut head_gradients = BTreeMap::new();
     let loss = head_loss(
         model,
         normed.clone().inner(),
         targets,
         settings.loss_chunk_rows,
         Some((scale, key)),
-        &mut step.gradients,
+        &mut head_gradients,
     );
-    step.loss_sum += f64::from(loss.loss_sum.into_scalar::<f32>());
-    step.correct += loss.correct.into_scalar::<i64>() as u64;
-    let Some(gradient) = loss.gradient else { return };
+    let micro_batch = MicroBatchLoss {
+        loss_sum: f64::from(loss.loss_sum.into_scalar::<f32>()),
+        correct: loss.correct.into_scalar::<i64>() as u64,
+    };
+    let Some(gradient) = loss.gradient else { return micro_batch };
+    sink(head_gradients);
 
     let mut grads = (normed * gradient).sum().backward();
     let row_gradient = leaf.grad_remove(&mut grads);
-    add_gradients(&mut step.gradients, norm_tape.gradients(&mut grads));
-    let Some(row_gradient) = row_gradient else { return };
+    sink(norm_tape.gradients(&mut grads));
+    let Some(row_gradient) = row_gradient else { return micro_batch };
     let mut dy = output.zeros_like().select_assign(0, rows, row_gradient, IndexingUpdateOp::Add);
 
     let mut recorded = Some(recorded);
     for index in (0..segments.len()).rev() {
         let again = || inputs.pop().map(|x| record(model, &segments[index], x, below[index], key, &context));
         let Some(Recorded { output, leaf, tape }) = recorded.take().or_else(again) else {
-            return;
+            return micro_batch;
         };
         if !output.is_tracked() {
-            return;
+            return micro_batch;
         }
         let mut grads = (output * dy).sum().backward();
-        add_gradients(&mut step.gradients, tape.gradients(&mut grads));
+        sink(tape.gradients(&mut grads));
         match leaf.grad_remove(&mut grads) {
             Some(dx) => dy = dx,
-            None => return,
+            None => return micro_batch,
         }
     }
 
     if model.trains_embedding() {
         let tape = Tape::recording(key);
         let mut grads = (model.embed(&tape, ids) * dy).sum().backward();
-        add_gradients(&mut step.gradients, tape.gradients(&mut grads));
+        sink(tape.gradients(&mut grads));
     }
+    micro_batch
 }
 
 fn segments(layers: usize, checkpointing: bool) -> Vec<Range<usize>> {
@@ -137,7 +172,7 @@ fn segments(layers: usize, checkpointing: bool) -> Vec<Range<usize>> {
 struct Recorded {
     output: Tensor<2>,
     leaf: Tensor<2>,
-    tape: Tape,
+    tape: Tape<'static>,
 }
 
 fn record(
