@@ -51,7 +51,7 @@ impl Method for Full {
     fn export(&self, model: &Decoder, dir: &Path) -> Result<(), TrainError> {
         let mut rewrite = Rewrite::default();
         for parameter in model.parameters() {
-            rewrite.changes.insert(parameter.name.clone(), Box::new(|_| parameter.to_host()));
+            rewrite.changes.insert(parameter.name.clone(), Box::new(|_| Ok(parameter.to_host())));
         }
         let options = RewriteOptions { dtype: None, max_shard_size: RewriteOptions::DEFAULT_SHARD };
         rewrite_into(&self.base, dir, &options, &rewrite)?;

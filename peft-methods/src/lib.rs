@@ -5,4 +5,4 @@ mod full;
 mod lora;
 
 pub use full::Full;
-pub use lora::{Lora, LoraBlock};
+pub use lora::{Lora, LoraBlock, init};

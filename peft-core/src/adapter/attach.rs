@@ -2,16 +2,18 @@
 
 use super::error::AdapterError;
 use super::file::{Adapter, LowRankModule, RowsModule};
+use super::initial::{Place, attach_factors, failed, recomputed};
 use super::placement::SharedWeight;
 use crate::model::{Decoder, EMBEDDING};
 use crate::projection::{Delta, LowRank, Magnitude, Parameter, TokenRows};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
 impl Adapter {
-    /// Puts the adapter onto a decoder. Its parameters are frozen.
+    /// Puts the adapter onto a decoder. Its parameters are frozen. The base that an unconverted PiSSA or OLoRA adapter
+    /// belongs to is computed from the decoder's weights.
     ///
     /// # Errors
-    /// As for [`Adapter::resolve`].
+    /// As for [`Adapter::resolve`], and [`AdapterError::Decomposition`].
     pub fn attach(&self, model: &mut Decoder) -> Result<(), AdapterError> {
         let resolved = self.resolve(&model.base_shapes())?;
         let device = model.device.clone();
@@ -25,6 +27,18 @@ impl Adapter {
                 parameter.value = tensor(values, parameter.value.dims(), &device);
             }
         }
+        let initial = recomputed(self.config.lora.init_lora_weights);
+        if let Some(initial) = initial {
+            // The base that the factors belong to is what their first values left of it, unless it is in the file.
+            let place = |path: &str| {
+                let module = resolved.linear.get(path)?;
+                let own = resolved.whole.contains_key(&format!("{path}.weight"));
+                (!own).then_some(Place { rank: module.rank, scale: module.scale, dropout })
+            };
+            attach_factors(model, place, |path, weight, place| {
+                initial(weight, place.rank, place.scale).map_err(|source| failed(path, source))
+            })?;
+        }
         for projection in model.projections_mut() {
             if let Some(module) = resolved.linear.get(&projection.path) {
                 let [rows, columns] = module.dims;
@@ -32,7 +46,10 @@ impl Adapter {
                 let names =
                     ["lora_A.weight", "lora_B.weight"].map(|part| format!("{}.{part}", projection.path));
                 let weight = projection.weight.value.clone();
-                let form = low_rank(module, &projection.path, names, (a, b), &weight, dropout, &device);
+                let mut form = low_rank(module, &projection.path, names, (a, b), &weight, dropout, &device);
+                if let (Some(_), Some(Delta::LowRank(first))) = (initial, projection.delta.take()) {
+                    form.removed = first.removed;
+                }
                 projection.delta = Some(Delta::LowRank(form));
             }
         }
@@ -99,5 +116,6 @@ fn low_rank(
         magnitude,
         scale: module.scale,
         dropout,
+        removed: None,
     }
 }

@@ -1,6 +1,7 @@
 //! What a LoRA's configuration means: where it attaches, what trains, ranks and scales.
 
 use super::error::AdapterError;
+use super::init::{CordaConfig, EvaConfig, InitLoraWeights, LoraGaConfig};
 use super::targets::{Pattern, Selection, TargetModules, suffix_regex};
 use fancy_regex::Regex;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -9,37 +10,6 @@ use std::collections::BTreeMap;
 
 /// Ranks above this are no adapter.
 const MAX_RANK: usize = 1 << 16;
-
-/// How the factors start.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum InitLoraWeights {
-    /// `A` uniform in ±1/√in (Kaiming with a = √5), `B` zero.
-    #[default]
-    KaimingUniform,
-    /// `A` normal with deviation 1/r, `B` zero.
-    Gaussian,
-}
-
-impl Serialize for InitLoraWeights {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        match self {
-            InitLoraWeights::KaimingUniform => serializer.serialize_bool(true),
-            InitLoraWeights::Gaussian => serializer.serialize_str("gaussian"),
-        }
-    }
-}
-
-impl<'de> Deserialize<'de> for InitLoraWeights {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        match Value::deserialize(deserializer)? {
-            Value::Null | Value::Bool(true) => Ok(InitLoraWeights::KaimingUniform),
-            Value::String(name) if name == "gaussian" => Ok(InitLoraWeights::Gaussian),
-            other => {
-                Err(serde::de::Error::custom(format!("{other} is no initialisation: true or \"gaussian\"")))
-            }
-        }
-    }
-}
 
 /// Which biases of the base train.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -154,6 +124,12 @@ pub struct LoraConfig {
     pub ensure_weight_tying: Option<bool>,
     /// How the factors start.
     pub init_lora_weights: InitLoraWeights,
+    /// Settings of `init_lora_weights: eva`.
+    pub eva_config: Option<EvaConfig>,
+    /// Settings of `init_lora_weights: corda`.
+    pub corda_config: Option<CordaConfig>,
+    /// Settings of `init_lora_weights: lora_ga`.
+    pub lora_ga_config: Option<LoraGaConfig>,
 }
 
 impl Default for LoraConfig {
@@ -176,6 +152,9 @@ impl Default for LoraConfig {
             trainable_token_indices: None,
             ensure_weight_tying: None,
             init_lora_weights: InitLoraWeights::KaimingUniform,
+            eva_config: None,
+            corda_config: None,
+            lora_ga_config: None,
         }
     }
 }
@@ -264,6 +243,7 @@ impl LoraConfig {
         if self.lora_bias && self.use_dora {
             return Err("lora_bias and use_dora exclude each other".to_string());
         }
+        self.check_init()?;
         let by_name = matches!(&self.target_modules, Some(TargetModules::Matching(Pattern::Names(_))) | None);
         if self.layers_to_transform.is_some() && !by_name {
             return Err("layers_to_transform needs target_modules to be a list of names".to_string());
@@ -284,6 +264,12 @@ impl LoraConfig {
             layers_pattern: self.layers_pattern.as_ref().map_or(&[], Names::as_slice),
             strict,
         }
+    }
+
+    /// The scale of a change: alpha/r, or alpha/√r (arXiv 2312.03732).
+    pub fn scale(&self, alpha: f64, rank: usize) -> f64 {
+        let rank = rank as f64;
+        if self.use_rslora { alpha / rank.sqrt() } else { alpha / rank }
     }
 
     /// Names of the modules trained whole.
@@ -320,11 +306,15 @@ impl Patterns<'_> {
         first_match(&self.ranks, path).unwrap_or(self.config.r)
     }
 
-    /// Scale of the module at `path`: alpha/r, or alpha/√r (arXiv 2312.03732).
+    /// Alpha of the module at `path`.
+    pub fn alpha(&self, path: &str) -> f64 {
+        first_match(&self.alphas, path).unwrap_or(self.config.lora_alpha)
+    }
+
+    /// Scale of the module at `path`.
     pub fn scale(&self, path: &str) -> f64 {
-        let alpha = first_match(&self.alphas, path).unwrap_or(self.config.lora_alpha);
-        let rank = self.rank(path) as f64;
-        if self.config.use_rslora { alpha / rank.sqrt() } else { alpha / rank }
+        let alpha = self.alpha(path);
+        self.config.scale(alpha, self.rank(path))
     }
 }
 

@@ -2,6 +2,7 @@
 
 use super::config::AdapterConfig;
 use super::error::AdapterError;
+use super::init::InitLoraWeights;
 use crate::checkpoint::{ADAPTER_CONFIG_FILE, read_bounded, write_file};
 use serde_json::{Map, Value, json};
 use std::path::Path;
@@ -26,10 +27,9 @@ fn inert_keys() -> Map<String, Value> {
 /// Keys that would change the forward or the set of tensors, with their neutral value: any other value is refused.
 fn neutral_keys() -> Map<String, Value> {
     let Value::Object(map) = json!({
-        "alora_invocation_tokens": null, "arrow_config": null, "corda_config": null, "eva_config": null,
-        "fan_in_fan_out": false, "kasa_config": null, "layer_replication": null, "lora_ga_config": null,
-        "megatron_config": null, "monteclora_config": null, "target_parameters": null, "use_bdlora": null,
-        "use_qalora": false, "velora_config": null,
+        "alora_invocation_tokens": null, "arrow_config": null, "fan_in_fan_out": false, "kasa_config": null,
+        "layer_replication": null, "megatron_config": null, "monteclora_config": null, "target_parameters": null,
+        "use_bdlora": null, "use_qalora": false, "velora_config": null,
     }) else {
         return Map::new();
     };
@@ -62,22 +62,23 @@ impl AdapterConfig {
 
         let mut known = json.clone();
         match json.get("init_lora_weights") {
-            // The values drawn are overwritten by the file's. What matters is whether the way changed the base.
+            // PEFT's `false` leaves random values, which are overwritten by the file's as all first values are. What
+            // matters is whether the way changed the base.
             Some(Value::Bool(_)) => drop(known.remove("init_lora_weights")),
-            Some(Value::String(name)) if ["eva", "orthogonal"].contains(&name.as_str()) => {
-                known.remove("init_lora_weights");
-            }
-            Some(Value::String(name)) if name == "gaussian" => {}
-            None | Some(Value::Null) => {}
-            Some(value) => {
+            Some(value) if serde_json::from_value::<InitLoraWeights>(value.clone()).is_err() => {
                 let key = "init_lora_weights".to_string();
                 return Err(AdapterError::Unsupported { path: path.clone(), key, value: value.to_string() });
             }
+            _ => {}
         }
         let mut known: Self =
             serde_json::from_value(Value::Object(known)).map_err(|error| wrong(error.to_string()))?;
         known.lora.ensure_weight_tying = Some(known.lora.ensure_weight_tying.unwrap_or(false));
         known.lora.check().map_err(wrong)?;
+        if let Some(reason) = known.lora.init_lora_weights.lost_base() {
+            let value = json!(known.lora.init_lora_weights).to_string();
+            return Err(AdapterError::ChangedBase { path: path.clone(), value, reason });
+        }
         let written = known.to_json();
         let unknown = json.keys().filter(|key| !written.contains_key(*key));
         let warnings = unknown

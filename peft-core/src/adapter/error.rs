@@ -1,6 +1,7 @@
 //! What can be wrong with an adapter or its targets.
 
 use crate::checkpoint::{CheckpointError, Dtype};
+use crate::linalg::LinalgError;
 use crate::model::ModelError;
 use std::path::PathBuf;
 
@@ -24,6 +25,27 @@ pub enum AdapterError {
         key: String,
         /// Its value.
         value: String,
+    },
+    /// The adapter belongs to a base that its initialisation changed and that cannot be computed again.
+    #[error(
+        "{path}: init_lora_weights is {value}: the adapter belongs to a base that was changed at the start of its \
+         training, and {reason}; convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=…)"
+    )]
+    ChangedBase {
+        /// adapter_config.json.
+        path: PathBuf,
+        /// The initialisation.
+        value: String,
+        /// Why the base is lost.
+        reason: &'static str,
+    },
+    /// A weight cannot be decomposed as an initialisation asks.
+    #[error("`{module}`: {source}")]
+    Decomposition {
+        /// The module's path.
+        module: String,
+        /// What is wrong.
+        source: LinalgError,
     },
     /// A target matches no module.
     #[error("target_modules: {pattern} matches no module of the model{suggestion}; modules: {available}")]

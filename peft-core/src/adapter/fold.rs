@@ -3,9 +3,11 @@
 
 use super::error::AdapterError;
 use super::file::{Adapter, LowRankModule, RowsModule};
+use super::initial::{failed, recomputed};
 use super::placement::SharedWeight;
 use super::rewrite::{Rewrite, RewriteOptions, TensorChange, rewrite_into};
 use crate::checkpoint::{Checkpoint, StagedDir};
+use crate::linalg::Matrix;
 use crate::model::{BaseShapes, EMBEDDING, HEAD, ties_embeddings};
 use burn::tensor::{Device, Tensor, TensorData};
 use std::collections::BTreeSet;
@@ -77,19 +79,22 @@ pub fn fold_into(
             let (own, change, scale) = (whole.remove(&name), change.clone(), module.scale as f32);
             let add = move |bias: Vec<f32>| {
                 let bias = own.clone().unwrap_or(bias);
-                bias.iter().zip(&change).map(|(b, c)| b + scale * c).collect()
+                Ok(bias.iter().zip(&change).map(|(b, c)| b + scale * c).collect())
             };
             rewrite.changes.insert(name, Box::new(add));
         }
         let name = format!("{path}.weight");
         let own = whole.remove(&name);
         let change = move |weight| {
-            let mut weight = own.clone().unwrap_or(weight);
+            let mut weight = match &own {
+                Some(own) => own.clone(),
+                None => reduced(weight, &path, adapter, &module)?,
+            };
             add(&mut weight, &module.a, &module.b, module.rank, module.dims, module.scale);
             if let Some(lengths) = &module.magnitude {
                 scale_rows(&mut weight, module.dims[1], lengths);
             }
-            weight
+            Ok(weight)
         };
         rewrite.changes.insert(name, Box::new(change));
     }
@@ -97,7 +102,7 @@ pub fn fold_into(
         let own = whole.remove(&format!("{EMBEDDING}.weight"));
         change_embedding(&mut rewrite, head_is_saved && shapes.tied && !parted, move || {
             let (own, module) = (own.clone(), module.clone());
-            Box::new(move |weight| fold_embedding(own.clone().unwrap_or(weight), &module))
+            Box::new(move |weight| Ok(fold_embedding(own.clone().unwrap_or(weight), &module)))
         });
     }
     for (path, RowsModule { indices, values }) in resolved.rows {
@@ -109,7 +114,7 @@ pub fn fold_into(
                     let start = *token as usize * width;
                     weight[start..start + width].copy_from_slice(row);
                 }
-                weight
+                Ok(weight)
             })
         };
         match path.as_str() {
@@ -121,7 +126,7 @@ pub fn fold_into(
         let both = head_is_saved && shapes.tied && !parted && name == format!("{EMBEDDING}.weight");
         let replace = move || -> TensorChange {
             let values = values.clone();
-            Box::new(move |_| values.clone())
+            Box::new(move |_| Ok(values.clone()))
         };
         match both {
             true => change_embedding(&mut rewrite, true, replace),
@@ -131,6 +136,18 @@ pub fn fold_into(
     let files = rewrite_into(base, dir, options, &rewrite)?;
     let changed: BTreeSet<String> = rewrite.changes.into_keys().chain(rewrite.copies.into_keys()).collect();
     Ok(FoldReport { folded, replaced, parted, changed: changed.into_iter().collect(), files })
+}
+
+/// The weight that the adapter's factors belong to: without what its initialisation took out of the base.
+fn reduced(
+    weight: Vec<f32>,
+    path: &str,
+    adapter: &Adapter,
+    module: &LowRankModule,
+) -> Result<Vec<f32>, AdapterError> {
+    let Some(initial) = recomputed(adapter.config.lora.init_lora_weights) else { return Ok(weight) };
+    let first = Matrix::from_rows(&weight, module.dims).and_then(|w| initial(&w, module.rank, module.scale));
+    Ok(first.map_err(|source| failed(path, source))?.base.unwrap_or(weight))
 }
 
 /// Adds a change of the embedding, and of a copy of it that is saved as the head.

@@ -7,6 +7,8 @@ mod drift;
 mod error;
 mod file;
 mod fold;
+mod init;
+mod initial;
 mod placement;
 mod record;
 mod rewrite;
@@ -14,7 +16,7 @@ mod save;
 mod targets;
 mod unfold;
 
-pub use config::{AdapterConfig, BiasTraining, InitLoraWeights, Layers, LoraConfig, Names, TokenIndices};
+pub use config::{AdapterConfig, BiasTraining, Layers, LoraConfig, Names, Patterns, TokenIndices};
 pub use config_file::is_empty;
 pub use drift::{
     CONTINUED, Drift, FoldCheck, Rounding, available_memory, check_bytes, check_fold, default_max_drift,
@@ -22,6 +24,10 @@ pub use drift::{
 pub use error::AdapterError;
 pub use file::{Adapter, LowRankModule, Resolved, RowsModule};
 pub use fold::{FoldReport, fold, fold_into};
+pub use init::{
+    CordaConfig, CordaMethod, EvaConfig, GradientDirection, GradientScale, InitLoraWeights, LoraGaConfig,
+};
+pub use initial::{InitialFactors, Place, attach_factors, olora, pissa};
 pub use placement::{Placement, SharedWeight};
 pub use record::{MergeRecord, Original, fingerprints, keep_original};
 pub use rewrite::{Rewrite, RewriteOptions, TensorChange, rewrite_into};

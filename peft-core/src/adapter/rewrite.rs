@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 /// Computes a tensor's new values from its old ones, row-major f32.
-pub type TensorChange<'a> = Box<dyn Fn(Vec<f32>) -> Vec<f32> + Send + Sync + 'a>;
+pub type TensorChange<'a> = Box<dyn Fn(Vec<f32>) -> Result<Vec<f32>, AdapterError> + Send + Sync + 'a>;
 
 /// What is different in the new checkpoint.
 #[derive(Default)]
@@ -105,7 +105,7 @@ fn new_bytes<'a>(
     let values = match change {
         None if dtype == tensor.dtype => return Ok(Cow::Borrowed(tensor.bytes)),
         None => tensor.to_f32()?,
-        Some(change) => change(tensor.to_f32()?),
+        Some(change) => change(tensor.to_f32()?)?,
     };
     let overflows =
         dtype == Dtype::F16 && values.iter().any(|v| v.is_finite() && half::f16::from_f32(*v).is_infinite());

@@ -6,7 +6,7 @@ use super::file::{BASE_BIAS, BASE_WEIGHT, PREFIX, WEIGHTS_FILE};
 use super::placement::{Placement, SharedWeight};
 use crate::checkpoint::{Dtype, LazyTensor, f32_bytes, safetensors_bytes, write_safetensors};
 use crate::model::{BaseShapes, Decoder, EMBEDDING, HEAD, ParameterShape};
-use crate::projection::Parameter;
+use crate::projection::{Delta, Parameter, Projection};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -14,11 +14,16 @@ use std::path::Path;
 /// Writes `adapter_config.json` and `adapter_model.safetensors` into the folder `dir`: every change and every other
 /// trainable parameter of the decoder, in f32.
 ///
+/// Where a part of the base was taken out for the factors, they are written as ones of twice the rank that belong to
+/// the base as it is in its file ([`LowRank::factors`], [`LoraConfig::converted`]).
+///
 /// # Errors
 /// A non-finite value, or a failure to write.
 pub fn save(model: &Decoder, config: &AdapterConfig, dir: &Path) -> Result<(), AdapterError> {
+    let whole = whole_factors(model);
     let mut tensors = Vec::new();
     for (key, parameter, transposed) in adapter_tensors(model) {
+        let parameter = whole.get(parameter.name.as_str()).unwrap_or(parameter);
         let mut shape = parameter.shape.clone();
         if transposed {
             shape.reverse();
@@ -39,7 +44,23 @@ pub fn save(model: &Decoder, config: &AdapterConfig, dir: &Path) -> Result<(), A
         tensors.push(LazyTensor::new(key, Dtype::F32, shape, bytes));
     }
     write_safetensors(&dir.join(WEIGHTS_FILE), tensors, &metadata())?;
-    config.write(dir)
+    match whole.is_empty() {
+        true => config.write(dir),
+        false => AdapterConfig { lora: config.lora.converted(), ..config.clone() }.write(dir),
+    }
+}
+
+/// By name, the factors to write in place of those whose beginning was taken out of the base.
+fn whole_factors(model: &Decoder) -> BTreeMap<&str, Parameter> {
+    let mut factors = BTreeMap::new();
+    for projection in model.projections() {
+        if let Some(Delta::LowRank(form)) = projection.delta.as_ref().filter(|delta| delta.reduces_base()) {
+            let (a, b) = form.factors();
+            factors.insert(form.a.name.as_str(), Parameter::matrix(form.a.name.clone(), a));
+            factors.insert(form.b.name.as_str(), Parameter::matrix(form.b.name.clone(), b));
+        }
+    }
+    factors
 }
 
 /// Bytes of the `adapter_model.safetensors` that [`save`] writes of a model on which `parameters` were put by
@@ -115,7 +136,9 @@ fn adapter_tensors(model: &Decoder) -> Vec<(String, &Parameter, bool)> {
     }
     // PEFT saves the frozen weight of a targeted head or embedding along with its factors, unless rows are trained too.
     let with_rows = embedding.rows.is_some() || model.head_rows.is_some();
-    if let Some(head) = changed.iter().find(|p| p.path == HEAD && !with_rows) {
+    // Converted factors belong to the weight in the base's file, which is not the one held here.
+    let is_head = |p: &&&Projection| p.path == HEAD && !p.delta.as_ref().is_some_and(Delta::reduces_base);
+    if let Some(head) = changed.iter().find(|p| is_head(p) && !with_rows) {
         tensors.push((format!("{HEAD}{BASE_WEIGHT}"), &head.weight, false));
     }
     if let Some(form) = &embedding.delta {

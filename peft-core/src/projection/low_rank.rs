@@ -20,12 +20,36 @@ pub struct LowRank {
     pub scale: f64,
     /// Probability of dropping an input feature of the low-rank path in training.
     pub dropout: f64,
+    /// What the base was reduced by for the factors to start from, if it was.
+    pub removed: Option<Removed>,
+}
+
+/// Factors whose product was taken out of the base weight, `W ← W − s·B₀·A₀`: relative to the weight in the base's
+/// file, the change is `s·(B·A − B₀·A₀)`.
+#[derive(Debug, Clone)]
+pub struct Removed {
+    /// `A₀`, `[r, in]`, f32.
+    pub a: Tensor<2>,
+    /// `B₀`, `[out, r]`, f32.
+    pub b: Tensor<2>,
 }
 
 impl LowRank {
     /// `r`.
     pub fn rank(&self) -> usize {
         self.a.value.dims()[0]
+    }
+
+    /// `(A, B)` of the change relative to the weight in the base's file, with the same `s`: the factors themselves, or
+    /// with something removed `[A; A₀]` and `[B, −B₀]` of rank `2·r`.
+    pub fn factors(&self) -> (Tensor<2>, Tensor<2>) {
+        let (a, b) = (self.a.value.clone(), self.b.value.clone());
+        match &self.removed {
+            None => (a, b),
+            Some(Removed { a: a_0, b: b_0 }) => {
+                (Tensor::cat(vec![a, a_0.clone()], 0), Tensor::cat(vec![b, b_0.clone().neg()], 1))
+            }
+        }
     }
 
     /// Its parameters, in a fixed order.

@@ -10,7 +10,7 @@ mod parameter;
 mod tape;
 
 pub use embedding::{Embedding, TokenRows};
-pub use low_rank::LowRank;
+pub use low_rank::{LowRank, Removed};
 pub use magnitude::Magnitude;
 pub use parameter::Parameter;
 pub use tape::{DropoutKey, InputObserver, Tape};
@@ -26,6 +26,12 @@ pub enum Delta {
 }
 
 impl Delta {
+    /// Whether a part of the base weight was taken out for the change to start from.
+    pub fn reduces_base(&self) -> bool {
+        let Delta::LowRank(form) = self;
+        form.removed.is_some()
+    }
+
     /// The trainable parameters, in a fixed order.
     pub fn parameters(&self) -> Vec<&Parameter> {
         match self {

@@ -44,6 +44,9 @@ pub enum TrainError {
         /// Rows of the embedding.
         vocab_size: usize,
     },
+    /// The method cannot give its parameters their first values.
+    #[error("method: {0}")]
+    Preparation(String),
     /// A saved state does not belong to this run.
     #[error("{path}: {message}")]
     State {

@@ -10,6 +10,8 @@ pub struct LoraBlock {
     /// What the adapter is.
     #[serde(flatten)]
     pub lora: LoraConfig,
+    /// Examples that data-driven first values are computed from: at most this many, evenly spread over the data.
+    pub init_num_samples: Option<usize>,
     /// How much faster `B` learns than `A` (LoRA+, arXiv 2402.12354); also a bias, a magnitude.
     pub loraplus_lr_ratio: Option<f64>,
     /// Learning rate of a change of the embedding under LoRA+; 1e-6 by default, as in PEFT.
@@ -27,6 +29,9 @@ impl LoraBlock {
         self.lora.check()?;
         if self.lora_fa && (self.lora.use_dora || self.lora.lora_bias || self.loraplus_lr_ratio.is_some()) {
             return Err("lora_fa goes with neither use_dora, lora_bias nor loraplus_lr_ratio".to_string());
+        }
+        if self.init_num_samples == Some(0) {
+            return Err("init_num_samples is 0, expected a number above 0".to_string());
         }
         if let Some(ratio) = self.loraplus_lr_ratio.filter(|ratio| !(ratio.is_finite() && *ratio > 0.0)) {
             return Err(format!(

@@ -6,6 +6,7 @@
 
 mod config;
 mod fa;
+pub mod init;
 
 pub use config::LoraBlock;
 
@@ -23,6 +24,9 @@ use peft_core::train::{Method, MethodPlan, ParameterRole, PlannedParameter, Prep
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::OnceLock;
+
+/// Samples of data-driven first values where the recipe does not say: what CorDA's authors use.
+const DEFAULT_SAMPLES: usize = 256;
 
 /// LoRA on a model.
 pub struct Lora {
@@ -47,6 +51,12 @@ impl Lora {
         start: Option<PathBuf>,
     ) -> Result<Self, String> {
         block.check()?;
+        let init = block.lora.init_lora_weights;
+        if start.is_some() && ![InitLoraWeights::KaimingUniform, InitLoraWeights::Gaussian].contains(&init) {
+            return Err(
+                "init_lora_weights and adapter_name_or_path both give first values; remove one".to_string()
+            );
+        }
         Ok(Self { block, base: base.to_string(), revision, start, preconditioners: OnceLock::new() })
     }
 
@@ -57,6 +67,9 @@ impl Lora {
     /// The configuration as written beside the weights: `all-linear` spelled out for programs that do not know it.
     fn written_config(&self, model: &Decoder) -> Result<AdapterConfig, AdapterError> {
         let mut lora = self.config().clone();
+        if lora.init_lora_weights == InitLoraWeights::Eva {
+            init::write_eva(&mut lora, model)?;
+        }
         if !matches!(lora.target_modules, Some(TargetModules::Matching(_))) {
             let shapes = model.base_shapes();
             let matrices: Vec<&str> = matrices(&shapes);
@@ -134,19 +147,51 @@ impl Lora {
     }
 
     /// Puts fresh changes onto the model.
-    fn draw(&self, model: &mut Decoder, placement: &Placement, seed: u64) -> Result<(), AdapterError> {
+    fn draw(
+        &self,
+        model: &mut Decoder,
+        placement: &Placement,
+        preparation: &Preparation,
+    ) -> Result<(), TrainError> {
         let config = self.config();
         let patterns = config.patterns()?;
         let device = model.device.clone();
+        let (seed, init) = (preparation.seed, config.init_lora_weights);
+        let sample_count = self.block.init_num_samples.unwrap_or(DEFAULT_SAMPLES);
+        if init.changes_base() {
+            if placement.embedding {
+                let reason = "has no initialisation that changes the base".to_string();
+                return Err(AdapterError::Target { module: EMBEDDING.to_string(), reason }.into());
+            }
+            init::take_out_of_weights(model, config, &placement.linear, sample_count, preparation)?;
+        }
+        let eva = match init {
+            InitLoraWeights::Eva => init::eva(model, config, &placement.linear, sample_count, preparation)?,
+            _ => BTreeMap::new(),
+        };
         for projection in model.projections_mut() {
             let path = projection.path.clone();
-            if !placement.linear.contains(&path) {
+            if !placement.linear.contains(&path) || projection.delta.is_some() {
                 continue;
             }
-            let (rank, scale) = (patterns.rank(&path), patterns.scale(&path));
             let [rows, columns] = projection.dims();
-            let a = initial_a(config.init_lora_weights, &path, [rank, columns], seed, &device);
-            let b = zeros([rows, rank], &device);
+            let (mut rank, mut scale) = (patterns.rank(&path), patterns.scale(&path));
+            let (a, b) = match init {
+                InitLoraWeights::Eva => {
+                    let Some((directions, a)) = eva.get(&path).filter(|(rank, _)| *rank > 0) else {
+                        continue;
+                    };
+                    rank = *directions;
+                    scale = config.scale(init::eva_alpha(config, &patterns, &path, rank), rank);
+                    (matrix(a.clone(), [rank, columns], &device), zeros([rows, rank], &device))
+                }
+                InitLoraWeights::Orthogonal => {
+                    let mut stream = Stream::new(seed, "lora init", &path, &[]);
+                    let factors = init::orthogonal(&path, [rows, columns], rank, &mut stream)?;
+                    (matrix(factors.a, [rank, columns], &device), matrix(factors.b, [rows, rank], &device))
+                }
+                _ => (initial_a(init, &path, [rank, columns], seed, &device), zeros([rows, rank], &device)),
+            };
             let magnitude =
                 config.use_dora.then(|| magnitude(&path, &projection.weight.value, &a, &b, scale));
             let bias = config.lora_bias.then(|| Parameter {
@@ -162,6 +207,7 @@ impl Lora {
                 magnitude,
                 scale,
                 dropout: config.lora_dropout,
+                removed: None,
             }));
         }
         if placement.embedding {
@@ -180,6 +226,7 @@ impl Lora {
                 magnitude,
                 scale,
                 dropout: config.lora_dropout,
+                removed: None,
             });
         }
         for (path, indices) in &placement.rows {
@@ -272,6 +319,10 @@ fn magnitude(path: &str, weight: &Tensor<2>, a: &Tensor<2>, b: &Tensor<2>, scale
     Magnitude::new(format!("{path}.lora_magnitude_vector"), weight, a, b, scale)
 }
 
+fn matrix(values: Vec<f32>, dims: [usize; 2], device: &Device) -> Tensor<2> {
+    Tensor::from_data(TensorData::new(values, dims), (device, DType::F32))
+}
+
 fn zeros(dims: [usize; 2], device: &Device) -> Tensor<2> {
     Tensor::zeros(dims, (device, DType::F32))
 }
@@ -316,7 +367,7 @@ impl Method for Lora {
         }
         match &self.start {
             Some(dir) => self.take_values(dir, model, &shapes, &placement)?,
-            None => self.draw(model, &placement, preparation.seed)?,
+            None => self.draw(model, &placement, preparation)?,
         }
         set_trainable(model, &placement);
         if self.block.lora_fa {
@@ -360,12 +411,12 @@ impl Method for Lora {
 fn initial_a(init: InitLoraWeights, path: &str, dims: [usize; 2], seed: u64, device: &Device) -> Tensor<2> {
     let [rank, columns] = dims;
     match init {
-        InitLoraWeights::KaimingUniform => {
+        InitLoraWeights::Gaussian => normal(path, dims, 1.0 / rank as f64, seed, device),
+        _ => {
             // Kaiming-uniform with a = √5 has the bound √(6 / ((1 + 5)·in)).
             let bound = 1.0 / (columns as f64).sqrt();
             draw(path, dims, seed, device, |stream| (2.0 * stream.uniform() - 1.0) * bound)
         }
-        InitLoraWeights::Gaussian => normal(path, dims, 1.0 / rank as f64, seed, device),
     }
 }
 
