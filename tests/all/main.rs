@@ -8,6 +8,7 @@ mod families;
 mod faults;
 mod gradients;
 mod init;
+mod inits;
 mod merging;
 mod packing;
 mod plan;
