@@ -222,6 +222,7 @@ fn examples(count: usize) -> Vec<Example> {
         on_truncation: None,
         train_on_inputs: false,
         chat_template: None,
+        chat_template_kwargs: Default::default(),
         now: None,
     };
     let tokenizer = Tokenizer::from_dir(root().join(BASE)).unwrap();
