@@ -100,6 +100,7 @@ const PREPARATION: Preparation = Preparation {
     examples: &[],
     micro_batch_size: 1,
     step: StepSettings { gradient_checkpointing: false, loss_chunk_rows: None },
+    resume: None,
 };
 
 /// Short and long, few and many supervised tokens, the whole graph and layer by layer.

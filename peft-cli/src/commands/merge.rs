@@ -64,7 +64,7 @@ pub fn run(args: MergeArgs) -> Result<(), CliError> {
     MergeRecord::new(&base, &adapter, report.changed.clone(), verification.clone())?.write(staged.path())?;
     // In place of the base's own card, which was carried over with its other files.
     let text = card::merged(
-        (&args.base_model, args.revision.as_deref()),
+        (base_model, args.revision.as_deref()),
         (&args.adapter, &adapter.config),
         dtype,
         &report,

@@ -383,6 +383,7 @@ fn measure(
         examples: &data.train,
         micro_batch_size: recipe.micro_batch_size,
         step: config.step,
+        resume: None,
     };
     method.prepare(&mut model, &preparation)?;
     require_vocabulary(&model, "training data", &data.train)?;

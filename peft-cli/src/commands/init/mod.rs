@@ -97,6 +97,7 @@ fn length(dataset: &DatasetConfig, base: &Local) -> Result<Length, CliError> {
         train_on_inputs: false,
         on_truncation: None,
         chat_template: None,
+        chat_template_kwargs: Default::default(),
         now: None,
     };
     let loaded = load(std::slice::from_ref(dataset), &base.tokenizer, &options)?;
