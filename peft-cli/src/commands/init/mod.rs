@@ -80,7 +80,7 @@ fn is_hub_id(name: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_./".contains(c);
     name.chars().all(plain)
         && !name.starts_with(['.', '/'])
-        && name.matches('/').count() == 1
+        && name.matches('/').count() <= 1
         && !Path::new(name).exists()
 }
 

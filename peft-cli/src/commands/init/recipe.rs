@@ -45,8 +45,10 @@ pub fn text(draft: &Draft<'_>) -> String {
         draft.method.name, draft.method.about
     );
     let mut line = |key: &str, value: &str, comment: &str| {
+        // A key that begins a part has a line break before it.
+        let (space, key) = key.strip_prefix('\n').map_or(("", key), |key| ("\n", key));
         let entry = format!("{key}: {value}");
-        out.push_str(format!("{entry:<44} # {comment}\n").trim_start_matches('\n'));
+        out.push_str(&format!("{space}{entry:<44} # {comment}\n"));
     };
     line("base_model", &scalar(draft.base), "a folder, or a hub id");
     line("\ndatasets", "", "training data: json, jsonl, csv, tsv, parquet or txt");
