@@ -3,7 +3,7 @@
 use serde_json::Value;
 
 /// A value as YAML that reads back as the same value.
-pub fn text(value: &Value) -> String {
+fn text(value: &Value) -> String {
     // A JSON value has nothing that YAML cannot hold, and JSON itself is YAML.
     serde_saphyr::to_string(value).unwrap_or_else(|_| format!("{value:#}"))
 }
@@ -25,6 +25,20 @@ pub fn string(text: &str) -> String {
     }
     out.push('"');
     out
+}
+
+/// A resolved recipe as YAML that `peft train` takes as it is. Of the data files only the keys that say something are
+/// written; elsewhere null may differ from the default and stands.
+pub fn recipe(recipe: &Value) -> String {
+    let mut recipe = recipe.clone();
+    for key in ["datasets", "eval_datasets"] {
+        for entry in recipe.get_mut(key).and_then(Value::as_array_mut).into_iter().flatten() {
+            if let Some(keys) = entry.as_object_mut() {
+                keys.retain(|_, value| !value.is_null());
+            }
+        }
+    }
+    text(&recipe)
 }
 
 /// A word that a POSIX shell takes as it stands.
@@ -53,6 +67,13 @@ mod tests {
         let written = text(&value);
         let read: Value = serde_saphyr::from_str(&written).unwrap();
         assert_eq!(read, value, "{written}");
+    }
+
+    #[test]
+    fn a_recipe_keeps_the_nulls_that_mean_something() {
+        let written = recipe(&json!({"datasets": [{"path": "a", "limit": null}], "max_grad_norm": null}));
+        let read: Value = serde_saphyr::from_str(&written).unwrap();
+        assert_eq!(read, json!({"datasets": [{"path": "a"}], "max_grad_norm": null}));
     }
 
     #[test]

@@ -138,7 +138,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
         "plan": { "memory": forecast.memory },
     });
     folder.write_json("run.json", &run_info)?;
-    write_file(&output_dir.join("recipe.yaml"), yaml::text(&json!(recipe)).as_bytes())?;
+    write_file(&output_dir.join("recipe.yaml"), yaml::recipe(&json!(recipe)).as_bytes())?;
     render::run_plan(&recipe, &forecast, &train, &validation, (trainable, total), packing);
 
     let users_card = card::users(&output_dir.join(method.artifact()), base.checkpoint.dir());

@@ -72,10 +72,9 @@ fn text(label: &str, class: &str, content: &str) -> String {
 
 /// The plan's memory by component beside the measured peak; nothing without a plan.
 pub fn memory(run: &Run) -> String {
-    let Some(plan) = run.get("/plan/memory").as_object() else { return String::new() };
+    let Some(plan) = run.get("/plan/memory/components").as_object() else { return String::new() };
     let mut parts: Vec<(&String, f64)> = plan
         .iter()
-        .filter(|(name, _)| *name != "total")
         .filter_map(|(name, bytes)| Some((name, bytes.as_f64()?)))
         .filter(|(_, bytes)| *bytes > 0.0)
         .collect();
@@ -90,7 +89,8 @@ pub fn memory(run: &Run) -> String {
     let mut bars = String::from("<div class=\"bars\">\n<span>planned</span><div class=\"bar\">");
     let mut legend = String::from("<table class=\"parts\">\n");
     for (i, (name, bytes)) in parts.iter().enumerate() {
-        let colour = i % 6 + 1;
+        // The small ones at the end share the last colour, a gray.
+        let colour = (i + 1).min(7);
         let _ = write!(bars, "<i class=\"fill c{colour}\" style=\"width:{:.3}%\"></i>", percent(*bytes));
         let _ = writeln!(
             legend,
@@ -109,21 +109,28 @@ pub fn memory(run: &Run) -> String {
             render::bytes(measured as u64)
         );
     }
-    section("Memory by component", &format!("{bars}</div>\n{legend}</table>\n"))
+    let phase = run.get("/plan/memory/peak_phase").as_str().map_or_else(String::new, |phase| {
+        let phase = escape(&phase.replace('_', " "));
+        format!("<p class=\"note\">What was predicted to be held at the peak, in the phase “{phase}”.</p>\n")
+    });
+    section("Memory by component", &format!("{phase}{bars}</div>\n{legend}</table>\n"))
 }
 
 /// The files and what became of their records.
 pub fn data(run: &Run) -> String {
     let mut out = String::new();
-    let files = run.get("/data/files").as_array().map_or(&[][..], Vec::as_slice);
+    let listed = |pointer: &str| run.get(pointer).as_array().map_or(&[][..], Vec::as_slice);
+    let files: Vec<(&Value, &str)> = (listed("/data/files").iter().map(|file| (file, "training")))
+        .chain(listed("/data/eval_files").iter().map(|file| (file, "held-out")))
+        .collect();
     if !files.is_empty() {
-        out.push_str("<div class=\"scroll\"><table>\n<tr><th>file</th><th class=\"n\">records</th><th>SHA-256</th></tr>\n");
-        for file in files {
+        out.push_str("<div class=\"scroll\"><table>\n<tr><th>file</th><th>for</th><th class=\"n\">records</th><th>SHA-256</th></tr>\n");
+        for (file, purpose) in files {
             let field = |name: &str| file.get(name).and_then(Value::as_str).unwrap_or_default();
             let records = file.get("records").and_then(Value::as_u64).unwrap_or(0);
             let _ = writeln!(
                 out,
-                "<tr><td>{}</td><td class=\"n\">{}</td><td><code>{}</code></td></tr>",
+                "<tr><td>{}</td><td>{purpose}</td><td class=\"n\">{}</td><td><code>{}</code></td></tr>",
                 escape(field("path")),
                 render::count(records),
                 escape(field("sha256"))
@@ -167,7 +174,7 @@ pub fn environment(run: &Run) -> String {
     };
     let facts: Vec<(&str, String)> = [
         ("peft", text("/versions/peft")),
-        ("device", text("/device")),
+        ("device", text("/device").map(|name| name.replace("Device<", "").replace('>', ""))),
         ("type of weights", text("/dtype").map(|dtype| dtype.to_lowercase())),
         ("seed", text("/seed")),
         ("started", run.get("/started_at").as_u64().map(utc)),
@@ -185,7 +192,7 @@ pub fn recipe(run: &Run) -> String {
     match run.get("/recipe") {
         Value::Null => String::new(),
         recipe => {
-            let yaml = escape(&crate::yaml::text(recipe));
+            let yaml = escape(&crate::yaml::recipe(recipe));
             section("Recipe, with every default", &format!("<pre class=\"code\">{yaml}</pre>\n"))
         }
     }
@@ -238,7 +245,25 @@ fn utc(unix_seconds: u64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::run::Line;
     use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn the_plans_peak_is_shown_by_component_beside_the_measured_one() {
+        let components = json!({"base_weights": 3 << 20, "activations": 1 << 20, "logits": 0});
+        let plan =
+            json!({"peak_bytes": 4 << 20, "peak_phase": "step", "components": components, "phases": []});
+        let step = Line { step: 1, peak_memory_bytes: Some(f64::from(8 << 20)), ..Line::default() };
+        let info = json!({"plan": {"memory": plan}});
+        let run = Run { info, steps: vec![step], evaluations: Vec::new(), samples: Vec::new() };
+        let html = memory(&run);
+        assert!(html.contains("base weights</td><td>3.0 MiB</td><td>75 %"), "{html}");
+        assert!(html.contains("<i class=\"fill c1\" style=\"width:37.500%\"></i>"), "{html}");
+        assert!(html.contains("<b>4.0 MiB</b>") && html.contains("<b>8.0 MiB</b>"), "{html}");
+        assert!(html.contains("“step”") && !html.contains("logits"), "{html}");
+        assert_eq!(memory(&Run { info: Value::Null, ..run }), "");
+    }
 
     #[test]
     fn times() {
