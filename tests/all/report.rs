@@ -79,14 +79,35 @@ fn a_run_can_be_looked_at() {
     assert_eq!(html.matches("<script").count(), 1, "the page's own script alone");
     assert!(html.contains("&lt;script&gt;document.title"), "the prompt is shown as text");
     assert!(!html.contains("http://") && !html.contains("https://"), "nothing leads out of the file");
-    for part in ["Loss", "Learning rate", "Gradient norm", "Throughput", "Memory", "lora_alpha", "<svg"] {
+    for part in [
+        "Loss",
+        "Learning rate",
+        "Gradient norm",
+        "Throughput",
+        "Memory",
+        "lora_alpha",
+        "<svg",
+        "base weights",
+    ] {
         assert!(html.contains(part), "no {part}");
     }
 
     match in_chromium(&page, &dir.path().join("profile")) {
         None => println!("no Chromium here: the page was not opened"),
         Some((dom, complaints)) => {
+            // The page's policy blocks every request, and a request or script that is tried is complained of.
             assert_eq!(complaints, "");
+            let meddled = dir.path().join("meddled.html");
+            let image =
+                "<img src=\"http://127.0.0.1:9/x.png\"></main><script>document.title = 'owned'</script>";
+            std::fs::write(&meddled, html.replace("</main>", image)).unwrap();
+            let (meddled, complaints) = in_chromium(&meddled, &dir.path().join("profile")).unwrap();
+            assert_eq!(complaints.matches("Content Security Policy").count(), 2, "{complaints}");
+            assert!(!meddled.contains("<title>owned"));
+            assert!(
+                dom.contains("class=\"script\"") && dom.contains("class=\"cursor\""),
+                "the script did not run"
+            );
             assert!(
                 dom.contains("<svg") && dom.contains("fine-tuning report"),
                 "{}",
