@@ -409,7 +409,7 @@ fn a_resume_under_another_recipe_is_refused_by_name() {
 
 #[test]
 fn a_save_that_must_fail_fails_before_the_first_step() {
-    let fails = |dir: &TempDir, out: &Path, limit: &str| {
+    let fails = |dir: &TempDir, out: &Path, limit: &str, code: i32| {
         let script = format!(
             "trap '' XFSZ; ulimit -f {limit}; exec {} train {RECIPE} --output-dir {} --resume auto",
             program().display(),
@@ -417,7 +417,7 @@ fn a_save_that_must_fail_fails_before_the_first_step() {
         );
         let out = Command::new("sh").args(["-c", &script]).current_dir(root()).output().unwrap();
         let stderr = String::from_utf8_lossy(&out.stderr).into_owned();
-        assert_eq!(out.status.code(), Some(1), "{stderr}");
+        assert_eq!(out.status.code(), Some(code), "{stderr}");
         assert!(!stderr.contains("step     0") && !stderr.contains("panicked"), "{stderr}");
         println!("{}", stderr.lines().last().unwrap_or_default());
         assert!(!dir.path().join("out/metrics.jsonl").exists());
@@ -426,13 +426,14 @@ fn a_save_that_must_fail_fails_before_the_first_step() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
     // Files of 32 KiB at most, in 512-byte blocks, stand in for a full disk.
-    assert!(fails(&dir, &out, "64").contains("cannot write"));
+    assert!(fails(&dir, &out, "64", 1).contains("cannot write"));
     // No place for checkpoints.
     std::fs::remove_dir_all(out.join("checkpoints")).unwrap();
     std::fs::write(out.join("checkpoints"), "").unwrap();
-    assert!(fails(&dir, &out, "unlimited").contains("checkpoints"));
-    // No place at all.
-    assert!(fails(&dir, &out.join("checkpoints/below-a-file"), "unlimited").contains("below-a-file"));
+    assert!(fails(&dir, &out, "unlimited", 1).contains("checkpoints"));
+    // A place that cannot be is a mistake of the recipe's.
+    let nowhere = out.join("checkpoints/below-a-file");
+    assert!(fails(&dir, &nowhere, "unlimited", 2).contains("below-a-file"));
 }
 
 #[test]
