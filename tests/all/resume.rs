@@ -430,7 +430,7 @@ fn a_save_that_must_fail_fails_before_the_first_step() {
     // No place for checkpoints.
     std::fs::remove_dir_all(out.join("checkpoints")).unwrap();
     std::fs::write(out.join("checkpoints"), "").unwrap();
-    assert!(fails(&dir, &out, "unlimited", 1).contains("checkpoints"));
+    assert!(fails(&dir, &out, "unlimited", 2).contains("checkpoints"));
     // A place that cannot be is a mistake of the recipe's.
     let nowhere = out.join("checkpoints/below-a-file");
     assert!(fails(&dir, &nowhere, "unlimited", 2).contains("below-a-file"));
