@@ -138,6 +138,15 @@ fn sources_that_would_overflow_the_parser_are_refused() {
     }
 }
 
+/// Found by fuzzing: an end that shares a character with its beginning.
+#[test]
+fn a_tag_that_seems_to_end_in_its_beginning_is_refused() {
+    for source in ["{%}", "x{%}{{ a }}{% for x in [1] %}{{ x }}{% endfor %}", "{%-%}", "{%"] {
+        let attempt = parse(source).and_then(|template| template.render(&[], false, &Map::new()));
+        assert!(attempt.is_err(), "{source}: {attempt:?}");
+    }
+}
+
 #[test]
 fn limits_are_told() {
     let loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";

@@ -224,7 +224,8 @@ fn with_generation_filters(source: &str) -> (String, bool) {
     let mut found = false;
     let mut rest = source;
     while let Some(start) = rest.find("{%") {
-        let Some(length) = rest[start..].find("%}") else {
+        // The two share no character: `{%}` opens a tag and does not close it.
+        let Some(length) = rest[start + 2..].find("%}").map(|length| length + 2) else {
             break;
         };
         let inside = &rest[start + 2..start + length];
