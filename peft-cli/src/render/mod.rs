@@ -13,6 +13,7 @@ pub use tokens::tokens;
 pub use transfers::Transfers;
 
 use crate::error::CliError;
+use crate::yaml::shell;
 use std::io::IsTerminal;
 
 /// Prints an error to stderr.
@@ -82,20 +83,11 @@ fn with_flag(mut args: impl Iterator<Item = String>, flag: &str, value: &str) ->
         if word == flag {
             args.next();
         } else if !word.strip_prefix(flag).is_some_and(|rest| rest.starts_with('=')) {
-            words.push(quoted(&word));
+            words.push(shell(&word));
         }
     }
-    words.extend([flag.to_string(), quoted(value)]);
+    words.extend([flag.to_string(), shell(value)]);
     words.join(" ")
-}
-
-/// The word as a POSIX shell must see it.
-fn quoted(word: &str) -> String {
-    let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,@%+".contains(c);
-    if !word.is_empty() && word.chars().all(plain) {
-        return word.to_string();
-    }
-    format!("'{}'", word.replace('\'', r"'\''"))
 }
 
 /// Bytes in the largest binary unit that keeps a digit before the point.
