@@ -6,7 +6,7 @@ use peft_core::data::{Batch, Example, collate};
 use peft_core::model::Decoder;
 use peft_core::projection::DropoutKey;
 use peft_core::random::Stream;
-use peft_core::train::{StepGradients, StepSettings, accumulate, evaluate};
+use peft_core::train::{GradientCheckpointing, StepGradients, StepSettings, accumulate, evaluate};
 use peft_tests::golden;
 use std::collections::BTreeMap;
 
@@ -22,7 +22,7 @@ fn examples() -> Vec<Example> {
 fn gradients(
     model: &Decoder,
     batch: &Batch,
-    checkpointing: bool,
+    checkpointing: GradientCheckpointing,
     chunk: Option<usize>,
 ) -> BTreeMap<String, Vec<f32>> {
     let settings = StepSettings { gradient_checkpointing: checkpointing, loss_chunk_rows: chunk };
@@ -51,9 +51,9 @@ fn directional_derivatives_agree_with_differences() {
         let mut model = open(&golden("families").join(family));
         model.parameters_mut().into_iter().for_each(|parameter| parameter.set_trainable());
         let names: Vec<String> = model.parameters().iter().map(|p| p.name.clone()).collect();
-        let whole = gradients(&model, &batch, false, None);
+        let whole = gradients(&model, &batch, GradientCheckpointing::Off, None);
         assert_eq!(whole.keys().count(), names.len(), "{family}: every parameter has a gradient");
-        let layered = gradients(&model, &batch, true, Some(3));
+        let layered = gradients(&model, &batch, GradientCheckpointing::Layers, Some(3));
         for name in &names {
             let scale = whole[name].iter().fold(1e-6f32, |max, v| max.max(v.abs()));
             let difference =

@@ -14,7 +14,7 @@ use peft_core::linalg::Matrix;
 use peft_core::model::{ComputeType, Decoder, load};
 use peft_core::random::Stream;
 use peft_core::text::Tokenizer;
-use peft_core::train::{Method, Preparation, StepSettings};
+use peft_core::train::{GradientCheckpointing, Method, Preparation, StepSettings};
 use peft_methods::{Lora, LoraBlock, init};
 use peft_tests::{golden, peft_ok, root};
 use serde_json::{Value, json};
@@ -205,7 +205,7 @@ fn initialised(method: Value, compute: ComputeType, resume: Option<&Path>) -> (D
         seed: 3,
         examples: &examples(60),
         micro_batch_size: 4,
-        step: StepSettings { gradient_checkpointing: true, loss_chunk_rows: None },
+        step: StepSettings { gradient_checkpointing: GradientCheckpointing::Layers, loss_chunk_rows: None },
         resume,
     };
     lora.prepare(&mut model, &preparation).unwrap();

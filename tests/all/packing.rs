@@ -6,11 +6,14 @@ use peft_core::data::{Batch, Example, collate, collate_packs};
 use peft_core::model::{Decoder, RopeScaling};
 use peft_core::projection::{DropoutKey, Tape};
 use peft_core::random::Stream;
-use peft_core::train::{StepGradients, StepSettings, accumulate};
+use peft_core::train::{GradientCheckpointing, StepGradients, StepSettings, accumulate};
 use peft_tests::{golden, peft_refuses};
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
+
+const MODES: [GradientCheckpointing; 3] =
+    [GradientCheckpointing::Off, GradientCheckpointing::Selective, GradientCheckpointing::Layers];
 
 fn example(length: usize, seed: u64) -> Example {
     let mut stream = Stream::new(seed, "test", "", &[]);
@@ -21,7 +24,11 @@ fn example(length: usize, seed: u64) -> Example {
 }
 
 /// Loss and gradients of all parameters, over batches that form one accumulation window.
-fn step(model: &Decoder, batches: &[Batch], checkpointing: bool) -> (f64, BTreeMap<String, Vec<f32>>) {
+fn step(
+    model: &Decoder,
+    batches: &[Batch],
+    checkpointing: GradientCheckpointing,
+) -> (f64, BTreeMap<String, Vec<f32>>) {
     let settings = StepSettings { gradient_checkpointing: checkpointing, loss_chunk_rows: Some(7) };
     let scale = 1.0 / batches.iter().map(|batch| batch.targets.len()).sum::<usize>() as f64;
     let mut sums = StepGradients::default();
@@ -59,8 +66,8 @@ fn packed_loss_and_gradients_are_the_unpacked_ones() {
         if let RopeScaling::Dynamic { max_positions, .. } = model.config.rope_scaling {
             assert!(max_positions < 40, "the lengths should reach beyond {max_positions}");
         }
-        let (loss, gradients) = step(&model, &alone, false);
-        for checkpointing in [false, true] {
+        let (loss, gradients) = step(&model, &alone, GradientCheckpointing::Off);
+        for checkpointing in MODES {
             let (found, packed) = step(&model, std::slice::from_ref(&packed), checkpointing);
             let difference = (found / loss - 1.0).abs();
             assert!(difference < 1e-6, "{family}: loss {found} for {loss}");

@@ -2,7 +2,6 @@
 //! (`tests/golden/make_variants.py`).
 
 use crate::families::{integers, open, relative_difference};
-use burn::optim::Optimizer;
 use peft_core::adapter::{Adapter, RewriteOptions, fold};
 use peft_core::checkpoint::{Checkpoint, SafetensorsFile};
 use peft_core::data::{Example, collate};
@@ -10,7 +9,8 @@ use peft_core::kernels::AdamW;
 use peft_core::model::Decoder;
 use peft_core::projection::DropoutKey;
 use peft_core::train::{
-    Method, NamedOptimizer, ParameterOptimizer, Preparation, StepGradients, StepSettings, accumulate,
+    GradientCheckpointing, ManyOptimizer, Method, NamedOptimizer, Preparation, StepGradients, StepSettings,
+    accumulate, update_parameters,
 };
 use peft_methods::Lora;
 use peft_tests::golden;
@@ -18,7 +18,8 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 const RATE: f64 = 1e-2;
-const STEP: StepSettings = StepSettings { gradient_checkpointing: false, loss_chunk_rows: None };
+const STEP: StepSettings =
+    StepSettings { gradient_checkpointing: GradientCheckpointing::Off, loss_chunk_rows: None };
 
 /// The batches of all variants, one a step.
 fn batches() -> Vec<Vec<Example>> {
@@ -48,7 +49,7 @@ fn train(dir: &Path) -> (PathBuf, Lora, Decoder, Vec<f64>) {
     (base, method, model, losses)
 }
 
-fn steps(model: &mut Decoder, method: &dyn Method, optimizer: impl Optimizer + 'static) -> Vec<f64> {
+fn steps(model: &mut Decoder, method: &dyn Method, optimizer: impl ManyOptimizer + 'static) -> Vec<f64> {
     let mut optimizer = NamedOptimizer::new(optimizer);
     let mut losses = Vec::new();
     for (step, examples) in batches().iter().enumerate() {
@@ -60,12 +61,7 @@ fn steps(model: &mut Decoder, method: &dyn Method, optimizer: impl Optimizer + '
         losses.push(sums.loss_sum * scale);
         let mut gradients: BTreeMap<_, _> = sums.gradients;
         method.before_update(model, &mut gradients);
-        for parameter in model.parameters_mut() {
-            if let Some(gradient) = gradients.remove(&parameter.name) {
-                let rate = method.peak_rate(&parameter.name, RATE);
-                parameter.value = optimizer.step(&parameter.name, rate, parameter.value.clone(), gradient);
-            }
-        }
+        update_parameters(model, &mut optimizer, gradients, |name| method.peak_rate(name, RATE));
     }
     losses
 }

@@ -7,7 +7,9 @@ use peft_core::data::{Example, collate};
 use peft_core::model::{ComputeType, Decoder, load};
 use peft_core::projection::DropoutKey;
 use peft_core::train::plan::{BatchShape, Phase, Workload, predict};
-use peft_core::train::{Method, MethodPlan, Preparation, StepGradients, StepSettings, accumulate, evaluate};
+use peft_core::train::{
+    GradientCheckpointing, Method, MethodPlan, Preparation, StepGradients, StepSettings, accumulate, evaluate,
+};
 use peft_methods::{Full, Lora};
 use peft_tests::root;
 use std::alloc::{GlobalAlloc, Layout, System};
@@ -52,7 +54,7 @@ fn peak_of(work: impl FnOnce()) -> f64 {
     (PEAK.load(SeqCst) - before) as f64
 }
 
-fn compare(model: &Decoder, plan: &MethodPlan, cases: &[(usize, usize, usize, bool)]) {
+fn compare(model: &Decoder, plan: &MethodPlan, cases: &[(usize, usize, usize, GradientCheckpointing)]) {
     for &(rows, time, supervised, gradient_checkpointing) in cases {
         let supervised = (0..time).map(|token| token + supervised >= time).collect();
         let example = Example { ids: vec![5; time], supervised };
@@ -99,18 +101,18 @@ const PREPARATION: Preparation = Preparation {
     seed: 1,
     examples: &[],
     micro_batch_size: 1,
-    step: StepSettings { gradient_checkpointing: false, loss_chunk_rows: None },
+    step: StepSettings { gradient_checkpointing: GradientCheckpointing::Off, loss_chunk_rows: None },
     resume: None,
 };
 
 /// Short and long, few and many supervised tokens, the whole graph and layer by layer.
-const CASES: [(usize, usize, usize, bool); 6] = [
-    (16, 64, 32, false),
-    (16, 64, 60, false),
-    (16, 64, 32, true),
-    (4, 256, 128, false),
-    (4, 256, 128, true),
-    (1, 512, 20, false),
+const CASES: [(usize, usize, usize, GradientCheckpointing); 6] = [
+    (16, 64, 32, GradientCheckpointing::Off),
+    (16, 64, 60, GradientCheckpointing::Off),
+    (16, 64, 32, GradientCheckpointing::Layers),
+    (4, 256, 128, GradientCheckpointing::Off),
+    (4, 256, 128, GradientCheckpointing::Layers),
+    (1, 512, 20, GradientCheckpointing::Off),
 ];
 
 // One test: what others would allocate at the same time must not be counted.

@@ -18,8 +18,8 @@ use peft_core::data::{DataFile, Dataset, Example, load, split_validation};
 use peft_core::kernels::AdamW;
 use peft_core::model::{ModelConfig, ties_embeddings};
 use peft_core::train::{
-    Identity, Method, NamedOptimizer, Outcome, Preparation, RunSummary, StepSettings, TrainConfig, Trainer,
-    Warmup,
+    GradientCheckpointing, Identity, Method, NamedOptimizer, Outcome, Preparation, RunSummary, StepSettings,
+    TrainConfig, Trainer, Warmup,
 };
 use peft_methods::{Full, Lora};
 use serde_json::{Value, json};
@@ -260,7 +260,10 @@ pub(super) fn examples(
 
 fn step_settings(recipe: &Recipe) -> StepSettings {
     StepSettings {
-        gradient_checkpointing: recipe.gradient_checkpointing,
+        gradient_checkpointing: match recipe.gradient_checkpointing {
+            true => GradientCheckpointing::Layers,
+            false => GradientCheckpointing::Off,
+        },
         loss_chunk_rows: recipe.loss_chunk_rows,
     }
 }

@@ -5,6 +5,7 @@
 //! θ ← (1 − ηλ)θ − η/(1−β₁ᵗ) · m / (√v/√(1−β₂ᵗ) + ε)
 //! ```
 
+use super::backend::{Kernels, served, with_backend};
 use burn::optim::{LearningRate, Optimizer, RecordState, StateSink, StateSource};
 use burn::tensor::{Device, Tensor};
 
@@ -30,6 +31,74 @@ pub struct AdamWState<const D: usize> {
     pub moment_2: Tensor<D>,
     /// t, updates done so far.
     pub time: i64,
+}
+
+impl<const D: usize> AdamWState<D> {
+    /// Of a parameter that was never updated and has gradients like this.
+    pub fn new(gradient: &Tensor<D>) -> Self {
+        Self { moment_1: gradient.zeros_like(), moment_2: gradient.zeros_like(), time: 0 }
+    }
+}
+
+/// One parameter's update to be made, its memory not empty.
+pub struct Update<T> {
+    /// θ.
+    pub parameter: T,
+    /// g.
+    pub gradient: T,
+    /// m.
+    pub moment_1: T,
+    /// v.
+    pub moment_2: T,
+    /// η.
+    pub rate: f64,
+    /// t, this update counted.
+    pub time: i64,
+}
+
+impl AdamW {
+    /// `1 − β₁ᵗ` and `√(1 − β₂ᵗ)`, in f64, where they keep their digits while they are tiny.
+    pub(super) fn corrections(&self, time: i64) -> (f64, f64) {
+        (1.0 - self.beta_1.powf(time as f64), (1.0 - self.beta_2.powf(time as f64)).sqrt())
+    }
+
+    /// Updates many f32 parameters of one device together: returns θ, m and v of each, in order. Where nobody else
+    /// holds them, they keep their memory.
+    pub fn update_all(&self, updates: Vec<Update<Tensor<2>>>) -> Vec<[Tensor<2>; 3]> {
+        let Some(first) = updates.first() else { return Vec::new() };
+        match served(&first.gradient.device(), first.gradient.dtype()) {
+            Some(served) => with_backend!(served, fused(self, updates)),
+            None => updates.into_iter().map(|update| self.update(update)).collect(),
+        }
+    }
+
+    /// The composition of burn's operations.
+    pub(super) fn update<const D: usize>(&self, update: Update<Tensor<D>>) -> [Tensor<D>; 3] {
+        let Update { parameter, gradient, moment_1, moment_2, rate, time } = update;
+        let moment_1 = moment_1.mul_scalar(self.beta_1) + gradient.clone().mul_scalar(1.0 - self.beta_1);
+        let moment_2 = moment_2.mul_scalar(self.beta_2) + gradient.square().mul_scalar(1.0 - self.beta_2);
+        let (correction_1, correction_2) = self.corrections(time);
+        let denominator = moment_2.clone().sqrt().div_scalar(correction_2).add_scalar(self.epsilon);
+        let change = moment_1.clone().mul_scalar(rate / correction_1) / denominator;
+        let decayed = match self.weight_decay {
+            0.0 => parameter,
+            decay => parameter.mul_scalar(1.0 - rate * decay),
+        };
+        [decayed - change, moment_1, moment_2]
+    }
+}
+
+fn fused<B: Kernels>(optimizer: &AdamW, updates: Vec<Update<Tensor<2>>>) -> Vec<[Tensor<2>; 3]> {
+    let updates = updates.into_iter().map(|update| Update {
+        parameter: B::primitive(update.parameter),
+        gradient: B::primitive(update.gradient),
+        moment_1: B::primitive(update.moment_1),
+        moment_2: B::primitive(update.moment_2),
+        rate: update.rate,
+        time: update.time,
+    });
+    let updated = B::adamw(optimizer, updates.collect());
+    updated.into_iter().map(|tensors| tensors.map(B::tensor)).collect()
 }
 
 impl<const D: usize> RecordState for AdamWState<D> {
@@ -58,24 +127,11 @@ impl Optimizer for AdamW {
         grad: Tensor<D>,
         state: Option<Self::State<D>>,
     ) -> (Tensor<D>, Option<Self::State<D>>) {
-        let AdamWState { moment_1, moment_2, time } = state.unwrap_or_else(|| AdamWState {
-            moment_1: grad.zeros_like(),
-            moment_2: grad.zeros_like(),
-            time: 0,
-        });
+        let AdamWState { moment_1, moment_2, time } = state.unwrap_or_else(|| AdamWState::new(&grad));
         let time = time + 1;
-        let moment_1 = moment_1.mul_scalar(self.beta_1) + grad.clone().mul_scalar(1.0 - self.beta_1);
-        let moment_2 = moment_2.mul_scalar(self.beta_2) + grad.square().mul_scalar(1.0 - self.beta_2);
-        // Bias corrections are scalars: in f64 they keep their digits while 1 − βᵗ is tiny.
-        let correction_1 = 1.0 - self.beta_1.powf(time as f64);
-        let correction_2 = (1.0 - self.beta_2.powf(time as f64)).sqrt();
-        let denominator = moment_2.clone().sqrt().div_scalar(correction_2).add_scalar(self.epsilon);
-        let update = moment_1.clone().mul_scalar(lr / correction_1) / denominator;
-        let decayed = match self.weight_decay {
-            0.0 => tensor,
-            decay => tensor.mul_scalar(1.0 - lr * decay),
-        };
-        (decayed - update, Some(AdamWState { moment_1, moment_2, time }))
+        let update = Update { parameter: tensor, gradient: grad, moment_1, moment_2, rate: lr, time };
+        let [parameter, moment_1, moment_2] = self.update(update);
+        (parameter, Some(AdamWState { moment_1, moment_2, time }))
     }
 
     fn to_device<const D: usize>(mut state: Self::State<D>, device: &Device) -> Self::State<D> {

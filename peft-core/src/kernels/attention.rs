@@ -1,10 +1,163 @@
 //! Grouped causal attention: `softmax(Q·Kᵀ/√d + mask)·V`, where `group` query heads share one key/value head
 //! (Ainslie et al., arXiv 2305.13245).
 //!
-//! The queries of a group are laid under one another, so keys and values are read once and never repeated.
+//! [`joint_attention`] takes queries, keys and values side by side as the projection leaves them, norms and rotates the
+//! heads and attends in tiles (FlashAttention, Dao, arXiv 2307.08691): nothing of the size tokens × tokens is held. With
+//! `ℓ_i = log Σ_j exp(s_ij)` and `D_i = Σ dO_i ∘ O_i` its backward computes `P = exp(S − ℓ)` and `dS = P ∘ (dO·Vᵀ − D)`
+//! again tile by tile; it needs the raw inputs, `O` and `ℓ`.
+//!
+//! [`attention`] is the plain composition over heads that are laid out already, for caches and for what no backend has
+//! kernels for.
 
 use super::as_dtype;
-use burn::tensor::{DType, Device, Tensor, TensorData, activation::softmax};
+use super::backend::{Kernels, has_graph, lift, served, with_backend};
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData, activation::softmax};
+use std::ops::Range;
+
+/// The heads of a layer.
+#[derive(Debug, Clone, PartialEq)]
+pub struct AttentionShape {
+    /// Query heads.
+    pub heads: usize,
+    /// Key/value heads.
+    pub kv_heads: usize,
+    /// Features of a head.
+    pub head_dim: usize,
+    /// How many keys a query sees, itself included.
+    pub window: Option<usize>,
+    /// ε of the heads' norm.
+    pub epsilon: f64,
+}
+
+impl AttentionShape {
+    /// Columns of the joint queries, keys and values.
+    pub fn columns(&self) -> usize {
+        (self.heads + 2 * self.kv_heads) * self.head_dim
+    }
+}
+
+/// Which tokens see which, for sequences anywhere among the tokens: token `i` sees `j` where `first[i] ≤ j ≤ i`.
+#[derive(Debug, Clone)]
+pub struct Visibility {
+    /// For each token, the first one of its sequence.
+    pub first: Tensor<1, Int>,
+    /// For each token, one past the last one of its sequence.
+    pub last: Tensor<1, Int>,
+}
+
+impl Visibility {
+    /// The sequences at `segments` (ascending, disjoint) of `tokens` tokens. A token in none of them sees itself.
+    pub fn new(segments: &[Range<usize>], tokens: usize, device: &Device) -> Self {
+        let mut first: Vec<i32> = (0..tokens as i32).collect();
+        let mut last: Vec<i32> = (1..=tokens as i32).collect();
+        for segment in segments {
+            first[segment.clone()].fill(segment.start as i32);
+            last[segment.clone()].fill(segment.end as i32);
+        }
+        let tensor = |v| Tensor::from_data(TensorData::new(v, [tokens]), (device, DType::I32));
+        Self { first: tensor(first), last: tensor(last) }
+    }
+}
+
+/// What the heads are turned by: cosine and sine of each token's angles, `[tokens, head_dim / 2]`, f32.
+#[derive(Debug, Clone)]
+pub struct Rotation {
+    /// Cosines.
+    pub cos: Tensor<2>,
+    /// Sines.
+    pub sin: Tensor<2>,
+}
+
+/// Whether [`joint_attention`] has kernels for these heads.
+pub fn attends_jointly(shape: &AttentionShape, device: &Device, dtype: DType) -> bool {
+    fn attends<B: Kernels>(shape: &AttentionShape, dtype: DType) -> bool {
+        B::attends(shape, dtype)
+    }
+    served(device, dtype).is_some_and(|served| with_backend!(served, attends(shape, dtype)))
+}
+
+/// Attention within sequences.
+///
+/// # Shapes
+/// `qkv` `[tokens, columns]`: the features of all query heads, all key heads, all value heads. `norms` are the frozen
+/// weights `[1, head_dim]` of the norm over each query and key head before it is turned. Returns `[tokens, heads ·
+/// head_dim]`.
+///
+/// # Panics
+/// Where [`attends_jointly`] says no.
+pub fn joint_attention(
+    shape: &AttentionShape,
+    qkv: Tensor<2>,
+    rotation: Option<&Rotation>,
+    norms: Option<(Tensor<2>, Tensor<2>)>,
+    visibility: &Visibility,
+) -> Tensor<2> {
+    let served = served(&qkv.device(), qkv.dtype()).expect("asked before");
+    with_backend!(served, fused(shape, qkv, rotation, norms, visibility))
+}
+
+/// The inputs of [`joint_attention`] as a backend has them.
+#[derive(Debug, Clone)]
+pub(super) struct AttentionInputs<B: Kernels> {
+    pub qkv: FloatTensor<B>,
+    pub rotation: Option<(FloatTensor<B>, FloatTensor<B>)>,
+    pub norms: Option<(FloatTensor<B>, FloatTensor<B>)>,
+    pub first: IntTensor<B>,
+    /// The CPU's kernels do without.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub last: IntTensor<B>,
+}
+
+fn fused<B: Kernels>(
+    shape: &AttentionShape,
+    qkv: Tensor<2>,
+    rotation: Option<&Rotation>,
+    norms: Option<(Tensor<2>, Tensor<2>)>,
+    visibility: &Visibility,
+) -> Tensor<2> {
+    let dtype = qkv.dtype();
+    let primitive = |tensor: &Tensor<2>| B::primitive(tensor.clone());
+    let inputs = |qkv| AttentionInputs::<B> {
+        qkv,
+        rotation: rotation.map(|rotation| (primitive(&rotation.cos), primitive(&rotation.sin))),
+        norms: norms.map(|(q, k)| (B::primitive(as_dtype(q, dtype)), B::primitive(as_dtype(k, dtype)))),
+        first: B::integers(visibility.first.clone()),
+        last: B::integers(visibility.last.clone()),
+    };
+    if !has_graph(&qkv) {
+        return B::tensor(B::attend(shape, &inputs(B::primitive(qkv))).0);
+    }
+    let qkv = lift::<B, 2>(qkv);
+    let prepared = AttentionBackward(shape.clone()).prepare::<NoCheckpointing>([qkv.node()]);
+    let prepared = prepared.compute_bound().stateful();
+    let inputs = inputs(qkv.into_primitive());
+    let (output, log_denominators) = B::attend(shape, &inputs);
+    B::tracked_tensor(match prepared {
+        OpsKind::Tracked(prepared) => prepared.finish((inputs, output.clone(), log_denominators), output),
+        OpsKind::UnTracked(prepared) => prepared.finish(output),
+    })
+}
+
+#[derive(Debug)]
+struct AttentionBackward(AttentionShape);
+
+impl<B: Kernels> Backward<B, 1> for AttentionBackward {
+    type State = (AttentionInputs<B>, FloatTensor<B>, FloatTensor<B>);
+
+    fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let (inputs, output, log_denominators) = ops.state;
+        if let [Some(node)] = ops.parents {
+            let dqkv = B::attend_backward(&self.0, &inputs, &output, &log_denominators, &dy);
+            grads.register::<B>(node.id, dqkv);
+        }
+    }
+}
 
 /// Attends from `q` to `k` and `v`.
 ///

@@ -2,6 +2,8 @@
 //! `ℓ = Σ_i w_i (logsumexp(z_i) − z_i[t_i])`, `∂ℓ/∂z_i = w_i (softmax(z_i) − e_{t_i})`.
 
 use super::as_dtype;
+use super::backend::{Kernels, served, with_backend};
+use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor};
 
 /// Loss and gradient of one chunk.
@@ -14,7 +16,14 @@ pub struct CrossEntropy {
     pub gradient: Option<Tensor<2>>,
 }
 
-/// Cross-entropy of `logits` against `targets`.
+/// [`CrossEntropy`] as a backend has it.
+pub(super) struct CrossEntropyParts<B: Kernels> {
+    pub loss_sum: FloatTensor<B>,
+    pub correct: IntTensor<B>,
+    pub gradient: Option<FloatTensor<B>>,
+}
+
+/// Cross-entropy of `logits` against `targets`. The gradient takes the place of the logits where nobody else holds them.
 ///
 /// # Shapes
 /// `logits` `[rows, vocab]` without an autodiff graph, `targets` `[rows]`. `gradient_scale` asks for the gradient of
@@ -24,6 +33,84 @@ pub fn cross_entropy(
     targets: Tensor<1, Int>,
     gradient_scale: Option<f64>,
 ) -> CrossEntropy {
+    match served(&logits.device(), logits.dtype()) {
+        Some(served) => with_backend!(served, fused(logits, targets, gradient_scale)),
+        None => plain(logits, targets, gradient_scale),
+    }
+}
+
+/// Cross-entropy of the logits of a frozen head, `rows·Wᵀ`, of which at most `chunk` rows are held at a time. The
+/// gradient is that of `scale · loss_sum` with respect to the rows.
+///
+/// # Shapes
+/// `rows` `[rows, hidden]` and `weight` `[vocab, hidden]`, of one type and without an autodiff graph; `targets` `[rows]`.
+pub fn head_loss(
+    rows: Tensor<2>,
+    weight: Tensor<2>,
+    targets: Tensor<1, Int>,
+    chunk: usize,
+    gradient_scale: Option<f64>,
+) -> CrossEntropy {
+    if let Some(served) = served(&rows.device(), rows.dtype()) {
+        return with_backend!(served, fused_head(rows, weight, targets, chunk, gradient_scale));
+    }
+    let count = rows.dims()[0];
+    let mut chunks = (0..count).step_by(chunk).map(|start| {
+        let length = chunk.min(count - start);
+        let logits = rows.clone().narrow(0, start, length).matmul(weight.clone().transpose());
+        let mut out = plain(logits, targets.clone().narrow(0, start, length), gradient_scale);
+        out.gradient = out.gradient.map(|gradient| gradient.matmul(weight.clone()));
+        out
+    });
+    let Some(CrossEntropy { mut loss_sum, mut correct, gradient }) = chunks.next() else {
+        let device = rows.device();
+        let nothing = gradient_scale.map(|_| rows);
+        return CrossEntropy {
+            loss_sum: Tensor::zeros([1], &device),
+            correct: Tensor::zeros([1], &device),
+            gradient: nothing,
+        };
+    };
+    let mut gradients = Vec::from_iter(gradient);
+    for out in chunks {
+        (loss_sum, correct) = (loss_sum + out.loss_sum, correct + out.correct);
+        gradients.extend(out.gradient);
+    }
+    let gradient = (!gradients.is_empty()).then(|| Tensor::cat(gradients, 0));
+    CrossEntropy { loss_sum, correct, gradient }
+}
+
+fn fused_head<B: Kernels>(
+    rows: Tensor<2>,
+    weight: Tensor<2>,
+    targets: Tensor<1, Int>,
+    chunk: usize,
+    gradient_scale: Option<f64>,
+) -> CrossEntropy {
+    let (rows, weight) = (B::primitive(rows), B::primitive(weight));
+    let scale = gradient_scale.map(|scale| scale as f32);
+    scored::<B>(B::head_loss(&rows, &weight, &B::integers(targets), chunk, scale))
+}
+
+fn scored<B: Kernels>(parts: CrossEntropyParts<B>) -> CrossEntropy {
+    CrossEntropy {
+        loss_sum: B::tensor(parts.loss_sum),
+        correct: B::integer_tensor(parts.correct),
+        gradient: parts.gradient.map(B::tensor),
+    }
+}
+
+fn fused<B: Kernels>(
+    logits: Tensor<2>,
+    targets: Tensor<1, Int>,
+    gradient_scale: Option<f64>,
+) -> CrossEntropy {
+    let (logits, targets) = (B::primitive(logits), B::integers(targets));
+    scored::<B>(B::cross_entropy(logits, &targets, gradient_scale.map(|scale| scale as f32)))
+}
+
+/// The composition of burn's operations.
+pub(super) fn plain(logits: Tensor<2>, targets: Tensor<1, Int>, gradient_scale: Option<f64>) -> CrossEntropy {
     let dtype = logits.dtype();
     let logits = as_dtype(logits, DType::F32);
     let targets = targets.unsqueeze_dim::<2>(1);

@@ -1,9 +1,25 @@
-//! Adapted linear map: `y = x·Wᵀ + b + s·((x ∘ m)·Aᵀ)·Bᵀ + residual`.
+//! Adapted linear maps of one input, side by side:
 //!
-//! The low-rank path never builds a weight-shaped temporary, and a frozen `W` gets no gradient: burn's autodiff keeps
-//! `x` only for the factors, which need it, and `W` by reference.
+//! ```text
+//! h = input, √-normed or gated
+//! y = [h·W₁ᵀ + b₁ + s₁·(h·A₁ᵀ)·B₁ᵀ, …] + residual
+//! ```
+//!
+//! One operation holds the projections that share an input (q, k and v; gate and up) and the cheap function in front of
+//! them (the norm, the gate), so that the input is read once and one gradient comes back. The low-rank path never builds
+//! a weight-shaped temporary, and a frozen `W` gets no gradient. The backward needs the raw input, the `h·Aᵀ` and the
+//! weights; `h` is kept or computed again, as asked.
 
 use super::as_dtype;
+use super::backend::{Kernels, Tracked, constant, has_graph, lift, served, with_backend};
+use super::gated::{silu_gate, split_gate};
+use super::rms_norm::rms_norm;
+use burn::backend::autodiff::NodeId;
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, NodeGuard, Ops, OpsKind};
+use burn::backend::tensor::FloatTensor;
 use burn::tensor::Tensor;
 
 /// The low-rank term `s·((x ∘ mask)·Aᵀ)·Bᵀ` of an adapted linear map.
@@ -22,110 +38,376 @@ pub struct LowRankTerm {
     pub mask: Option<Tensor<2>>,
 }
 
-/// Applies a frozen or trained weight with an optional low-rank term: `y = x·Wᵀ + low + b`, with a gain `g`
-/// `y = x·Wᵀ + (g − 1) ∘ x'·Wᵀ + g ∘ low + b` where `x'` is the input after dropout.
+impl LowRankTerm {
+    /// Whether it is `s·B·A` and nothing more.
+    fn is_plain(&self) -> bool {
+        self.bias.is_none() && self.gain.is_none() && self.mask.is_none()
+    }
+}
+
+/// A linear map `[out, in]` with an optional bias `[1, out]` and an optional low-rank term.
+pub struct AdaptedLinear {
+    /// `W`.
+    pub weight: Tensor<2>,
+    /// `b`.
+    pub bias: Option<Tensor<2>>,
+    /// The change.
+    pub term: Option<LowRankTerm>,
+}
+
+/// What the maps are applied to.
+#[allow(clippy::large_enum_variant)] // It lives for one call.
+pub enum LinearInput {
+    /// `x`, `[tokens, in]`.
+    Plain(Tensor<2>),
+    /// The norm of `x` `[tokens, in]` with the weight `[1, in]`.
+    Normed {
+        /// `x`.
+        x: Tensor<2>,
+        /// The norm's weight.
+        weight: Tensor<2>,
+        /// The norm's ε.
+        epsilon: f64,
+    },
+    /// `silu(g) ∘ u` of `[g u]`, `[tokens, 2·in]`.
+    Gated(Tensor<2>),
+}
+
+impl LinearInput {
+    /// What stands in front of everything: `x`, or `[g u]`.
+    pub fn tensor(&self) -> &Tensor<2> {
+        match self {
+            LinearInput::Plain(x) | LinearInput::Normed { x, .. } | LinearInput::Gated(x) => x,
+        }
+    }
+
+    /// `h`, `[tokens, in]`.
+    pub fn value(self) -> Tensor<2> {
+        match self {
+            LinearInput::Plain(x) => x,
+            LinearInput::Normed { x, weight, epsilon } => rms_norm(x, weight, epsilon),
+            LinearInput::Gated(gate_up) => silu_gate(gate_up),
+        }
+    }
+}
+
+/// At most so many maps share an input.
+const MOST: usize = 3;
+
+/// Applies up to three maps to one input.
 ///
 /// # Shapes
-/// `x` `[tokens, in]`, `weight` `[out, in]`, `bias` `[1, out]`, `residual` and the result `[tokens, out]`.
-/// Factors are cast to the type of `x`.
-pub fn adapted_linear(
-    x: Tensor<2>,
-    weight: Tensor<2>,
-    bias: Option<Tensor<2>>,
-    term: Option<LowRankTerm>,
+/// The result is `[tokens, out₁ + out₂ + …]`, as is `residual`. Factors and weights are cast to the type of the input.
+/// With `recompute`, `h` is computed again in the backward instead of being kept.
+pub fn adapted_linears(
+    input: LinearInput,
+    maps: Vec<AdaptedLinear>,
     residual: Option<Tensor<2>>,
+    recompute: bool,
 ) -> Tensor<2> {
-    let dtype = x.dtype();
-    let transposed = as_dtype(weight, dtype).transpose();
-    let mut y = x.clone().matmul(transposed.clone());
-    if let Some(LowRankTerm { a, b, bias: term_bias, gain, scale, mask }) = term {
-        let dropped = mask.is_some();
-        let input = match mask {
-            Some(mask) => x * as_dtype(mask, dtype),
-            None => x,
+    let dtype = input.tensor().dtype();
+    let Some(served) = served(&input.tensor().device(), dtype).filter(|_| maps.len() <= MOST) else {
+        return plain(input, maps, residual);
+    };
+    if maps.iter().all(|map| map.term.as_ref().is_none_or(LowRankTerm::is_plain)) {
+        return with_backend!(served, fused(input, maps, residual, recompute));
+    }
+    // What such a term adds is composed on top of the bare maps, whose products cost the most.
+    let h = input.value();
+    let mut outputs = Vec::with_capacity(maps.len());
+    for AdaptedLinear { weight, bias, term } in maps {
+        let bare = |h: Tensor<2>, term, bias| {
+            let map = AdaptedLinear { weight: weight.clone(), bias, term };
+            let (input, maps) = (LinearInput::Plain(h), vec![map]);
+            with_backend!(served, fused(input, maps, None, recompute))
         };
-        // The scale goes onto the [tokens, rank] product, the smallest tensor on the way.
-        let down = input.clone().matmul(as_dtype(a, dtype).transpose()).mul_scalar(scale);
-        let low = down.matmul(as_dtype(b, dtype).transpose());
-        let low = match term_bias {
-            Some(bias) => low + as_dtype(bias, dtype).mul_scalar(scale),
-            None => low,
-        };
-        y = match gain {
-            None => y + low,
-            Some(gain) => {
-                let gain = as_dtype(gain, dtype);
-                // What the gain adds to the base comes from the dropped input too, as in PEFT.
-                let base = if dropped { input.matmul(transposed) } else { y.clone() };
-                y + base * gain.clone().sub_scalar(1.0) + low * gain
+        outputs.push(match term {
+            Some(term) if !term.is_plain() => {
+                let y = bare(h.clone(), None, None);
+                let y = with_term(h.clone(), y, term, |h| bare(h, None, None));
+                match bias {
+                    Some(bias) => y + as_dtype(bias, dtype),
+                    None => y,
+                }
             }
-        };
+            term => bare(h.clone(), term, bias),
+        });
     }
-    if let Some(bias) = bias {
-        y = y + as_dtype(bias, dtype);
-    }
+    add(joined(outputs), residual)
+}
+
+fn joined(mut outputs: Vec<Tensor<2>>) -> Tensor<2> {
+    if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(outputs, 1) }
+}
+
+fn add(y: Tensor<2>, residual: Option<Tensor<2>>) -> Tensor<2> {
     match residual {
         Some(residual) => y + residual,
         None => y,
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use burn::tensor::Device;
+/// `y = h·Wᵀ` with the term added: `y + low`, with a gain `g` `y + (g − 1) ∘ x'·Wᵀ + g ∘ low` where `x'` is the input
+/// after dropout.
+fn with_term(
+    h: Tensor<2>,
+    y: Tensor<2>,
+    term: LowRankTerm,
+    product: impl Fn(Tensor<2>) -> Tensor<2>,
+) -> Tensor<2> {
+    let dtype = h.dtype();
+    let LowRankTerm { a, b, bias, gain, scale, mask } = term;
+    let dropped = mask.is_some();
+    let input = match mask {
+        Some(mask) => h * as_dtype(mask, dtype),
+        None => h,
+    };
+    // The scale goes onto the [tokens, rank] product, the smallest tensor on the way.
+    let down = input.clone().matmul(as_dtype(a, dtype).transpose()).mul_scalar(scale);
+    let low = down.matmul(as_dtype(b, dtype).transpose());
+    let low = match bias {
+        Some(bias) => low + as_dtype(bias, dtype).mul_scalar(scale),
+        None => low,
+    };
+    match gain {
+        None => y + low,
+        Some(gain) => {
+            let gain = as_dtype(gain, dtype);
+            // What the gain adds to the base comes from the dropped input too, as in PEFT.
+            let base = if dropped { product(input) } else { y.clone() };
+            y + base * gain.clone().sub_scalar(1.0) + low * gain
+        }
+    }
+}
 
-    #[test]
-    fn hand_computed_low_rank_term() {
-        let device = Device::flex();
-        let matrix = |v: Vec<f32>, r: usize, c: usize| {
-            Tensor::<2>::from_data(burn::tensor::TensorData::new(v, [r, c]), &device)
+/// The composition of burn's operations.
+pub(super) fn plain(input: LinearInput, maps: Vec<AdaptedLinear>, residual: Option<Tensor<2>>) -> Tensor<2> {
+    let h = match input {
+        LinearInput::Plain(x) => x,
+        LinearInput::Normed { x, weight, epsilon } => super::rms_norm::plain(x, weight, epsilon),
+        LinearInput::Gated(gate_up) => {
+            let (gate, up) = split_gate(gate_up);
+            super::gated::plain(gate, up)
+        }
+    };
+    let dtype = h.dtype();
+    let outputs = maps.into_iter().map(|AdaptedLinear { weight, bias, term }| {
+        let transposed = as_dtype(weight, dtype).transpose();
+        let y = h.clone().matmul(transposed.clone());
+        let y = match term {
+            Some(term) => with_term(h.clone(), y, term, |h| h.matmul(transposed.clone())),
+            None => y,
         };
-        // x = [1, 2, 3]; W = 0; A = [[3, 4, 5]], B = [[1], [2]], s = 2: x·Aᵀ = 26, so y = 2·26·[1, 2].
-        let y = adapted_linear(
-            matrix(vec![1., 2., 3.], 1, 3),
-            matrix(vec![0.; 6], 2, 3),
-            Some(matrix(vec![0.5, -0.5], 1, 2)),
-            Some(LowRankTerm {
-                a: matrix(vec![3., 4., 5.], 1, 3),
-                b: matrix(vec![1., 2.], 2, 1),
-                bias: None,
-                gain: None,
-                scale: 2.0,
-                mask: None,
-            }),
-            Some(matrix(vec![10., 20.], 1, 2)),
-        );
-        let y: Vec<f32> = y.try_into_vec_as().unwrap();
-        assert_eq!(y, vec![62.5, 123.5]);
+        match bias {
+            Some(bias) => y + as_dtype(bias, dtype),
+            None => y,
+        }
+    });
+    add(joined(outputs.collect()), residual)
+}
+
+/// A map as a backend has it.
+#[derive(Clone, Debug)]
+pub(super) struct Part<T> {
+    /// `W`, `[out, in]`, in the type of the input.
+    pub weight: T,
+    /// `b`, `[1, out]`, likewise.
+    pub bias: Option<T>,
+    /// `A` `[rank, in]` and `B` `[out, rank]` in a type of their own, and `s`.
+    pub factors: Option<(T, T, f32)>,
+}
+
+/// Which gradients [`Kernels::linears_backward`] is to compute.
+#[derive(Clone, Debug)]
+pub(super) struct Wanted {
+    /// That of the input.
+    pub input: bool,
+    /// Of each map: weight, bias, factors.
+    pub parts: Vec<(bool, bool, bool)>,
+}
+
+/// Gradients of [`Kernels::linears`].
+pub(super) struct LinearGradients<T> {
+    /// Of the input.
+    pub input: Option<T>,
+    /// Of each map.
+    pub parts: Vec<PartGradients<T>>,
+}
+
+/// Gradients of one map.
+pub(super) struct PartGradients<T> {
+    /// Of `W`, in its type.
+    pub weight: Option<T>,
+    /// Of `b`, in its type.
+    pub bias: Option<T>,
+    /// Of `A` and `B`, in their types.
+    pub factors: Option<(T, T)>,
+}
+
+/// The function in front of the maps, with what its backward needs.
+#[derive(Clone, Debug)]
+enum Saved<T> {
+    Plain(T),
+    Normed { x: T, weight: T, epsilon: f32, h: Option<T> },
+    Gated { gate_up: T, h: Option<T> },
+}
+
+impl<T: Clone> Saved<T> {
+    fn h<B: Kernels<FloatTensorPrimitive = T>>(&self) -> T {
+        match self {
+            Saved::Plain(x) => x.clone(),
+            Saved::Normed { h: Some(h), .. } | Saved::Gated { h: Some(h), .. } => h.clone(),
+            Saved::Normed { x, weight, epsilon, h: None } => B::rms_norm(x, weight, *epsilon),
+            Saved::Gated { gate_up, h: None } => B::silu_gate(gate_up),
+        }
     }
 
-    #[test]
-    fn hand_computed_gain_and_bias() {
-        let device = Device::flex();
-        let matrix = |v: Vec<f32>, r: usize, c: usize| {
-            Tensor::<2>::from_data(burn::tensor::TensorData::new(v, [r, c]), &device)
+    fn keep(&mut self, value: &T) {
+        if let Saved::Normed { h, .. } | Saved::Gated { h, .. } = self {
+            *h = Some(value.clone());
+        }
+    }
+}
+
+/// Inputs of the graph's node: raw input, norm weight, residual, then weight, bias, A and B of each map.
+const INPUTS: usize = 3 + 4 * MOST;
+
+fn fused<B: Kernels>(
+    input: LinearInput,
+    maps: Vec<AdaptedLinear>,
+    residual: Option<Tensor<2>>,
+    recompute: bool,
+) -> Tensor<2> {
+    let dtype = input.tensor().dtype();
+    let mut tensors: [Option<Tensor<2>>; INPUTS] = std::array::from_fn(|_| None);
+    let (kind, raw, norm) = match input {
+        LinearInput::Plain(x) => (Kind::Plain, x, None),
+        LinearInput::Normed { x, weight, epsilon } => {
+            (Kind::Normed(epsilon as f32), x, Some(as_dtype(weight, dtype)))
+        }
+        LinearInput::Gated(gate_up) => (Kind::Gated, gate_up, None),
+    };
+    (tensors[0], tensors[1], tensors[2]) = (Some(raw), norm, residual);
+    let mut scales = Vec::with_capacity(maps.len());
+    for (map, slots) in maps.into_iter().zip(tensors[3..].chunks_exact_mut(4)) {
+        slots[0] = Some(as_dtype(map.weight, dtype));
+        slots[1] = map.bias.map(|bias| as_dtype(bias, dtype));
+        scales.push(map.term.map(|term| {
+            (slots[2], slots[3]) = (Some(term.a), Some(term.b));
+            term.scale as f32
+        }));
+    }
+
+    if !tensors.iter().flatten().any(has_graph) {
+        let primitives = tensors.map(|tensor| tensor.map(B::primitive));
+        let (saved, parts, residual) = assemble::<B>(kind, primitives, &scales);
+        let (y, _) = B::linears(&saved.h::<B>(), &parts, residual.as_ref());
+        return B::tensor(y);
+    }
+    let tracked = tensors.map(|tensor| tensor.map(lift::<B, 2>));
+    let like = tracked[0].as_ref().map(|raw| raw.primitive().clone());
+    let filler = || constant::<B>(like.as_ref().expect("every map has an input"));
+    let nodes: [NodeGuard; INPUTS] =
+        tracked.each_ref().map(|tensor| tensor.as_ref().map_or_else(filler, Tracked::<B>::node));
+    let primitives = tracked.map(|tensor| tensor.map(Tracked::<B>::into_primitive));
+    let (mut saved, parts, residual) = assemble::<B>(kind, primitives, &scales);
+    let prepared = LinearBackward.prepare::<NoCheckpointing>(nodes).compute_bound().stateful();
+    let h = saved.h::<B>();
+    let (y, down) = B::linears(&h, &parts, residual.as_ref());
+    B::tracked_tensor(match prepared {
+        OpsKind::Tracked(prepared) => {
+            if !recompute {
+                saved.keep(&h);
+            }
+            prepared.finish(State { saved, down, parts }, y)
+        }
+        OpsKind::UnTracked(prepared) => prepared.finish(y),
+    })
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Plain,
+    Normed(f32),
+    Gated,
+}
+
+type Assembled<T> = (Saved<T>, Vec<Part<T>>, Option<T>);
+
+/// Sorts the tensors, in the order of the node's inputs.
+fn assemble<B: Kernels>(
+    kind: Kind,
+    tensors: [Option<FloatTensor<B>>; INPUTS],
+    scales: &[Option<f32>],
+) -> Assembled<FloatTensor<B>> {
+    let mut tensors = tensors.into_iter();
+    let mut next = || tensors.next().flatten();
+    let (raw, norm, residual) = (next(), next(), next());
+    let saved = match (kind, raw, norm) {
+        (Kind::Normed(epsilon), Some(x), Some(weight)) => Saved::Normed { x, weight, epsilon, h: None },
+        (Kind::Gated, Some(gate_up), _) => Saved::Gated { gate_up, h: None },
+        (_, raw, _) => Saved::Plain(raw.expect("every map has an input")),
+    };
+    let parts = scales.iter().map(|scale| {
+        let (weight, bias, a, b) = (next(), next(), next(), next());
+        let factors = a.zip(b).zip(*scale).map(|((a, b), scale)| (a, b, scale));
+        Part { weight: weight.expect("every map has a weight"), bias, factors }
+    });
+    let parts = parts.collect();
+    (saved, parts, residual)
+}
+
+/// What the backward reads.
+#[derive(Clone, Debug)]
+struct State<T> {
+    saved: Saved<T>,
+    down: Option<T>,
+    parts: Vec<Part<T>>,
+}
+
+#[derive(Debug)]
+struct LinearBackward;
+
+impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
+    type State = State<FloatTensor<B>>;
+
+    fn backward(self, ops: Ops<Self::State, INPUTS>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let State { saved, down, parts } = ops.state;
+        let [raw, norm, residual, of_maps @ ..] = ops.parents.map(|node| node.map(|node| node.id));
+        let wanted = Wanted {
+            input: raw.is_some() || norm.is_some(),
+            parts: of_maps
+                .chunks_exact(4)
+                .take(parts.len())
+                .map(|nodes| {
+                    (nodes[0].is_some(), nodes[1].is_some(), nodes[2].is_some() || nodes[3].is_some())
+                })
+                .collect(),
         };
-        let term = |gain, mask| LowRankTerm {
-            a: matrix(vec![1., 1.], 1, 2),
-            b: matrix(vec![1., 2.], 2, 1),
-            bias: Some(matrix(vec![0.5, 0.25], 1, 2)),
-            gain,
-            scale: 2.0,
-            mask,
+        let gradients = B::linears_backward(&dy, &saved.h::<B>(), down.as_ref(), &parts, &wanted);
+        let mut register = |node: Option<NodeId>, gradient: Option<FloatTensor<B>>| {
+            if let Some((node, gradient)) = node.zip(gradient) {
+                grads.register::<B>(node, gradient);
+            }
         };
-        let run = |term| {
-            let weight = matrix(vec![1., 0., 0., 1.], 2, 2);
-            let bias = Some(matrix(vec![10., 20.], 1, 2));
-            let y = adapted_linear(matrix(vec![1., 2.], 1, 2), weight, bias, Some(term), None);
-            y.try_into_vec_as::<f32>().unwrap()
-        };
-        // x·Wᵀ = [1, 2]; low = 2·(3·[1, 2] + [0.5, 0.25]) = [7, 12.5].
-        assert_eq!(run(term(None, None)), [18., 34.5]);
-        let gain = matrix(vec![2., 0.5], 1, 2);
-        assert_eq!(run(term(Some(gain.clone()), None)), [26., 27.25]);
-        // With the mask [2, 0] the input is [2, 0]: low = 2·(2·[1, 2] + [0.5, 0.25]) = [5, 8.5], base [2, 0].
-        let mask = matrix(vec![2., 0.], 1, 2);
-        assert_eq!(run(term(Some(gain), Some(mask))), [23., 26.25]);
+        register(residual, Some(dy));
+        for (part, nodes) in gradients.parts.into_iter().zip(of_maps.chunks_exact(4)) {
+            register(nodes[0], part.weight);
+            register(nodes[1], part.bias);
+            let (a, b) = part.factors.unzip();
+            register(nodes[2], a);
+            register(nodes[3], b);
+        }
+        let Some(dh) = gradients.input else { return };
+        match saved {
+            Saved::Plain(_) => register(raw, Some(dh)),
+            Saved::Normed { x, weight, epsilon, .. } => {
+                let (dx, dw) = B::rms_norm_backward(&x, &weight, epsilon, &dh, norm.is_some());
+                register(raw, Some(dx));
+                register(norm, dw);
+            }
+            Saved::Gated { gate_up, .. } => register(raw, Some(B::silu_gate_backward(&gate_up, &dh))),
+        }
     }
 }

@@ -2,8 +2,10 @@
 
 use super::cache::KeyValueCache;
 use super::context::{Context, Layout, Sequences};
-use crate::kernels::{attention, rms_norm, rotate};
-use crate::projection::{Parameter, Projection, Tape};
+use crate::kernels::{
+    AttentionShape, LinearInput, attends_jointly, attention, joint_attention, rms_norm, rotate,
+};
+use crate::projection::{Parameter, Projection, Tape, project};
 use burn::tensor::Tensor;
 
 /// Projections to queries, keys and values, the attention between them, and the projection back.
@@ -24,37 +26,65 @@ pub struct Attention {
 }
 
 impl Attention {
-    /// `x` `[tokens, hidden]` → `residual + attention(x)`, `[tokens, hidden]`.
+    /// `residual + attention(input)`, `[tokens, hidden]`.
     pub(super) fn forward(
         &self,
         tape: &Tape,
-        x: Tensor<2>,
+        input: LinearInput,
         residual: Tensor<2>,
         context: &Context,
         cache: Option<&mut KeyValueCache>,
     ) -> Tensor<2> {
+        let qkv = project(tape, &[&self.q_proj, &self.k_proj, &self.v_proj], input, None);
+        let shape = self.shape();
+        let trains_norm = self.qk_norm.as_ref().is_some_and(|(q, k)| q.trainable || k.trainable);
+        let device = qkv.device();
+        let y = if cache.is_none() && !trains_norm && attends_jointly(&shape, &device, qkv.dtype()) {
+            let joint = context.joint();
+            let norms = self.qk_norm.as_ref().map(|(q, k)| (q.value.clone(), k.value.clone()));
+            let rotation = self.rotary.then_some(&joint.rotation);
+            joint_attention(&shape, qkv, rotation, norms, &joint.visibility)
+        } else {
+            self.plain(tape, qkv, context, cache)
+        };
+        project(tape, &[&self.o_proj], LinearInput::Plain(y), Some(residual))
+    }
+
+    fn shape(&self) -> AttentionShape {
+        AttentionShape {
+            heads: self.q_proj.dims()[0] / self.head_dim,
+            kv_heads: self.k_proj.dims()[0] / self.head_dim,
+            head_dim: self.head_dim,
+            window: self.window,
+            epsilon: self.epsilon,
+        }
+    }
+
+    /// Attention of joint queries, keys and values as a plain composition.
+    fn plain(
+        &self,
+        tape: &Tape,
+        qkv: Tensor<2>,
+        context: &Context,
+        cache: Option<&mut KeyValueCache>,
+    ) -> Tensor<2> {
+        let AttentionShape { heads, kv_heads, head_dim, .. } = self.shape();
+        let (q_width, kv_width) = (heads * head_dim, kv_heads * head_dim);
+        let q = qkv.clone().narrow(1, 0, q_width);
+        let k = qkv.clone().narrow(1, q_width, kv_width);
+        let v = qkv.narrow(1, q_width + kv_width, kv_width);
         let (q_norm, k_norm) = self.qk_norm.as_ref().map(|(q, k)| (q, k)).unzip();
-        let q = self.features(tape, &self.q_proj, q_norm, x.clone());
-        let k = self.features(tape, &self.k_proj, k_norm, x.clone());
-        let v = self.features(tape, &self.v_proj, None, x);
-        let y = match &context.layout {
+        let (q, k) = (self.normed(tape, q, q_norm), self.normed(tape, k, k_norm));
+        match context.layout() {
             Layout::Padded(sequences) => self.attend([q, k, v], sequences, cache),
             Layout::Packed(packed) => {
                 packed.within_segments([q, k, v], |qkv, sequences| self.attend(qkv, sequences, None))
             }
-        };
-        self.o_proj.forward(tape, y, Some(residual))
+        }
     }
 
-    /// Projects, `[tokens, heads · head_dim]`, with each head normed where the family does so.
-    fn features(
-        &self,
-        tape: &Tape,
-        projection: &Projection,
-        norm: Option<&Parameter>,
-        x: Tensor<2>,
-    ) -> Tensor<2> {
-        let y = projection.forward(tape, x, None);
+    /// Each head normed, where the family does so: `[tokens, heads · head_dim]`.
+    fn normed(&self, tape: &Tape, y: Tensor<2>, norm: Option<&Parameter>) -> Tensor<2> {
         let Some(weight) = norm else { return y };
         let [tokens, features] = y.dims();
         let heads = y.reshape([tokens * features / self.head_dim, self.head_dim]);

@@ -1,17 +1,38 @@
 //! What all layers of one forward share: which tokens form a sequence, rotary tables, masks.
 
 use super::config::ModelConfig;
-use super::rope::RopeTable;
-use crate::kernels::{causal_mask, group_segments};
-use burn::tensor::{Device, Int, Tensor, TensorData};
+use super::rope::{RopeTable, RopeValues};
+use crate::kernels::{Rotation, Visibility, causal_mask, group_segments};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use std::cell::OnceCell;
 use std::ops::Range;
 
 /// The sequences of a forward.
 pub struct Context {
-    pub(super) layout: Layout,
+    config: ModelConfig,
+    device: Device,
+    arrangement: Arrangement,
+    /// For attention by kernels over joint queries, keys and values.
+    joint: OnceCell<Joint>,
+    /// For attention as a plain composition.
+    layout: OnceCell<Layout>,
 }
 
 /// How the sequences lie among the tokens.
+enum Arrangement {
+    /// Rows of `time` places after `past` cached tokens, padded on the right to the same length.
+    Padded { batch: usize, time: usize, past: usize, lengths: Option<Vec<usize>> },
+    /// At any place of the tokens.
+    Packed { segments: Vec<Range<usize>>, tokens: usize },
+}
+
+/// Which tokens see which, and how each is turned.
+pub(super) struct Joint {
+    pub visibility: Visibility,
+    pub rotation: Rotation,
+}
+
+/// The sequences as the plain composition takes them.
 pub(super) enum Layout {
     /// One after another, all padded to the same length.
     Padded(Box<Sequences>),
@@ -37,18 +58,18 @@ pub(super) struct Packed {
 }
 
 impl Context {
-    /// `batch` sequences of `time` tokens each, after `past` cached ones.
+    /// `batch` sequences of `time` tokens each, after `past` cached ones. `lengths` are those of the sequences without
+    /// their padding, if they are known.
     pub(super) fn padded(
         config: &ModelConfig,
         batch: usize,
         time: usize,
         past: usize,
+        lengths: Option<&[usize]>,
         device: &Device,
     ) -> Self {
-        let rope =
-            RopeTable::new(&config.rope_scaling, config.rope_theta, config.head_dim, past, time, device);
-        let sequences = Sequences::new(config, batch, past, time, rope, device);
-        Self { layout: Layout::Padded(Box::new(sequences)) }
+        let lengths = lengths.map(<[usize]>::to_vec);
+        Self::new(config, Arrangement::Padded { batch, time, past, lengths }, device)
     }
 
     /// The sequences at `segments` of `tokens` tokens.
@@ -58,25 +79,103 @@ impl Context {
         tokens: usize,
         device: &Device,
     ) -> Self {
-        let indices = |list: Vec<i64>| {
-            let length = list.len();
-            Tensor::from_data(TensorData::new(list, [length]), device)
-        };
-        let (groups, places) = group_segments(segments, tokens);
-        let groups = groups.into_iter().map(|group| {
-            let rope = RopeTable::of_lengths(
-                &config.rope_scaling,
-                config.rope_theta,
-                config.head_dim,
-                &group.lengths,
-                group.time,
-                device,
-            );
-            let sequences = Sequences::new(config, group.lengths.len(), 0, group.time, rope, device);
-            (indices(group.tokens), sequences)
-        });
-        let packed = Packed { groups: groups.collect(), places: indices(places) };
-        Self { layout: Layout::Packed(Box::new(packed)) }
+        Self::new(config, Arrangement::Packed { segments: segments.to_vec(), tokens }, device)
+    }
+
+    fn new(config: &ModelConfig, arrangement: Arrangement, device: &Device) -> Self {
+        Self {
+            config: config.clone(),
+            device: device.clone(),
+            arrangement,
+            joint: OnceCell::new(),
+            layout: OnceCell::new(),
+        }
+    }
+
+    /// The sequences for kernels over joint queries, keys and values; nothing may be cached.
+    pub(super) fn joint(&self) -> &Joint {
+        self.joint.get_or_init(|| {
+            let (segments, spans, tokens) = match &self.arrangement {
+                Arrangement::Padded { batch, time, lengths, .. } => {
+                    let row = |index: usize| index * time..(index + 1) * time;
+                    let segments = (0..*batch).map(|index| {
+                        let row = row(index);
+                        let length = lengths.as_ref().map_or(*time, |lengths| lengths[index]);
+                        row.start..row.start + length
+                    });
+                    // Frequencies that go by the length go by that of the padded row.
+                    (segments.collect(), (0..*batch).map(row).collect(), batch * time)
+                }
+                Arrangement::Packed { segments, tokens } => (segments.clone(), segments.clone(), *tokens),
+            };
+            let mut ordered: Vec<Range<usize>> = segments;
+            ordered.retain(|segment| !segment.is_empty());
+            Joint {
+                visibility: Visibility::new(&ordered, tokens, &self.device),
+                rotation: self.rotation(spans, tokens),
+            }
+        })
+    }
+
+    /// The angles of all tokens, whose positions count from the start of their span.
+    fn rotation(&self, spans: Vec<Range<usize>>, tokens: usize) -> Rotation {
+        let config = &self.config;
+        let half = config.head_dim / 2;
+        let (mut cos, mut sin) = (vec![1f32; tokens * half], vec![0f32; tokens * half]);
+        let longest = spans.iter().map(Range::len).max().unwrap_or(0);
+        let mut table: Option<((Vec<f64>, f64), RopeValues)> = None;
+        for span in spans {
+            let frequencies = config.rope_scaling.frequencies(config.rope_theta, config.head_dim, span.len());
+            if table.as_ref().is_none_or(|(of, _)| *of != frequencies) {
+                let values = RopeTable::values(&frequencies, 0..longest);
+                table = Some((frequencies, values));
+            }
+            let Some((_, (cosines, sines))) = &table else { continue };
+            let (to, count) = (span.start * half, span.len() * half);
+            cos[to..to + count].copy_from_slice(&cosines[..count]);
+            sin[to..to + count].copy_from_slice(&sines[..count]);
+        }
+        let tensor =
+            |values| Tensor::from_data(TensorData::new(values, [tokens, half]), (&self.device, DType::F32));
+        Rotation { cos: tensor(cos), sin: tensor(sin) }
+    }
+
+    /// The sequences for the plain composition.
+    pub(super) fn layout(&self) -> &Layout {
+        let (config, device) = (&self.config, &self.device);
+        self.layout.get_or_init(|| match &self.arrangement {
+            Arrangement::Padded { batch, time, past, .. } => {
+                let rope = RopeTable::new(
+                    &config.rope_scaling,
+                    config.rope_theta,
+                    config.head_dim,
+                    *past,
+                    *time,
+                    device,
+                );
+                Layout::Padded(Box::new(Sequences::new(config, *batch, *past, *time, rope, device)))
+            }
+            Arrangement::Packed { segments, tokens } => {
+                let indices = |list: Vec<i64>| {
+                    let length = list.len();
+                    Tensor::from_data(TensorData::new(list, [length]), device)
+                };
+                let (groups, places) = group_segments(segments, *tokens);
+                let groups = groups.into_iter().map(|group| {
+                    let rope = RopeTable::of_lengths(
+                        &config.rope_scaling,
+                        config.rope_theta,
+                        config.head_dim,
+                        &group.lengths,
+                        group.time,
+                        device,
+                    );
+                    let sequences = Sequences::new(config, group.lengths.len(), 0, group.time, rope, device);
+                    (indices(group.tokens), sequences)
+                });
+                Layout::Packed(Box::new(Packed { groups: groups.collect(), places: indices(places) }))
+            }
+        })
     }
 }
 

@@ -9,8 +9,8 @@ use super::context::Context;
 use super::layer::Layer;
 use super::shapes::BaseShapes;
 use crate::data::Batch;
-use crate::kernels::{adapted_linear, rms_norm};
-use crate::projection::{Embedding, InputObserver, Parameter, Projection, Tape, TokenRows};
+use crate::kernels::{AdaptedLinear, LinearInput, adapted_linears, rms_norm};
+use crate::projection::{Embedding, InputObserver, Parameter, Projection, Tape, TokenRows, project};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 /// A decoder-only transformer on a device.
@@ -36,13 +36,16 @@ impl Decoder {
     /// The shared context of a forward over `batch` sequences of `time` tokens after `past` cached ones, padded on the
     /// right.
     pub fn context(&self, batch: usize, time: usize, past: usize) -> Context {
-        Context::padded(&self.config, batch, time, past, &self.device)
+        Context::padded(&self.config, batch, time, past, None, &self.device)
     }
 
     /// The shared context of a forward over a batch, padded or packed.
     pub fn batch_context(&self, batch: &Batch) -> Context {
         match &batch.segments {
-            None => self.context(batch.batch_size, batch.seq_len, 0),
+            None => {
+                let (rows, columns, lengths) = (batch.batch_size, batch.seq_len, Some(&*batch.lengths));
+                Context::padded(&self.config, rows, columns, 0, lengths, &self.device)
+            }
             Some(segments) => Context::packed(&self.config, segments, batch.ids.len(), &self.device),
         }
     }
@@ -71,7 +74,7 @@ impl Decoder {
     pub fn head(&self, tape: &Tape, x: Tensor<2>) -> Tensor<2> {
         match &self.lm_head {
             Some(head) => {
-                let logits = head.forward(tape, x.clone(), None);
+                let logits = project(tape, &[head], LinearInput::Plain(x.clone()), None);
                 match &self.head_rows {
                     Some(rows) => rows.replace_logits(tape, logits, x, &head.weight.value),
                     None => logits,
@@ -80,7 +83,9 @@ impl Decoder {
             None => {
                 let embedding = &self.embed_tokens;
                 let term = embedding.head_term(tape, &x);
-                let logits = adapted_linear(x.clone(), tape.read(&embedding.weight), None, term, None);
+                let map = AdaptedLinear { weight: tape.read(&embedding.weight), bias: None, term };
+                let input = LinearInput::Plain(x.clone());
+                let logits = adapted_linears(input, vec![map], None, tape.recomputes());
                 match &embedding.rows {
                     Some(rows) => rows.replace_logits(tape, logits, x, &embedding.weight.value),
                     None => logits,

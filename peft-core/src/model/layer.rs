@@ -3,8 +3,8 @@
 use super::attention::Attention;
 use super::cache::KeyValueCache;
 use super::context::Context;
-use crate::kernels::{rms_norm, silu_gate};
-use crate::projection::{Parameter, Projection, Tape};
+use crate::kernels::LinearInput;
+use crate::projection::{Parameter, Projection, Tape, project};
 use burn::tensor::Tensor;
 
 /// A decoder layer.
@@ -28,12 +28,16 @@ impl Layer {
         context: &Context,
         cache: Option<&mut KeyValueCache>,
     ) -> Tensor<2> {
-        let normed = rms_norm(x.clone(), tape.read(&self.input_norm), self.epsilon);
-        let x = self.attention.forward(tape, normed, x, context, cache);
-        let normed = rms_norm(x.clone(), tape.read(&self.post_attention_norm), self.epsilon);
-        let gate = self.gate_proj.forward(tape, normed.clone(), None);
-        let up = self.up_proj.forward(tape, normed, None);
-        self.down_proj.forward(tape, silu_gate(gate, up), Some(x))
+        let normed = |x: &Tensor<2>, norm: &Parameter| LinearInput::Normed {
+            x: x.clone(),
+            weight: tape.read(norm),
+            epsilon: self.epsilon,
+        };
+        let input = normed(&x, &self.input_norm);
+        let x = self.attention.forward(tape, input, x, context, cache);
+        let input = normed(&x, &self.post_attention_norm);
+        let gate_up = project(tape, &[&self.gate_proj, &self.up_proj], input, None);
+        project(tape, &[&self.down_proj], LinearInput::Gated(gate_up), Some(x))
     }
 
     /// The seven projections, in the order q, k, v, o, gate, up, down.

@@ -275,23 +275,28 @@ impl RopeTable {
     }
 
     fn of_frequencies(batch: &[(Vec<f64>, f64)], positions: Range<usize>, device: &Device) -> Self {
-        let time = positions.len();
-        let half = batch.first().map_or(0, |(frequencies, _)| frequencies.len());
-        let mut cos = Vec::with_capacity(batch.len() * time * half);
-        let mut sin = Vec::with_capacity(batch.len() * time * half);
-        for (frequencies, factor) in batch {
-            for position in positions.clone() {
-                for frequency in frequencies {
-                    // transformers multiplies position and frequency in f32; at long contexts that rounding is part
-                    // of what the model was trained with.
-                    let angle = position as f32 * *frequency as f32;
-                    cos.push((f64::from(angle).cos() * factor) as f32);
-                    sin.push((f64::from(angle).sin() * factor) as f32);
-                }
-            }
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for frequencies in batch {
+            let (cosines, sines) = Self::values(frequencies, positions.clone());
+            cos.extend(cosines);
+            sin.extend(sines);
         }
-        let shape = [batch.len(), 1, time, half];
+        let half = batch.first().map_or(0, |(frequencies, _)| frequencies.len());
+        let shape = [batch.len(), 1, positions.len(), half];
         let tensor = |values| Tensor::from_data(TensorData::new(values, shape), (device, DType::F32));
         Self { cos: tensor(cos), sin: tensor(sin) }
     }
+
+    /// cos and sin at each of `positions`, `[positions, head_dim / 2]`, of frequencies and a factor.
+    pub(super) fn values((frequencies, factor): &(Vec<f64>, f64), positions: Range<usize>) -> RopeValues {
+        let angles = positions.flat_map(|position| {
+            // transformers multiplies position and frequency in f32; at long contexts that rounding is part of what the
+            // model was trained with.
+            frequencies.iter().map(move |frequency| f64::from(position as f32 * *frequency as f32))
+        });
+        angles.map(|angle| ((angle.cos() * factor) as f32, (angle.sin() * factor) as f32)).unzip()
+    }
 }
+
+/// Cosines and sines, row-major.
+pub(super) type RopeValues = (Vec<f32>, Vec<f32>);

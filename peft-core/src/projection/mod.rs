@@ -15,7 +15,7 @@ pub use magnitude::Magnitude;
 pub use parameter::Parameter;
 pub use tape::{DropoutKey, InputObserver, Tape};
 
-use crate::kernels::adapted_linear;
+use crate::kernels::{AdaptedLinear, LinearInput, adapted_linears};
 use burn::tensor::Tensor;
 
 /// The forms that a change of a weight can take.
@@ -66,19 +66,6 @@ impl Projection {
         self.weight.value.dims()
     }
 
-    /// `x·Wᵀ + b + change(x) + residual`.
-    ///
-    /// # Shapes
-    /// `x` `[tokens, in]`, `residual` and the result `[tokens, out]`.
-    pub fn forward(&self, tape: &Tape, x: Tensor<2>, residual: Option<Tensor<2>>) -> Tensor<2> {
-        tape.observe(&self.path, &x);
-        let term = self.delta.as_ref().map(|delta| match delta {
-            Delta::LowRank(form) => form.term(tape, &self.path, &x, &self.weight.value),
-        });
-        let bias = self.bias.as_ref().map(|bias| tape.read(bias));
-        adapted_linear(x, tape.read(&self.weight), bias, term, residual)
-    }
-
     /// Every parameter of the projection: weight, bias, change.
     pub fn parameters(&self) -> impl Iterator<Item = &Parameter> {
         let delta = self.delta.iter().flat_map(|delta| delta.parameters());
@@ -90,4 +77,36 @@ impl Projection {
         let delta = self.delta.iter_mut().flat_map(|delta| delta.parameters_mut());
         std::iter::once(&mut self.weight).chain(&mut self.bias).chain(delta)
     }
+}
+
+/// Applies projections to one input: their results side by side, plus `residual`.
+///
+/// # Shapes
+/// The input `[tokens, in]`, `residual` and the result `[tokens, out₁ + out₂ + …]`.
+pub fn project(
+    tape: &Tape,
+    projections: &[&Projection],
+    input: LinearInput,
+    residual: Option<Tensor<2>>,
+) -> Tensor<2> {
+    // Dropout and observers look at the value that the projections get.
+    let drops = projections.iter().any(|projection| match &projection.delta {
+        Some(Delta::LowRank(form)) => form.dropout > 0.0,
+        None => false,
+    });
+    let input = if tape.observes() || drops { LinearInput::Plain(input.value()) } else { input };
+    let maps = projections.iter().map(|projection| {
+        if let LinearInput::Plain(x) = &input {
+            tape.observe(&projection.path, x);
+        }
+        let term = projection.delta.as_ref().map(|delta| match delta {
+            Delta::LowRank(form) => {
+                form.term(tape, &projection.path, input.tensor(), &projection.weight.value)
+            }
+        });
+        let bias = projection.bias.as_ref().map(|bias| tape.read(bias));
+        AdaptedLinear { weight: tape.read(&projection.weight), bias, term }
+    });
+    let maps = maps.collect();
+    adapted_linears(input, maps, residual, tape.recomputes())
 }

@@ -25,27 +25,42 @@ pub struct Tape<'a> {
     leaves: Option<RefCell<BTreeMap<String, Tensor<2>>>>,
     dropout: Option<DropoutKey>,
     observer: Option<InputObserver<'a>>,
+    recomputes: bool,
 }
 
 impl<'a> Tape<'a> {
     /// No graph and no dropout: inference.
     pub fn inference() -> Self {
-        Self { leaves: None, dropout: None, observer: None }
+        Self { leaves: None, dropout: None, observer: None, recomputes: false }
     }
 
     /// Inference that shows every projection's input to `observer` before it is used.
     pub fn observing(observer: InputObserver<'a>) -> Self {
-        Self { leaves: None, dropout: None, observer: Some(observer) }
+        Self { leaves: None, dropout: None, observer: Some(observer), recomputes: false }
     }
 
     /// No graph, with the dropout of training: the first pass over layers that are computed again in the backward.
     pub fn untracked(dropout: DropoutKey) -> Self {
-        Self { leaves: None, dropout: Some(dropout), observer: None }
+        Self { leaves: None, dropout: Some(dropout), observer: None, recomputes: false }
     }
 
     /// Trainable parameters become leaves of an autodiff graph.
     pub fn recording(dropout: DropoutKey) -> Self {
-        Self { leaves: Some(RefCell::default()), dropout: Some(dropout), observer: None }
+        Self { leaves: Some(RefCell::default()), dropout: Some(dropout), observer: None, recomputes: false }
+    }
+
+    /// The same with cheap operations computed again in the backward instead of kept, where `recompute` says so.
+    pub fn recomputing(self, recompute: bool) -> Self {
+        Self { recomputes: recompute, ..self }
+    }
+
+    /// Whether the backward is to compute cheap operations again.
+    pub fn recomputes(&self) -> bool {
+        self.recomputes
+    }
+
+    pub(super) fn observes(&self) -> bool {
+        self.observer.is_some()
     }
 
     pub(super) fn observe(&self, path: &str, x: &Tensor<2>) {

@@ -2,14 +2,15 @@
 //! more rows than a chunk.
 
 use super::step::add_gradients;
-use crate::kernels::{CrossEntropy, cross_entropy};
+use crate::kernels::{self, CrossEntropy, as_dtype, backward_from, cross_entropy};
 use crate::model::Decoder;
 use crate::projection::{DropoutKey, Tape};
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{Device, Int, Tensor};
 use std::collections::BTreeMap;
 
-/// Logits held at a time when no chunk size is asked for.
-const CHUNK_ELEMENTS: usize = 1 << 24;
+/// Logits held at a time when no chunk size is asked for: few enough to stay in the caches of a CPU, or many enough to
+/// keep a GPU busy.
+const CHUNK_ELEMENTS: (usize, usize) = (1 << 22, 1 << 27);
 
 /// Loss over supervised rows and what follows from it.
 pub(super) struct HeadLoss {
@@ -21,9 +22,11 @@ pub(super) struct HeadLoss {
     pub gradient: Option<Tensor<2>>,
 }
 
-/// Rows of logits held at a time: as asked for, else by the vocabulary's size, and of `count` at most all.
-pub(super) fn chunk_rows(asked: Option<usize>, vocab_size: usize, count: usize) -> usize {
-    asked.unwrap_or(CHUNK_ELEMENTS / vocab_size).clamp(1, count.max(1))
+/// Rows of logits held at a time: as asked for, else by the vocabulary's size, and of `count` at most all. `host` says
+/// that the device is the CPU.
+pub(super) fn chunk_rows(asked: Option<usize>, vocab_size: usize, count: usize, host: bool) -> usize {
+    let elements = if host { CHUNK_ELEMENTS.0 } else { CHUNK_ELEMENTS.1 };
+    asked.unwrap_or(elements / vocab_size).clamp(1, count.max(1))
 }
 
 /// Sums cross-entropy over `rows` `[rows, hidden]` (after the final norm, without autodiff) against `targets`.
@@ -39,8 +42,14 @@ pub(super) fn head_loss(
     gradients: &mut BTreeMap<String, Tensor<2>>,
 ) -> HeadLoss {
     let [count, _] = rows.dims();
-    let chunk = self::chunk_rows(chunk_rows, model.config.vocab_size, count);
-    let frozen = model.frozen_head();
+    let chunk = self::chunk_rows(chunk_rows, model.config.vocab_size, count, model.device == Device::flex());
+    if let Some(weight) = model.frozen_head() {
+        let weight = as_dtype(weight, model.dtype);
+        let scale = backward.map(|(scale, _)| scale);
+        let CrossEntropy { loss_sum, correct, gradient } =
+            kernels::head_loss(rows, weight, targets, chunk, scale);
+        return HeadLoss { loss_sum, correct, gradient };
+    }
     let device = &model.device;
     let mut loss_sum = Tensor::zeros([1], device);
     let mut correct = Tensor::zeros([1], device);
@@ -49,23 +58,15 @@ pub(super) fn head_loss(
         let length = chunk.min(count - start);
         let x = rows.clone().narrow(0, start, length);
         let t = targets.clone().narrow(0, start, length);
-        let out = match (&frozen, backward) {
-            (_, None) => cross_entropy(model.head(&Tape::inference(), x), t, None),
-            (Some(weight), Some((scale, _))) => {
-                // ∂ℓ/∂x = ∂ℓ/∂z · W; a frozen head needs no graph.
-                let logits = x.matmul(crate::kernels::as_dtype(weight.clone(), model.dtype).transpose());
-                let mut out = cross_entropy(logits, t, Some(scale));
-                let weight = crate::kernels::as_dtype(weight.clone(), model.dtype);
-                row_gradients.extend(out.gradient.take().map(|gradient| gradient.matmul(weight)));
-                out
-            }
-            (None, Some((scale, key))) => {
+        let out = match backward {
+            None => cross_entropy(model.head(&Tape::inference(), x), t, None),
+            Some((scale, key)) => {
                 let tape = Tape::recording(key);
                 let leaf = x.autodiff().require_grad();
                 let logits = model.head(&tape, leaf.clone());
                 let mut out = cross_entropy(logits.clone().inner(), t, Some(scale));
                 if let Some(gradient) = out.gradient.take() {
-                    let mut grads = (logits * gradient).sum().backward();
+                    let mut grads = backward_from(logits, gradient);
                     row_gradients.extend(leaf.grad_remove(&mut grads));
                     add_gradients(gradients, tape.gradients(&mut grads));
                 }

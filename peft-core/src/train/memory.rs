@@ -1,5 +1,6 @@
 //! Peak memory of the process, or of the device's allocator.
 
+use crate::kernels::gpu_memory;
 use burn::tensor::Device;
 use serde::Serialize;
 
@@ -31,10 +32,11 @@ pub struct DeviceMemory {
     pub available_bytes: Option<u64>,
 }
 
-/// The memory of the machine, or of the container that the process runs in. Nothing is known of other devices.
+/// The memory of a GPU; or of the machine, or of the container that the process runs in.
 pub fn device_memory(device: &Device) -> DeviceMemory {
     if *device != Device::flex() {
-        return DeviceMemory::default();
+        let (free, total) = gpu_memory(device).unzip();
+        return DeviceMemory { total_bytes: total, available_bytes: free };
     }
     let (total, available) = (kib("/proc/meminfo", "MemTotal:"), kib("/proc/meminfo", "MemAvailable:"));
     match container_memory() {

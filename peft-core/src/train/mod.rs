@@ -21,12 +21,15 @@ pub use evaluate::{Evaluation, Generation, evaluate, exact_match};
 pub use memory::{DeviceMemory, device_memory, peak_memory_bytes, resident_bytes};
 pub use method::{Method, MethodPlan, ParameterRole, PlannedParameter, Preparation};
 pub use metrics::{EvalMetrics, StepMetrics};
-pub use optimizer::{NamedOptimizer, ParameterOptimizer};
+pub use optimizer::{
+    ManyOptimizer, NamedOptimizer, OptimizerStep, ParameterOptimizer, ParameterStep, update_parameters,
+};
 pub use schedule::{Schedule, Warmup};
 pub use selection::{BestMetric, EarlyStopping, Every, Selection};
 pub use state::{Fingerprint, Identity, state_bytes};
 pub use step::{
-    GradientSink, MicroBatch, MicroBatchLoss, StepGradients, StepSettings, accumulate, backward, global_norm,
+    GradientCheckpointing, GradientSink, MicroBatch, MicroBatchLoss, StepGradients, StepSettings, accumulate,
+    backward, global_norm,
 };
 pub use trainer::{
     Observer, Outcome, RunSummary, Stopped, TrainConfig, Trainer, latest_checkpoint, require_vocabulary,

@@ -1,13 +1,28 @@
 //! Optimizers over named parameters.
 
+use crate::kernels::{AdamW, AdamWState, Update};
+use crate::model::Decoder;
+use crate::projection::Parameter;
 use burn::optim::{Optimizer, RecordState, StateSink, StateSource};
 use burn::tensor::{Device, Tensor, TensorData};
 use std::collections::BTreeMap;
 
+/// One parameter of a step.
+pub struct ParameterStep<'a> {
+    /// Its name.
+    pub name: &'a str,
+    /// Its rate in this step.
+    pub learning_rate: f64,
+    /// Its value.
+    pub value: Tensor<2>,
+    /// The gradient of the loss.
+    pub gradient: Tensor<2>,
+}
+
 /// An optimizer with its memory of every parameter, by name.
 pub trait ParameterOptimizer: Send {
-    /// One update of one parameter; returns its new value.
-    fn step(&mut self, name: &str, learning_rate: f64, value: Tensor<2>, gradient: Tensor<2>) -> Tensor<2>;
+    /// One update of each of the parameters; returns their new values, in order.
+    fn step(&mut self, parameters: Vec<ParameterStep>) -> Vec<Tensor<2>>;
 
     /// The memory as named tensors and whole numbers.
     fn save(&self) -> (Vec<(String, TensorData)>, BTreeMap<String, i64>);
@@ -22,27 +37,90 @@ pub trait ParameterOptimizer: Send {
     ) -> Result<(), String>;
 }
 
-/// Any burn optimizer, by parameter name.
-pub struct NamedOptimizer<O: Optimizer> {
+/// Updates the parameters that have gradients, each at the rate for its name.
+pub fn update_parameters(
+    model: &mut Decoder,
+    optimizer: &mut dyn ParameterOptimizer,
+    mut gradients: BTreeMap<String, Tensor<2>>,
+    rate: impl Fn(&str) -> f64,
+) {
+    let mut parameters: Vec<&mut Parameter> = model.parameters_mut();
+    parameters.retain(|parameter| gradients.contains_key(&parameter.name));
+    let steps = parameters.iter_mut().filter_map(|parameter| {
+        let gradient = gradients.remove(&parameter.name)?;
+        let learning_rate = rate(&parameter.name);
+        // The value is taken out, so that the optimizer may change it where it lies.
+        let placeholder = Tensor::empty([1, 1], &parameter.value.device());
+        let value = std::mem::replace(&mut parameter.value, placeholder);
+        Some(ParameterStep { name: &parameter.name, learning_rate, value, gradient })
+    });
+    let values = optimizer.step(steps.collect());
+    for (parameter, value) in parameters.into_iter().zip(values) {
+        parameter.value = value;
+    }
+}
+
+/// A step's value, gradient, rate and memory of one parameter.
+pub type OptimizerStep<O> = (Tensor<2>, Tensor<2>, f64, Option<<O as Optimizer>::State<2>>);
+
+/// A burn optimizer that updates many parameters at a time.
+pub trait ManyOptimizer: Optimizer {
+    /// One update of each; returns values and memories, in order.
+    fn step_many(&self, steps: Vec<OptimizerStep<Self>>) -> Vec<(Tensor<2>, Option<Self::State<2>>)> {
+        let one = |(value, gradient, rate, state)| self.step(rate, value, gradient, state);
+        steps.into_iter().map(one).collect()
+    }
+}
+
+impl ManyOptimizer for AdamW {
+    fn step_many(&self, steps: Vec<OptimizerStep<Self>>) -> Vec<(Tensor<2>, Option<AdamWState<2>>)> {
+        let updates: Vec<Update<Tensor<2>>> = steps
+            .into_iter()
+            .map(|(parameter, gradient, rate, state)| {
+                let AdamWState { moment_1, moment_2, time } =
+                    state.unwrap_or_else(|| AdamWState::new(&gradient));
+                Update { parameter, gradient, moment_1, moment_2, rate, time: time + 1 }
+            })
+            .collect();
+        let times: Vec<i64> = updates.iter().map(|update| update.time).collect();
+        let updated = self.update_all(updates).into_iter().zip(times);
+        let remember = |([value, moment_1, moment_2], time): ([Tensor<2>; 3], i64)| {
+            (value, Some(AdamWState { moment_1, moment_2, time }))
+        };
+        updated.map(remember).collect()
+    }
+}
+
+/// An optimizer by parameter name.
+pub struct NamedOptimizer<O: ManyOptimizer> {
     optimizer: O,
     states: BTreeMap<String, O::State<2>>,
 }
 
-impl<O: Optimizer> NamedOptimizer<O> {
+impl<O: ManyOptimizer> NamedOptimizer<O> {
     /// Without memory.
     pub fn new(optimizer: O) -> Self {
         Self { optimizer, states: BTreeMap::new() }
     }
 }
 
-impl<O: Optimizer> ParameterOptimizer for NamedOptimizer<O> {
-    fn step(&mut self, name: &str, learning_rate: f64, value: Tensor<2>, gradient: Tensor<2>) -> Tensor<2> {
-        let state = self.states.remove(name);
-        let (value, state) = self.optimizer.step(learning_rate, value, gradient, state);
-        if let Some(state) = state {
-            self.states.insert(name.to_string(), state);
+impl<O: ManyOptimizer> ParameterOptimizer for NamedOptimizer<O> {
+    fn step(&mut self, parameters: Vec<ParameterStep>) -> Vec<Tensor<2>> {
+        let mut names = Vec::with_capacity(parameters.len());
+        let steps = parameters.into_iter().map(|ParameterStep { name, learning_rate, value, gradient }| {
+            names.push(name);
+            (value, gradient, learning_rate, self.states.remove(name))
+        });
+        let steps = steps.collect();
+        let updated = self.optimizer.step_many(steps).into_iter().zip(names);
+        let mut values = Vec::with_capacity(updated.len());
+        for ((value, state), name) in updated {
+            if let Some(state) = state {
+                self.states.insert(name.to_string(), state);
+            }
+            values.push(value);
         }
-        value
+        values
     }
 
     fn save(&self) -> (Vec<(String, TensorData)>, BTreeMap<String, i64>) {

@@ -7,20 +7,32 @@
 
 use super::loss::head_loss;
 use crate::data::Batch;
+use crate::kernels::{backward_from, sum_of_squares};
 use crate::model::{Context, Decoder};
 use crate::projection::{DropoutKey, Tape};
-use burn::tensor::{IndexingUpdateOp, Tensor};
+use burn::tensor::Tensor;
 use std::collections::BTreeMap;
 use std::ops::Range;
 
 /// A padded or packed batch of examples.
 pub type MicroBatch = Batch;
 
+/// What the backward computes again instead of finding it kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum GradientCheckpointing {
+    /// Nothing: the fastest, with the most memory.
+    Off,
+    /// Norms and gates, which cost little.
+    Selective,
+    /// Whole layers, one at a time: the least memory.
+    Layers,
+}
+
 /// How a step runs.
 #[derive(Debug, Clone, Copy)]
 pub struct StepSettings {
-    /// Recompute layer by layer in the backward instead of keeping the whole graph.
-    pub gradient_checkpointing: bool,
+    /// What is computed twice.
+    pub gradient_checkpointing: GradientCheckpointing,
     /// Rows of logits held at a time; `None` chooses by the vocabulary's size.
     pub loss_chunk_rows: Option<usize>,
 }
@@ -78,7 +90,7 @@ pub fn accumulate(
 }
 
 /// Forward and backward of one micro-batch as [`accumulate`] runs it, with the gradients given to `sink` instead of
-/// being kept: with `gradient_checkpointing`, gradients of no more than one layer are held at a time.
+/// being kept: with [`GradientCheckpointing::Layers`], gradients of no more than one layer are held at a time.
 pub fn backward(
     model: &Decoder,
     batch: &MicroBatch,
@@ -106,7 +118,12 @@ pub fn backward(
         inputs.push(x.clone());
         x = run(model, segment, &untracked, x, &context);
     }
-    let recorded = record(model, &segments[last], x, below[last], key, &context);
+    let recompute = settings.gradient_checkpointing == GradientCheckpointing::Selective;
+    let record = |segment: &Range<usize>, input, needs_input_gradient| {
+        let tape = Tape::recording(key).recomputing(recompute);
+        record(model, segment, tape, input, needs_input_gradient, &context)
+    };
+    let recorded = record(&segments[last], x, below[last]);
 
     let rows = model.ids(&batch.positions);
     let targets = model.ids(&batch.targets);
@@ -123,49 +140,66 @@ pub fn backward(
         Some((scale, key)),
         &mut head_gradients,
     );
-    let micro_batch = MicroBatchLoss {
-        loss_sum: f64::from(loss.loss_sum.into_scalar::<f32>()),
-        correct: loss.correct.into_scalar::<i64>() as u64,
+    // Read last: reading waits for the device, which should have the whole backward to do until then.
+    let (loss_sum, correct) = (loss.loss_sum, loss.correct);
+    let micro_batch = || MicroBatchLoss {
+        loss_sum: f64::from(loss_sum.clone().into_scalar::<f32>()),
+        correct: correct.clone().into_scalar::<i64>() as u64,
     };
-    let Some(gradient) = loss.gradient else { return micro_batch };
+    let Some(gradient) = loss.gradient else { return micro_batch() };
     sink(head_gradients);
 
-    let mut grads = (normed * gradient).sum().backward();
+    let mut grads = backward_from(normed, gradient);
     let row_gradient = leaf.grad_remove(&mut grads);
     sink(norm_tape.gradients(&mut grads));
-    let Some(row_gradient) = row_gradient else { return micro_batch };
-    let mut dy = output.zeros_like().select_assign(0, rows, row_gradient, IndexingUpdateOp::Add);
+    let Some(row_gradient) = row_gradient else { return micro_batch() };
+    let mut dy = spread(row_gradient, &batch.positions, batch.ids.len(), model);
 
     let mut recorded = Some(recorded);
     for index in (0..segments.len()).rev() {
-        let again = || inputs.pop().map(|x| record(model, &segments[index], x, below[index], key, &context));
+        let again = || inputs.pop().map(|x| record(&segments[index], x, below[index]));
         let Some(Recorded { output, leaf, tape }) = recorded.take().or_else(again) else {
-            return micro_batch;
+            return micro_batch();
         };
         if !output.is_tracked() {
-            return micro_batch;
+            return micro_batch();
         }
-        let mut grads = (output * dy).sum().backward();
+        let mut grads = backward_from(output, dy);
         sink(tape.gradients(&mut grads));
         match leaf.grad_remove(&mut grads) {
             Some(dx) => dy = dx,
-            None => return micro_batch,
+            None => return micro_batch(),
         }
     }
 
     if model.trains_embedding() {
         let tape = Tape::recording(key);
-        let mut grads = (model.embed(&tape, ids) * dy).sum().backward();
+        let mut grads = backward_from(model.embed(&tape, ids), dy);
         sink(tape.gradients(&mut grads));
     }
-    micro_batch
+    micro_batch()
 }
 
-fn segments(layers: usize, checkpointing: bool) -> Vec<Range<usize>> {
+fn segments(layers: usize, checkpointing: GradientCheckpointing) -> Vec<Range<usize>> {
     match checkpointing {
-        true => (0..layers).map(|layer| layer..layer + 1).collect(),
-        false => std::iter::once(0..layers).collect(),
+        GradientCheckpointing::Layers => (0..layers).map(|layer| layer..layer + 1).collect(),
+        _ => std::iter::once(0..layers).collect(),
     }
+}
+
+/// The rows at their `positions` (ascending, distinct) among `tokens` rows, the others 0.
+///
+/// Every token fetches its row, or one of zeros: fetching runs in parallel where adding to rows need not.
+fn spread(rows: Tensor<2>, positions: &[i64], tokens: usize, model: &Decoder) -> Tensor<2> {
+    if positions.len() == tokens {
+        return rows;
+    }
+    let mut sources = vec![positions.len() as i64; tokens];
+    for (row, position) in positions.iter().enumerate() {
+        sources[*position as usize] = row as i64;
+    }
+    let zero = Tensor::zeros([1, rows.dims()[1]], (&rows.device(), rows.dtype()));
+    Tensor::cat(vec![rows, zero], 0).select(0, model.ids(&sources))
 }
 
 /// A segment's forward with its graph.
@@ -178,12 +212,11 @@ struct Recorded {
 fn record(
     model: &Decoder,
     segment: &Range<usize>,
+    tape: Tape<'static>,
     input: Tensor<2>,
     needs_input_gradient: bool,
-    key: DropoutKey,
     context: &Context,
 ) -> Recorded {
-    let tape = Tape::recording(key);
     let leaf = input.autodiff();
     let leaf = if needs_input_gradient { leaf.require_grad() } else { leaf };
     let output = run(model, segment, &tape, leaf.clone(), context);
@@ -196,10 +229,6 @@ fn run(model: &Decoder, segment: &Range<usize>, tape: &Tape, x: Tensor<2>, conte
 
 /// The 2-norm over all gradients together.
 pub fn global_norm(gradients: &BTreeMap<String, Tensor<2>>) -> f64 {
-    let squares: Vec<Tensor<1>> =
-        gradients.values().map(|gradient| gradient.clone().square().sum()).collect();
-    if squares.is_empty() {
-        return 0.0;
-    }
-    f64::from(Tensor::cat(squares, 0).sum().into_scalar::<f32>()).sqrt()
+    let total = sum_of_squares(gradients.values().cloned().collect());
+    total.map_or(0.0, |total| f64::from(total.into_scalar::<f32>()).sqrt())
 }

@@ -4,7 +4,7 @@ use super::course::Course;
 use super::error::TrainError;
 use super::method::Method;
 use super::metrics::{EvalMetrics, StepMetrics};
-use super::optimizer::ParameterOptimizer;
+use super::optimizer::{ParameterOptimizer, update_parameters};
 use super::run::Run;
 use super::schedule::{Schedule, Warmup};
 use super::selection::{Every, Selection};
@@ -12,6 +12,7 @@ use super::state::{self, Identity, Snapshot};
 use super::step::StepSettings;
 use crate::checkpoint::{StagedDir, require_free};
 use crate::data::{Epochs, Example};
+use crate::kernels::trim_memory;
 use crate::model::Decoder;
 use crate::text::Tokenizer;
 use burn::tensor::Tensor;
@@ -279,13 +280,11 @@ impl Trainer<'_> {
             }
         }
         self.method.before_update(self.model, &mut gradients);
-        for parameter in self.model.parameters_mut() {
-            if let Some(gradient) = gradients.remove(&parameter.name) {
-                let rate = self.method.peak_rate(&parameter.name, config.learning_rate) * factor;
-                parameter.value =
-                    self.optimizer.step(&parameter.name, rate, parameter.value.clone(), gradient);
-            }
-        }
+        let (method, peak) = (self.method, config.learning_rate);
+        update_parameters(self.model, self.optimizer.as_mut(), gradients, |name| {
+            method.peak_rate(name, peak) * factor
+        });
+        trim_memory();
         config.learning_rate * factor
     }
 

@@ -1,6 +1,6 @@
 //! What to change so that a run fits, mildest first.
 
-use super::{BatchShape, Workload, predict};
+use super::{BatchShape, GradientCheckpointing, Workload, predict};
 use serde::Serialize;
 use std::collections::BTreeSet;
 
@@ -73,9 +73,12 @@ fn checkpointing(work: &Workload) -> Vec<Step> {
     let step = Step {
         changes: vec![("gradient_checkpointing", "true".to_string())],
         cost: "a third more time",
-        apply: Box::new(|work| work.step.gradient_checkpointing = true),
+        apply: Box::new(|work| work.step.gradient_checkpointing = GradientCheckpointing::Layers),
     };
-    if work.step.gradient_checkpointing { Vec::new() } else { vec![step] }
+    match work.step.gradient_checkpointing {
+        GradientCheckpointing::Layers => Vec::new(),
+        _ => vec![step],
+    }
 }
 
 /// Halves of `n` down to `least`.

@@ -4,7 +4,10 @@ use super::{BatchShape, RunBatches};
 use crate::data::{Example, Rows, collate, collate_packs};
 use crate::model::Decoder;
 use crate::projection::DropoutKey;
-use crate::train::{ParameterOptimizer, StepGradients, TrainConfig, accumulate, evaluate, peak_memory_bytes};
+use crate::train::{
+    ParameterOptimizer, StepGradients, TrainConfig, accumulate, evaluate, peak_memory_bytes,
+    update_parameters,
+};
 use serde::Serialize;
 use std::time::Instant;
 
@@ -60,11 +63,7 @@ pub fn calibrate(
         accumulate(model, &batch, 1.0 / batch.targets.len().max(1) as f64, key, config.step, &mut sums);
         let forward_and_backward = start.elapsed().as_secs_f64();
         let start = Instant::now();
-        for parameter in model.parameters_mut() {
-            if let Some(gradient) = sums.gradients.remove(&parameter.name) {
-                parameter.value = optimizer.step(&parameter.name, 0.0, parameter.value.clone(), gradient);
-            }
-        }
+        update_parameters(model, optimizer, sums.gradients, |_| 0.0);
         // The first step warms up.
         if step > 0 {
             tokens += shape(micro_batch).tokens();

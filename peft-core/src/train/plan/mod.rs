@@ -14,7 +14,7 @@ pub use calibrate::{Calibration, calibrate};
 
 use super::loss::chunk_rows;
 use super::method::{ParameterRole, PlannedParameter};
-use super::step::StepSettings;
+use super::step::{GradientCheckpointing, StepSettings};
 use crate::model::{ComputeType, EMBEDDING, ModelConfig};
 use layer::LayerShape;
 use serde::Serialize;
@@ -295,7 +295,8 @@ impl Sizes {
     fn head(&self, work: &Workload, batch: &BatchShape, backward: bool) -> u64 {
         let HeadShape { hidden, vocabulary } = self.heads;
         let rows = batch.supervised as u64;
-        let chunk = chunk_rows(work.step.loss_chunk_rows, work.model.vocab_size, batch.supervised) as u64;
+        let chunk =
+            chunk_rows(work.step.loss_chunk_rows, work.model.vocab_size, batch.supervised, work.host) as u64;
         // The logits and their gradient, or the logits and their exponentials; in f32 beside activations of half that.
         let logits = 2 * F32 + if self.element < F32 { self.element } else { 0 };
         // The hidden states that the last layer left, and those of the supervised rows: gathered, normed, and the
@@ -336,8 +337,10 @@ impl Sizes {
         // Of the layers below the first that trains nothing is kept but their result.
         let tracked = self.first_tracked.min(last)..=last;
         let (at_top, largest) = match work.step.gradient_checkpointing {
-            true => (last as u64 * input + kept[last], kept[tracked].iter().copied().max().unwrap_or(0)),
-            false => (kept[tracked].iter().sum(), kept[last]),
+            GradientCheckpointing::Layers => {
+                (last as u64 * input + kept[last], kept[tracked].iter().copied().max().unwrap_or(0))
+            }
+            _ => (kept[tracked].iter().sum(), kept[last]),
         };
         let any_tracked = self.first_tracked <= last;
         let (at_top, largest) =

@@ -32,7 +32,7 @@ fn work<'a>(model: &'a ModelConfig, parameters: &'a [PlannedParameter], batch: B
         model,
         compute: ComputeType::F32,
         parameters,
-        step: StepSettings { gradient_checkpointing: false, loss_chunk_rows: None },
+        step: StepSettings { gradient_checkpointing: GradientCheckpointing::Off, loss_chunk_rows: None },
         accumulation: 1,
         batches: [batch].into(),
         evaluation: BTreeSet::new(),
@@ -96,7 +96,7 @@ fn recomputing_keeps_one_layer_and_the_inputs() {
     let layer = LayerShape::new(&model, 1, &parameters, 4);
     let mut work = work(&model, &parameters, batch);
     let whole = of(&predict(&work), Phase::Step);
-    work.step.gradient_checkpointing = true;
+    work.step.gradient_checkpointing = GradientCheckpointing::Layers;
     let recomputed = of(&predict(&work), Phase::Step);
     // Mask 64·64 and rotary table 64·4.
     let shared = 4 * (64 * 64 + 64 * 4);

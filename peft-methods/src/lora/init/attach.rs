@@ -12,7 +12,7 @@ use peft_core::linalg::Matrix;
 use peft_core::model::Decoder;
 use peft_core::projection::Delta;
 use peft_core::random::Stream;
-use peft_core::train::{Preparation, StepSettings, TrainError};
+use peft_core::train::{GradientCheckpointing, Preparation, StepSettings, TrainError};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -69,7 +69,8 @@ pub(in crate::lora) fn take_out_of_weights(
             covariances = Some(input_covariances(model, &paths, &chosen)?);
         }
         InitLoraWeights::LoraGa if earlier.is_empty() => {
-            let step = StepSettings { gradient_checkpointing: true, ..preparation.step };
+            let step =
+                StepSettings { gradient_checkpointing: GradientCheckpointing::Layers, ..preparation.step };
             gradients = weight_gradients(model, &paths, &chosen, preparation.micro_batch_size, step);
         }
         _ => {}

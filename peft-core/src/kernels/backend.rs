@@ -1,0 +1,201 @@
+//! The toolkit's own kernels as a backend offers them: operations on its tensors without a graph, each with its backward.
+//! The differentiable operations of this module's neighbours are made of them, and fall back to plain compositions where
+//! no backend offers them.
+
+use super::adamw::{AdamW, Update};
+use super::attention::{AttentionInputs, AttentionShape};
+use super::cross_entropy::CrossEntropyParts;
+use super::linear::{LinearGradients, Part, Wanted};
+use burn::backend::autodiff::ops::NodeGuard;
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Autodiff, AutodiffBackend, Backend};
+use burn::tensor::{DType, Device, Int, Tensor};
+
+/// A float tensor of the autodiff decorator over `B`.
+pub(super) type Tracked<B> = FloatTensor<Autodiff<B>>;
+
+/// Operations on tensors of one backend. Matrices are `[rows, columns]`; results are new tensors.
+pub(super) trait Kernels: Backend {
+    /// A tensor without a graph as the backend has it.
+    fn primitive<const D: usize>(tensor: Tensor<D>) -> FloatTensor<Self>;
+
+    /// Whole numbers as the backend has them.
+    fn integers(tensor: Tensor<1, Int>) -> burn::backend::tensor::IntTensor<Self>;
+
+    /// The other way.
+    fn tensor<const D: usize>(primitive: FloatTensor<Self>) -> Tensor<D>;
+
+    /// Whole numbers, the other way.
+    fn integer_tensor(primitive: burn::backend::tensor::IntTensor<Self>) -> Tensor<1, Int>;
+
+    /// A tensor of an autodiff device as the decorator has it.
+    fn tracked<const D: usize>(tensor: Tensor<D>) -> Tracked<Self>;
+
+    /// The other way.
+    fn tracked_tensor<const D: usize>(primitive: Tracked<Self>) -> Tensor<D>;
+
+    /// `w ∘ x/√(mean(x²) + ε)` by rows; `w` has one row.
+    fn rms_norm(x: &FloatTensor<Self>, weight: &FloatTensor<Self>, epsilon: f32) -> FloatTensor<Self>;
+
+    /// Gradients of [`rms_norm`](Self::rms_norm) for `x` and, if wanted, for `w`.
+    fn rms_norm_backward(
+        x: &FloatTensor<Self>,
+        weight: &FloatTensor<Self>,
+        epsilon: f32,
+        dy: &FloatTensor<Self>,
+        wants_weight: bool,
+    ) -> (FloatTensor<Self>, Option<FloatTensor<Self>>);
+
+    /// `silu(g) ∘ u` of `[g u]`.
+    fn silu_gate(gate_up: &FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// Gradient of [`silu_gate`](Self::silu_gate) for `[g u]`.
+    fn silu_gate_backward(gate_up: &FloatTensor<Self>, dy: &FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// `[x·W₁ᵀ + b₁ + s₁·(x·A₁ᵀ)·B₁ᵀ, …] + residual`, and all `x·Aᵢᵀ` side by side if there are any.
+    fn linears(
+        x: &FloatTensor<Self>,
+        parts: &[Part<FloatTensor<Self>>],
+        residual: Option<&FloatTensor<Self>>,
+    ) -> (FloatTensor<Self>, Option<FloatTensor<Self>>);
+
+    /// Gradients of [`linears`](Self::linears).
+    fn linears_backward(
+        dy: &FloatTensor<Self>,
+        x: &FloatTensor<Self>,
+        down: Option<&FloatTensor<Self>>,
+        parts: &[Part<FloatTensor<Self>>],
+        wanted: &Wanted,
+    ) -> LinearGradients<FloatTensor<Self>>;
+
+    /// Whether [`attend`](Self::attend) takes these heads.
+    fn attends(shape: &AttentionShape, dtype: DType) -> bool;
+
+    /// Attention and the logarithms of its denominators `[heads, tokens]`.
+    fn attend(
+        shape: &AttentionShape,
+        inputs: &AttentionInputs<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// Gradient of [`attend`](Self::attend) for the joint queries, keys and values.
+    fn attend_backward(
+        shape: &AttentionShape,
+        inputs: &AttentionInputs<Self>,
+        output: &FloatTensor<Self>,
+        log_denominators: &FloatTensor<Self>,
+        dy: &FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+
+    /// AdamW's update of f32 tensors: parameter, first and second moment of each.
+    fn adamw(optimizer: &AdamW, updates: Vec<Update<FloatTensor<Self>>>) -> Vec<[FloatTensor<Self>; 3]>;
+
+    /// Σ x² of f32 tensors, one at least.
+    fn sum_of_squares(tensors: Vec<FloatTensor<Self>>) -> FloatTensor<Self>;
+
+    /// Cross-entropy of the logits `rows·Wᵀ`, at most `chunk` rows of which are held at a time; the gradient is that of
+    /// the rows.
+    fn head_loss(
+        rows: &FloatTensor<Self>,
+        weight: &FloatTensor<Self>,
+        targets: &burn::backend::tensor::IntTensor<Self>,
+        chunk: usize,
+        gradient_scale: Option<f32>,
+    ) -> CrossEntropyParts<Self>;
+
+    /// Cross-entropy of logits, which are used up: with a scale, the gradient takes their place.
+    fn cross_entropy(
+        logits: FloatTensor<Self>,
+        targets: &burn::backend::tensor::IntTensor<Self>,
+        gradient_scale: Option<f32>,
+    ) -> CrossEntropyParts<Self>;
+}
+
+/// Which backend's kernels serve a computation in `dtype` on `device`.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Served {
+    /// burn's flex, in f32.
+    Cpu,
+    /// burn's cubecl on CUDA.
+    #[cfg(feature = "cuda")]
+    Cuda,
+}
+
+/// The kernels that serve a computation in `dtype` on `device`, if any do.
+///
+/// `PEFT_KERNELS=plain` in the environment turns them off, to tell a fault of theirs from one elsewhere.
+pub(super) fn served(device: &Device, dtype: DType) -> Option<Served> {
+    static PLAIN: std::sync::OnceLock<bool> = std::sync::OnceLock::new();
+    if *PLAIN.get_or_init(|| std::env::var_os("PEFT_KERNELS").is_some_and(|value| value == "plain")) {
+        return None;
+    }
+    if *device == Device::flex() {
+        return (dtype == DType::F32).then_some(Served::Cpu);
+    }
+    #[cfg(feature = "cuda")]
+    if matches!(dtype, DType::F32 | DType::BF16) && super::cuda::is_available() {
+        return Some(Served::Cuda);
+    }
+    None
+}
+
+/// Calls a function that is generic over [`Kernels`] with the backend that [`served`] named.
+macro_rules! with_backend {
+    ($served:expr, $function:ident($($argument:expr),*)) => {
+        match $served {
+            crate::kernels::backend::Served::Cpu => $function::<burn::backend::Flex>($($argument),*),
+            #[cfg(feature = "cuda")]
+            crate::kernels::backend::Served::Cuda => $function::<burn::backend::Cube>($($argument),*),
+        }
+    };
+}
+pub(super) use with_backend;
+
+/// The conversions of [`Kernels`], the same for every backend.
+macro_rules! conversions {
+    ($backend:ty) => {
+        fn primitive<const D: usize>(tensor: burn::tensor::Tensor<D>) -> FloatTensor<Self> {
+            tensor.try_into_primitive::<$backend>().expect("a tensor of this backend without a graph")
+        }
+
+        fn integers(tensor: burn::tensor::Tensor<1, burn::tensor::Int>) -> IntTensor<Self> {
+            tensor.try_into_primitive::<$backend>().expect("a tensor of this backend without a graph")
+        }
+
+        fn tensor<const D: usize>(primitive: FloatTensor<Self>) -> burn::tensor::Tensor<D> {
+            burn::tensor::Tensor::from_primitive::<$backend>(primitive)
+        }
+
+        fn integer_tensor(primitive: IntTensor<Self>) -> burn::tensor::Tensor<1, burn::tensor::Int> {
+            burn::tensor::Tensor::from_primitive::<$backend>(primitive)
+        }
+
+        fn tracked<const D: usize>(
+            tensor: burn::tensor::Tensor<D>,
+        ) -> crate::kernels::backend::Tracked<Self> {
+            let tensor = tensor.try_into_primitive::<burn::backend::Autodiff<$backend>>();
+            tensor.expect("a tensor of this backend with a graph")
+        }
+
+        fn tracked_tensor<const D: usize>(
+            primitive: crate::kernels::backend::Tracked<Self>,
+        ) -> burn::tensor::Tensor<D> {
+            burn::tensor::Tensor::from_primitive::<burn::backend::Autodiff<$backend>>(primitive)
+        }
+    };
+}
+pub(super) use conversions;
+
+/// Whether a tensor may have a graph.
+pub(super) fn has_graph<const D: usize>(tensor: &Tensor<D>) -> bool {
+    tensor.device().is_autodiff()
+}
+
+/// A tensor as the autodiff decorator has it; one without a graph becomes a constant.
+pub(super) fn lift<B: Kernels, const D: usize>(tensor: Tensor<D>) -> Tracked<B> {
+    B::tracked(if has_graph(&tensor) { tensor } else { tensor.autodiff() })
+}
+
+/// Stands where an operation has no input: its graph needs a fixed number of them.
+pub(super) fn constant<B: Kernels>(like: &FloatTensor<B>) -> NodeGuard {
+    <Autodiff<B> as AutodiffBackend>::from_inner(like.clone()).node()
+}

@@ -1,0 +1,337 @@
+//! The kernels over flex tensors.
+
+use super::attention::{Attention, HeadNorms};
+use super::bytes::bytes;
+use super::cross_entropy::Score;
+use super::linear::{Gradients, LowRank, Projection};
+use super::{adamw, buffers, cross_entropy, gated, linear, rms_norm};
+use crate::kernels::adamw::{AdamW, Update};
+use crate::kernels::attention::{AttentionInputs, AttentionShape};
+use crate::kernels::backend::{Kernels, conversions};
+use crate::kernels::cross_entropy::CrossEntropyParts;
+use crate::kernels::linear::{LinearGradients, Part, PartGradients, Wanted};
+use burn::backend::Flex;
+use burn::backend::TensorMetadata;
+use burn::backend::flex::{FlexTensor, Layout};
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::tensor::{Bytes, DType, Shape};
+
+/// Rows and columns.
+fn dims(tensor: &FlexTensor) -> (usize, usize) {
+    let shape = tensor.shape();
+    (shape[0], shape[1])
+}
+
+/// A new tensor, not filled.
+fn empty(shape: &[usize]) -> FlexTensor {
+    let values = bytes(buffers::take(shape.iter().product()));
+    FlexTensor::new(values, Layout::contiguous(Shape::from(shape.to_vec())), DType::F32)
+}
+
+/// A new tensor whose values `fill` writes, all of them.
+fn filled(shape: &[usize], fill: impl FnOnce(&mut [f32])) -> FlexTensor {
+    let mut tensor = empty(shape);
+    fill(tensor.storage_mut());
+    tensor
+}
+
+/// A whole number on its own.
+fn count(value: usize) -> FlexTensor {
+    let (value, shape) = (Bytes::from_elems(vec![value as i32]), Shape::from(vec![1usize]));
+    FlexTensor::new(value, Layout::contiguous(shape), DType::I32)
+}
+
+/// A tensor whose values lie row after row.
+struct Values(FlexTensor);
+
+impl Values {
+    fn of(tensor: &FlexTensor) -> Self {
+        match tensor.as_slice::<f32>() {
+            Some(_) => Self(tensor.clone()),
+            None => Self(tensor.to_contiguous()),
+        }
+    }
+
+    fn get(&self) -> &[f32] {
+        self.0.as_slice().unwrap_or_default()
+    }
+}
+
+/// Whole numbers, whatever their width.
+fn integers(tensor: &FlexTensor) -> Vec<i32> {
+    let tensor = tensor.to_contiguous();
+    match tensor.dtype() {
+        DType::I64 => tensor.storage::<i64>().iter().map(|value| *value as i32).collect(),
+        _ => tensor.storage::<i32>().to_vec(),
+    }
+}
+
+/// A map with its values at hand.
+struct Map {
+    out: usize,
+    weight: Values,
+    bias: Option<Values>,
+    /// `A`, `B`, their rank and their scale.
+    factors: Option<(Values, Values, usize, f32)>,
+}
+
+impl Map {
+    fn of(part: &Part<FlexTensor>) -> Self {
+        let factors = part.factors.as_ref();
+        Self {
+            out: dims(&part.weight).0,
+            weight: Values::of(&part.weight),
+            bias: part.bias.as_ref().map(Values::of),
+            factors: factors.map(|(a, b, scale)| (Values::of(a), Values::of(b), dims(a).0, *scale)),
+        }
+    }
+
+    fn rank(&self) -> usize {
+        self.factors.as_ref().map_or(0, |factors| factors.2)
+    }
+
+    fn projection(&self) -> Projection<'_> {
+        let low_rank = self.factors.as_ref().map(|(a, b, rank, scale)| LowRank {
+            a: a.get(),
+            b: b.get(),
+            rank: *rank,
+            scale: *scale,
+        });
+        let (weight, bias) = (self.weight.get(), self.bias.as_ref().map(Values::get));
+        Projection { weight, out: self.out, bias, low_rank }
+    }
+}
+
+/// Attention's inputs with their values at hand.
+struct AttentionValues {
+    rotation: Option<(Values, Values)>,
+    norms: Option<(Values, Values)>,
+    first: Vec<i32>,
+}
+
+impl AttentionValues {
+    fn of(inputs: &AttentionInputs<Flex>) -> Self {
+        let pair = |pair: &Option<(FlexTensor, FlexTensor)>| {
+            pair.as_ref().map(|(a, b)| (Values::of(a), Values::of(b)))
+        };
+        Self { rotation: pair(&inputs.rotation), norms: pair(&inputs.norms), first: integers(&inputs.first) }
+    }
+
+    fn attention(&self, shape: &AttentionShape) -> Attention<'_> {
+        Attention {
+            tokens: self.first.len(),
+            heads: shape.heads,
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            rotary: self.rotation.as_ref().map(|(cos, sin)| (cos.get(), sin.get())),
+            norms: self.norms.as_ref().map(|(q, k)| HeadNorms {
+                q: q.get(),
+                k: k.get(),
+                epsilon: shape.epsilon as f32,
+            }),
+            first: &self.first,
+            window: shape.window.unwrap_or(0),
+        }
+    }
+}
+
+impl Kernels for Flex {
+    conversions!(Flex);
+
+    fn rms_norm(x: &FlexTensor, weight: &FlexTensor, epsilon: f32) -> FlexTensor {
+        let (x_values, weight) = (Values::of(x), Values::of(weight));
+        let (rows, columns) = dims(x);
+        filled(&[rows, columns], |y| rms_norm::forward(y, x_values.get(), weight.get(), epsilon))
+    }
+
+    fn rms_norm_backward(
+        x: &FlexTensor,
+        weight: &FlexTensor,
+        epsilon: f32,
+        dy: &FlexTensor,
+        wants_weight: bool,
+    ) -> (FlexTensor, Option<FlexTensor>) {
+        let (rows, columns) = dims(x);
+        let (x, weight, dy) = (Values::of(x), Values::of(weight), Values::of(dy));
+        let mut dw = wants_weight.then(|| empty(&[1, columns]));
+        let dx = filled(&[rows, columns], |dx| {
+            let dw = dw.as_mut().map(|dw| dw.storage_mut());
+            rms_norm::backward(dx, dw, dy.get(), x.get(), weight.get(), epsilon, None);
+        });
+        (dx, dw)
+    }
+
+    fn silu_gate(gate_up: &FlexTensor) -> FlexTensor {
+        let (rows, both) = dims(gate_up);
+        let gate_up = Values::of(gate_up);
+        filled(&[rows, both / 2], |y| gated::forward(y, gate_up.get(), both / 2))
+    }
+
+    fn silu_gate_backward(gate_up: &FlexTensor, dy: &FlexTensor) -> FlexTensor {
+        let (rows, both) = dims(gate_up);
+        let (gate_up, dy) = (Values::of(gate_up), Values::of(dy));
+        filled(&[rows, both], |d| gated::backward(d, gate_up.get(), dy.get(), both / 2))
+    }
+
+    fn linears(
+        x: &FlexTensor,
+        parts: &[Part<FlexTensor>],
+        residual: Option<&FlexTensor>,
+    ) -> (FlexTensor, Option<FlexTensor>) {
+        let (rows, inputs) = dims(x);
+        let (x, residual) = (Values::of(x), residual.map(Values::of));
+        let maps: Vec<Map> = parts.iter().map(Map::of).collect();
+        let projections: Vec<Projection> = maps.iter().map(Map::projection).collect();
+        let outs: usize = maps.iter().map(|map| map.out).sum();
+        let ranks: usize = maps.iter().map(Map::rank).sum();
+        let mut down = empty(&[rows, ranks]);
+        let y = filled(&[rows, outs], |y| {
+            let (down, residual) = (down.storage_mut(), residual.as_ref().map(Values::get));
+            linear::forward(y, down, x.get(), residual, rows, inputs, &projections);
+        });
+        (y, (ranks > 0).then_some(down))
+    }
+
+    fn linears_backward(
+        dy: &FlexTensor,
+        x: &FlexTensor,
+        down: Option<&FlexTensor>,
+        parts: &[Part<FlexTensor>],
+        wanted: &Wanted,
+    ) -> LinearGradients<FlexTensor> {
+        let (rows, inputs) = dims(x);
+        let (x, dy, down) = (Values::of(x), Values::of(dy), down.map(Values::of));
+        let maps: Vec<Map> = parts.iter().map(Map::of).collect();
+        let projections: Vec<Projection> = maps.iter().map(Map::projection).collect();
+        let mut gradients: Vec<PartGradients<FlexTensor>> = maps
+            .iter()
+            .zip(&wanted.parts)
+            .map(|(map, (weight, bias, factors))| {
+                let (out, rank) = (map.out, map.rank());
+                PartGradients {
+                    weight: weight.then(|| empty(&[out, inputs])),
+                    bias: bias.then(|| empty(&[1, out])),
+                    factors: (*factors && rank > 0).then(|| (empty(&[rank, inputs]), empty(&[out, rank]))),
+                }
+            })
+            .collect();
+        let mut dx = wanted.input.then(|| empty(&[rows, inputs]));
+        let mut into: Vec<Gradients> = gradients
+            .iter_mut()
+            .map(|part| Gradients {
+                low_rank: part.factors.as_mut().map(|(a, b)| (a.storage_mut(), b.storage_mut())),
+                weight: part.weight.as_mut().map(|weight| weight.storage_mut()),
+                bias: part.bias.as_mut().map(|bias| bias.storage_mut()),
+            })
+            .collect();
+        let to = dx.as_mut().map(|dx| dx.storage_mut());
+        let down = down.as_ref().map_or(&[][..], Values::get);
+        linear::backward(to, &mut into, dy.get(), x.get(), down, rows, inputs, &projections);
+        LinearGradients { input: dx, parts: gradients }
+    }
+
+    fn attends(_: &AttentionShape, dtype: DType) -> bool {
+        dtype == DType::F32
+    }
+
+    fn attend(shape: &AttentionShape, inputs: &AttentionInputs<Self>) -> (FlexTensor, FlexTensor) {
+        let (qkv, values) = (Values::of(&inputs.qkv), AttentionValues::of(inputs));
+        let attention = values.attention(shape);
+        let mut log_denominators = empty(&[shape.heads, attention.tokens]);
+        let output = filled(&[attention.tokens, shape.heads * shape.head_dim], |output| {
+            attention.forward(output, log_denominators.storage_mut(), qkv.get());
+        });
+        (output, log_denominators)
+    }
+
+    fn attend_backward(
+        shape: &AttentionShape,
+        inputs: &AttentionInputs<Self>,
+        output: &FlexTensor,
+        log_denominators: &FlexTensor,
+        dy: &FlexTensor,
+    ) -> FlexTensor {
+        let (qkv, values) = (Values::of(&inputs.qkv), AttentionValues::of(inputs));
+        let (output, lse, dy) = (Values::of(output), Values::of(log_denominators), Values::of(dy));
+        let attention = values.attention(shape);
+        filled(&[attention.tokens, shape.columns()], |dqkv| {
+            attention.backward(dqkv, qkv.get(), output.get(), lse.get(), dy.get());
+        })
+    }
+
+    fn adamw(optimizer: &AdamW, updates: Vec<Update<FlexTensor>>) -> Vec<[FlexTensor; 3]> {
+        let mut results = Vec::with_capacity(updates.len());
+        let mut steps = Vec::with_capacity(updates.len());
+        for update in updates {
+            results.push([update.parameter, update.moment_1, update.moment_2].map(|t| t.to_contiguous()));
+            steps.push((Values::of(&update.gradient), update.rate, update.time));
+        }
+        let mut parameters: Vec<(i64, adamw::Parameter)> = results
+            .iter_mut()
+            .zip(&steps)
+            .map(|([parameter, moment_1, moment_2], (gradient, learning_rate, time))| {
+                let parameter = adamw::Parameter {
+                    value: parameter.storage_mut(),
+                    gradient: gradient.get(),
+                    moment_1: moment_1.storage_mut(),
+                    moment_2: moment_2.storage_mut(),
+                    learning_rate: *learning_rate,
+                };
+                (*time, parameter)
+            })
+            .collect();
+        while let Some(time) = parameters.first().map(|(time, _)| *time) {
+            let (now, later): (Vec<_>, Vec<_>) = parameters.into_iter().partition(|(at, _)| *at == time);
+            parameters = later;
+            let mut now: Vec<adamw::Parameter> = now.into_iter().map(|(_, parameter)| parameter).collect();
+            let constants = adamw::AdamW {
+                beta_1: optimizer.beta_1,
+                beta_2: optimizer.beta_2,
+                epsilon: optimizer.epsilon,
+                weight_decay: optimizer.weight_decay,
+                time: time as i32,
+            };
+            adamw::adamw(constants, 1.0, &mut now);
+        }
+        results
+    }
+
+    fn sum_of_squares(tensors: Vec<FlexTensor>) -> FlexTensor {
+        let tensors: Vec<Values> = tensors.iter().map(Values::of).collect();
+        let slices: Vec<&[f32]> = tensors.iter().map(Values::get).collect();
+        filled(&[1], |total| total[0] = adamw::sum_of_squares(&slices) as f32)
+    }
+
+    fn cross_entropy(
+        logits: FlexTensor,
+        targets: &IntTensor<Self>,
+        gradient_scale: Option<f32>,
+    ) -> CrossEntropyParts<Self> {
+        let columns = dims(&logits).1;
+        let mut logits = logits.to_contiguous();
+        let scale = gradient_scale.unwrap_or(0.0);
+        let score = cross_entropy::cross_entropy(logits.storage_mut(), &integers(targets), columns, scale);
+        scored(score, gradient_scale.map(|_| logits))
+    }
+
+    fn head_loss(
+        rows: &FlexTensor,
+        weight: &FlexTensor,
+        targets: &IntTensor<Self>,
+        _: usize,
+        gradient_scale: Option<f32>,
+    ) -> CrossEntropyParts<Self> {
+        let (count, hidden) = dims(rows);
+        let (rows, weight, targets) = (Values::of(rows), Values::of(weight), integers(targets));
+        let mut dx = gradient_scale.map(|_| empty(&[count, hidden]));
+        let into = dx.as_mut().map(|dx| dx.storage_mut());
+        let scale = gradient_scale.unwrap_or(0.0);
+        let score = cross_entropy::head_loss(into, rows.get(), weight.get(), &targets, hidden, scale);
+        scored(score, dx)
+    }
+}
+
+fn scored(score: Score, gradient: Option<FlexTensor>) -> CrossEntropyParts<Flex> {
+    let loss_sum = filled(&[1], |loss| loss[0] = score.loss as f32);
+    CrossEntropyParts { loss_sum, correct: count(score.correct), gradient }
+}

@@ -1,0 +1,231 @@
+//! Launches of the attention kernels; `attention.cu` says what each does.
+
+use super::backend::{contiguous, empty};
+use super::engine::{Arguments, Buffers, Launch, Queue, Source, submit};
+use super::error::Fault;
+use crate::kernels::attention::{AttentionInputs, AttentionShape};
+use burn::backend::Cube;
+use burn::tensor::DType;
+use burn_cubecl::tensor::CubeTensor;
+
+/// The kernels for heads of `head_dim` features.
+fn source(head_dim: usize) -> Source {
+    Source { code: include_str!("attention.cu"), constant: Some(("HEAD_DIM", head_dim)) }
+}
+
+/// Whether the kernels take these heads.
+pub fn attends(shape: &AttentionShape, dtype: DType) -> bool {
+    dtype == DType::BF16 && shape.head_dim.is_multiple_of(16) && (16..=256).contains(&shape.head_dim)
+}
+
+/// Tile of a kernel: rows of its blocks, threads, dynamic shared memory.
+#[derive(Clone, Copy)]
+struct Tile {
+    rows: usize,
+    threads: usize,
+    shared: usize,
+}
+
+/// What all launches of a layer share.
+#[derive(Clone, Copy)]
+struct Geometry {
+    source: Source,
+    tokens: usize,
+    heads: usize,
+    kv_heads: usize,
+    head_dim: usize,
+    window: usize,
+    scale: f32,
+    epsilon: f32,
+}
+
+impl Geometry {
+    fn new(shape: &AttentionShape, tokens: usize) -> Self {
+        Self {
+            source: source(shape.head_dim),
+            tokens,
+            heads: shape.heads,
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            window: shape.window.unwrap_or(0),
+            scale: (shape.head_dim as f32).powf(-0.5),
+            epsilon: shape.epsilon as f32,
+        }
+    }
+
+    /// The tiles of forward, of the queries' gradient and of the keys' and values', and into how many slices the last
+    /// is cut.
+    fn tiles(&self, queue: &mut Queue) -> Result<([Tile; 3], usize), Fault> {
+        let numbers = queue.numbers::<13>(self.source, "attention_geometry")?;
+        let number = |at: usize| numbers[at] as usize;
+        let tile = |at: usize| Tile { rows: number(at), threads: number(at + 1), shared: number(at + 2) };
+        Ok(([tile(0), tile(3), tile(6)], number(10)))
+    }
+
+    /// A launch over `items` heads of tokens, a few lanes each.
+    fn by_head(&self, items: usize) -> Launch {
+        let lanes = match self.head_dim {
+            ..=16 => 1,
+            ..=32 => 2,
+            ..=64 => 4,
+            ..=128 => 8,
+            _ => 16,
+        };
+        Launch::new((items * lanes).div_ceil(256), 256)
+    }
+
+    fn tiled(&self, tile: Tile, heads: usize, depth: usize) -> Launch {
+        let grid = (heads, self.tokens.div_ceil(tile.rows), depth);
+        Launch { grid, block: (tile.threads, 1), shared: tile.shared }
+    }
+
+    /// `N, H, KV` and what follows for the tiled kernels.
+    fn numbers(&self, arguments: Arguments) -> Arguments {
+        let arguments = arguments.int(self.tokens).int(self.heads).int(self.kv_heads);
+        arguments.int(self.window).float(self.scale)
+    }
+
+    /// Which tile each block of a kernel takes.
+    fn order(&self, queue: &mut Queue, to: u64, limits: u64, tile: Tile, of_keys: bool) -> Result<(), Fault> {
+        let arguments = Arguments::default().address(to).address(limits).int(self.tokens).int(tile.rows);
+        let arguments = arguments.int(self.window).int(usize::from(of_keys));
+        let tiles = self.tokens.div_ceil(tile.rows);
+        queue.launch(self.source, "attention_order", Launch::new(tiles.div_ceil(256), 256), arguments)
+    }
+
+    /// Norm and rotation of queries and keys, or their backward on the gradient.
+    fn rotate(&self, queue: &mut Queue, name: &'static str, to: u64, inputs: &Inputs) -> Result<(), Fault> {
+        let arguments = Arguments::default().address(to).address(inputs.qkv);
+        let arguments = arguments.address(inputs.cos).address(inputs.sin);
+        let arguments = arguments.address(inputs.q_norm).address(inputs.k_norm);
+        let arguments = arguments.int(self.tokens).int(self.heads).int(self.kv_heads).float(self.epsilon);
+        let launch = self.by_head(self.tokens * (self.heads + self.kv_heads));
+        queue.launch(self.source, name, launch, arguments)
+    }
+}
+
+/// Addresses of the inputs; 0 for what is absent.
+struct Inputs {
+    qkv: u64,
+    cos: u64,
+    sin: u64,
+    q_norm: u64,
+    k_norm: u64,
+    first: u64,
+    last: u64,
+}
+
+/// Where the inputs stand among the buffers.
+#[derive(Clone, Copy)]
+struct Places {
+    qkv: usize,
+    rotation: Option<(usize, usize)>,
+    norms: Option<(usize, usize)>,
+    first: usize,
+    last: usize,
+}
+
+impl Places {
+    fn add(buffers: &mut Buffers, inputs: &AttentionInputs<Cube>) -> Self {
+        let mut pair = |pair: &Option<(CubeTensor, CubeTensor)>| {
+            let add = |(a, b): &(CubeTensor, CubeTensor)| {
+                (buffers.add(&contiguous(a)), buffers.add(&contiguous(b)))
+            };
+            pair.as_ref().map(add)
+        };
+        let (rotation, norms) = (pair(&inputs.rotation), pair(&inputs.norms));
+        let mut add = |tensor: &CubeTensor| buffers.add(&contiguous(tensor));
+        Self { qkv: add(&inputs.qkv), rotation, norms, first: add(&inputs.first), last: add(&inputs.last) }
+    }
+
+    fn of(&self, buffers: &[u64]) -> Inputs {
+        let pair = |pair: Option<(usize, usize)>| pair.map_or((0, 0), |(a, b)| (buffers[a], buffers[b]));
+        let ((cos, sin), (q_norm, k_norm)) = (pair(self.rotation), pair(self.norms));
+        let (qkv, first, last) = (buffers[self.qkv], buffers[self.first], buffers[self.last]);
+        Inputs { qkv, cos, sin, q_norm, k_norm, first, last }
+    }
+}
+
+/// Elements for the orders of tiles: no tile has fewer rows.
+fn most_tiles(tokens: usize) -> usize {
+    tokens.div_ceil(16)
+}
+
+/// Attention, and the logarithms of its denominators `[heads, tokens]`.
+pub fn forward(shape: &AttentionShape, inputs: &AttentionInputs<Cube>) -> (CubeTensor, CubeTensor) {
+    let qkv = &inputs.qkv;
+    let tokens = qkv.meta.shape()[0];
+    let geometry = Geometry::new(shape, tokens);
+    let output = empty(qkv, &[tokens, shape.heads * shape.head_dim], DType::BF16);
+    let log_denominators = empty(qkv, &[shape.heads, tokens], DType::F32);
+    let rotated = empty(qkv, &[tokens, (shape.heads + shape.kv_heads) * shape.head_dim], DType::BF16);
+    let order = empty(qkv, &[most_tiles(tokens)], DType::I32);
+    let mut buffers = Buffers::default();
+    let [o, lse, qk, order] = [&output, &log_denominators, &rotated, &order].map(|t| buffers.add(t));
+    let places = Places::add(&mut buffers, inputs);
+    submit(&qkv.client, &buffers.handles(), move |queue, buffers| {
+        let inputs = places.of(buffers);
+        let ([tile, ..], _) = geometry.tiles(queue)?;
+        let (qk, order) = (buffers[qk], buffers[order]);
+        geometry.rotate(queue, "attention_rotate", qk, &inputs)?;
+        geometry.order(queue, order, inputs.first, tile, false)?;
+        let arguments = Arguments::default().address(buffers[o]).address(buffers[lse]).address(qk);
+        let arguments = arguments.address(inputs.qkv).address(inputs.first).address(order);
+        let launch = geometry.tiled(tile, geometry.heads, 1);
+        queue.launch(geometry.source, "attention_forward", launch, geometry.numbers(arguments))
+    });
+    (output, log_denominators)
+}
+
+/// The gradient of the joint queries, keys and values.
+pub fn backward(
+    shape: &AttentionShape,
+    inputs: &AttentionInputs<Cube>,
+    output: &CubeTensor,
+    log_denominators: &CubeTensor,
+    dy: &CubeTensor,
+) -> CubeTensor {
+    let qkv = &inputs.qkv;
+    let tokens = qkv.meta.shape()[0];
+    let geometry = Geometry::new(shape, tokens);
+    let gradient = empty(qkv, &[tokens, shape.columns()], DType::BF16);
+    let rotated = empty(qkv, &[tokens, (shape.heads + shape.kv_heads) * shape.head_dim], DType::BF16);
+    let delta = empty(qkv, &[shape.heads, tokens], DType::F32);
+    let orders = [(); 2].map(|()| empty(qkv, &[most_tiles(tokens)], DType::I32));
+    let mut buffers = Buffers::default();
+    let dy = contiguous(dy);
+    let tensors = [&gradient, &rotated, &delta, &orders[0], &orders[1], output, log_denominators, &dy];
+    let at = tensors.map(|tensor| buffers.add(tensor));
+    let places = Places::add(&mut buffers, inputs);
+    submit(&qkv.client, &buffers.handles(), move |queue, buffers| {
+        let inputs = places.of(buffers);
+        let [gradient, qk, delta, q_order, kv_order, output, lse, dy] = at.map(|at| buffers[at]);
+        let ([_, q_tile, kv_tile], slices) = geometry.tiles(queue)?;
+        // The kernels turn their results back themselves where nothing else stands between.
+        let turns = inputs.q_norm == 0 && slices == 1;
+        let (cos, sin) = if turns { (inputs.cos, inputs.sin) } else { (0, 0) };
+        geometry.rotate(queue, "attention_rotate", qk, &inputs)?;
+        let arguments = Arguments::default().address(delta).address(dy).address(output);
+        let arguments = arguments.int(geometry.tokens).int(geometry.heads);
+        let launch = geometry.by_head(geometry.tokens * geometry.heads);
+        queue.launch(geometry.source, "attention_delta", launch, arguments)?;
+        geometry.order(queue, q_order, inputs.first, q_tile, false)?;
+        geometry.order(queue, kv_order, inputs.last, kv_tile, true)?;
+        let arguments = |limits: u64, order: u64| {
+            let arguments = Arguments::default().address(gradient).address(dy).address(qk);
+            let arguments = arguments.address(inputs.qkv).address(lse).address(delta);
+            geometry.numbers(arguments.address(limits).address(order).address(cos).address(sin))
+        };
+        let launch = geometry.tiled(kv_tile, geometry.kv_heads, slices);
+        let of_keys = arguments(inputs.last, kv_order);
+        queue.launch(geometry.source, "attention_backward_kv", launch, of_keys)?;
+        let launch = geometry.tiled(q_tile, geometry.heads, 1);
+        let of_queries = arguments(inputs.first, q_order);
+        queue.launch(geometry.source, "attention_backward_q", launch, of_queries)?;
+        if turns {
+            return Ok(());
+        }
+        geometry.rotate(queue, "attention_rotate_backward", gradient, &inputs)
+    });
+    gradient
+}

@@ -1,0 +1,326 @@
+// Row-wise and elementwise kernels. Compiled once for each type of the activations, `scalar`: with BF16 defined it is
+// bf16, else f32. Arithmetic is in f32; every kernel reads and writes each element once where it can.
+//
+// Rows of V·n elements are read V at a time; `columns` is a multiple of V where a launch passes `vectors = 1`, and rows
+// then start at multiples of 16 bytes.
+
+#ifdef BF16
+typedef unsigned short scalar;
+__device__ __forceinline__ float to_float(scalar x) { return __uint_as_float((unsigned)x << 16); }
+__device__ __forceinline__ unsigned pack(float low, float high) {
+    unsigned packed;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+__device__ __forceinline__ scalar to_scalar(float x) { return (scalar)(pack(x, 0.f) & 0xffffu); }
+#define V 8
+__device__ __forceinline__ void load(const scalar* p, float* x) {
+    uint4 u = *(const uint4*)p;
+    unsigned words[4] = {u.x, u.y, u.z, u.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        x[2 * i] = __uint_as_float(words[i] << 16);
+        x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+    }
+}
+__device__ __forceinline__ void store(scalar* p, const float* x) {
+    *(uint4*)p = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
+}
+#else
+typedef float scalar;
+__device__ __forceinline__ float to_float(scalar x) { return x; }
+__device__ __forceinline__ scalar to_scalar(float x) { return x; }
+#define V 4
+__device__ __forceinline__ void load(const scalar* p, float* x) {
+    float4 u = *(const float4*)p;
+    x[0] = u.x; x[1] = u.y; x[2] = u.z; x[3] = u.w;
+}
+__device__ __forceinline__ void store(scalar* p, const float* x) { *(float4*)p = make_float4(x[0], x[1], x[2], x[3]); }
+#endif
+
+// The value as it is after being stored.
+__device__ __forceinline__ float rounded(float x) { return to_float(to_scalar(x)); }
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+    for (int offset = 16; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
+    return x;
+}
+
+// The sum over a block of at most 1024 threads, the same in all of them.
+__device__ float block_sum(float x) {
+    __shared__ float sums[33];
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
+    x = warp_sum(x);
+    __syncthreads();
+    if (lane == 0) sums[warp] = x;
+    __syncthreads();
+    if (warp == 0) {
+        float total = warp_sum(lane < warps ? sums[lane] : 0.f);
+        if (lane == 0) sums[32] = total;
+    }
+    __syncthreads();
+    return sums[32];
+}
+
+// Calls `body(column, lanes)` for the pieces of a row that this thread has.
+template <class Body>
+__device__ __forceinline__ void over_row(int columns, int vectors, Body body) {
+    if (vectors) {
+        for (int c = threadIdx.x * V; c < columns; c += blockDim.x * V) body(c, V);
+    } else {
+        for (int c = threadIdx.x; c < columns; c += blockDim.x) body(c, 1);
+    }
+}
+
+__device__ __forceinline__ void read(const scalar* p, int lanes, float* x) {
+    if (lanes == V) load(p, x);
+    else x[0] = to_float(*p);
+}
+
+__device__ __forceinline__ void write(scalar* p, int lanes, const float* x) {
+    if (lanes == V) store(p, x);
+    else *p = to_scalar(x[0]);
+}
+
+// y = w ∘ x·r with r = 1/√(mean(x²) + ε). One block a row.
+extern "C" __global__ void rms_norm(const scalar* x, const scalar* w, scalar* y, int columns, int vectors, float epsilon) {
+    x += (size_t)blockIdx.x * columns;
+    y += (size_t)blockIdx.x * columns;
+    float squares = 0.f;
+    over_row(columns, vectors, [&](int c, int lanes) {
+        float a[V];
+        read(x + c, lanes, a);
+        for (int i = 0; i < lanes; i++) squares += a[i] * a[i];
+    });
+    float r = rsqrtf(block_sum(squares) / columns + epsilon);
+    over_row(columns, vectors, [&](int c, int lanes) {
+        float a[V], b[V];
+        read(x + c, lanes, a);
+        read(w + c, lanes, b);
+        for (int i = 0; i < lanes; i++) a[i] = rounded(a[i] * r) * b[i];
+        write(y + c, lanes, a);
+    });
+}
+
+// dx = r·(w∘dy) − x·r³·mean(w∘dy∘x); `inverse`, if given, gets r.
+extern "C" __global__ void rms_norm_backward(const scalar* x, const scalar* w, const scalar* dy, scalar* dx,
+                                             float* inverse, int columns, int vectors, float epsilon) {
+    size_t row = (size_t)blockIdx.x * columns;
+    x += row, dy += row, dx += row;
+    float squares = 0.f, products = 0.f;
+    over_row(columns, vectors, [&](int c, int lanes) {
+        float a[V], b[V], d[V];
+        read(x + c, lanes, a);
+        read(w + c, lanes, b);
+        read(dy + c, lanes, d);
+        for (int i = 0; i < lanes; i++) squares += a[i] * a[i], products += d[i] * b[i] * a[i];
+    });
+    float r = rsqrtf(block_sum(squares) / columns + epsilon);
+    float along = block_sum(products) * r * r * r / columns;
+    if (inverse && threadIdx.x == 0) inverse[blockIdx.x] = r;
+    over_row(columns, vectors, [&](int c, int lanes) {
+        float a[V], b[V], d[V];
+        read(x + c, lanes, a);
+        read(w + c, lanes, b);
+        read(dy + c, lanes, d);
+        for (int i = 0; i < lanes; i++) a[i] = d[i] * b[i] * r - a[i] * along;
+        write(dx + c, lanes, a);
+    });
+}
+
+// out[c] = Σ over rows of dy[row, c]·(x[row, c]·factor[row] if x else 1). Blocks of 32 × 8 threads, 32 columns each; the
+// order of the sum is fixed.
+extern "C" __global__ void column_sums(const scalar* dy, int stride, const scalar* x, const float* factor, scalar* out,
+                                       int rows, int columns) {
+    __shared__ float partial[8][33];
+    int c = blockIdx.x * 32 + threadIdx.x;
+    float sum = 0.f;
+    if (c < columns)
+        for (int row = threadIdx.y; row < rows; row += 8) {
+            float d = to_float(dy[(size_t)row * stride + c]);
+            sum += x ? d * rounded(to_float(x[(size_t)row * columns + c]) * factor[row]) : d;
+        }
+    partial[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y == 0 && c < columns) {
+        for (int i = 1; i < 8; i++) sum += partial[i][threadIdx.x];
+        out[c] = to_scalar(sum);
+    }
+}
+
+// y[row, c] += bias[c] in a matrix whose rows are `stride` apart.
+extern "C" __global__ void add_bias(scalar* y, int stride, const scalar* bias, int rows, int columns) {
+    long long i = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+    if (i >= (long long)rows * columns) return;
+    int c = (int)(i % columns);
+    scalar* p = y + i / columns * stride + c;
+    *p = to_scalar(to_float(*p) + to_float(bias[c]));
+}
+
+// silu(g) ∘ u of rows [g u] of 2·columns.
+extern "C" __global__ void silu_gate(const scalar* gate_up, scalar* y, long long pieces, int columns, int vectors) {
+    long long piece = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+    if (piece >= pieces) return;
+    int lanes = vectors ? V : 1, in_row = columns / lanes;
+    long long row = piece / in_row;
+    int c = (int)(piece % in_row) * lanes;
+    const scalar* p = gate_up + row * 2 * columns + c;
+    float g[V], u[V];
+    read(p, lanes, g);
+    read(p + columns, lanes, u);
+    for (int i = 0; i < lanes; i++) g[i] = rounded(g[i] / (1.f + __expf(-g[i]))) * u[i];
+    write(y + row * columns + c, lanes, g);
+}
+
+// With σ = 1/(1 + e⁻ᵍ): dg = dy∘u∘σ∘(1 + g∘(1 − σ)), du = dy∘g∘σ.
+extern "C" __global__ void silu_gate_backward(const scalar* gate_up, const scalar* dy, scalar* d, long long pieces,
+                                              int columns, int vectors) {
+    long long piece = blockIdx.x * (long long)blockDim.x + threadIdx.x;
+    if (piece >= pieces) return;
+    int lanes = vectors ? V : 1, in_row = columns / lanes;
+    long long row = piece / in_row;
+    int c = (int)(piece % in_row) * lanes;
+    size_t at = row * 2 * columns + c;
+    float g[V], u[V], y[V];
+    read(gate_up + at, lanes, g);
+    read(gate_up + at + columns, lanes, u);
+    read(dy + row * columns + c, lanes, y);
+    for (int i = 0; i < lanes; i++) {
+        float sigma = 1.f / (1.f + __expf(-g[i]));
+        float du = y[i] * g[i] * sigma;
+        g[i] = y[i] * u[i] * sigma * (1.f + g[i] * (1.f - sigma));
+        u[i] = du;
+    }
+    write(d + at, lanes, g);
+    write(d + at + columns, lanes, u);
+}
+
+// Factors of up to three low-rank terms in the activations' type: the As under one another, each B times its scale.
+struct Factor { const float* from; scalar* to; int count; float scale; };
+extern "C" __global__ void cast_factors(Factor f0, Factor f1, Factor f2, Factor f3, Factor f4, Factor f5) {
+    Factor factors[6] = {f0, f1, f2, f3, f4, f5};
+    Factor f = factors[blockIdx.y];
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < f.count; i += gridDim.x * blockDim.x)
+        f.to[i] = to_scalar(f.from[i] * f.scale);
+}
+
+struct Running { float max, sum; int at; };
+
+// The running maximum (the first of equals), and the sum of exponentials relative to it.
+__device__ __forceinline__ Running merge(Running a, Running b) {
+    if (b.sum == 0.f) return a;
+    if (a.sum == 0.f) return b;
+    bool second = b.max > a.max || (b.max == a.max && b.at < a.at);
+    float max = fmaxf(a.max, b.max);
+    return {max, a.sum * __expf(a.max - max) + b.sum * __expf(b.max - max), second ? b.at : a.at};
+}
+
+// One block a row: losses[row] = logsumexp(z) − z[target], hits[row] = whether the target is the maximum, and with a scale
+// z ← scale·(softmax(z) − e_target).
+// Targets are int, or long long where `wide`.
+extern "C" __global__ void cross_entropy(scalar* z, const int* targets, int wide, float* losses, int* hits, int columns,
+                                         int vectors, int wants_gradient, float scale) {
+    __shared__ Running of_warps[33];
+    scalar* row = z + (size_t)blockIdx.x * columns;
+    int target = wide ? (int)((const long long*)targets)[blockIdx.x] : targets[blockIdx.x];
+    Running running = {0.f, 0.f, 0x7fffffff};
+    over_row(columns, vectors, [&](int c, int lanes) {
+        float a[V];
+        read(row + c, lanes, a);
+        Running piece = {a[0], 0.f, c};
+        for (int i = 1; i < lanes; i++) if (a[i] > piece.max) piece.max = a[i], piece.at = c + i;
+        for (int i = 0; i < lanes; i++) piece.sum += __expf(a[i] - piece.max);
+        running = merge(running, piece);
+    });
+#pragma unroll
+    for (int offset = 16; offset > 0; offset >>= 1) {
+        Running other = {__shfl_xor_sync(0xffffffffu, running.max, offset), __shfl_xor_sync(0xffffffffu, running.sum, offset),
+                         __shfl_xor_sync(0xffffffffu, running.at, offset)};
+        running = merge(running, other);
+    }
+    if ((threadIdx.x & 31) == 0) of_warps[threadIdx.x >> 5] = running;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        Running total = of_warps[0];
+        for (int i = 1; i < blockDim.x >> 5; i++) total = merge(total, of_warps[i]);
+        of_warps[32] = total;
+        losses[blockIdx.x] = total.max + __logf(total.sum) - to_float(row[target]);
+        hits[blockIdx.x] = total.at == target;
+    }
+    __syncthreads();
+    if (!wants_gradient) return;
+    Running total = of_warps[32];
+    float inverse = scale / total.sum;
+    over_row(columns, vectors, [&](int c, int lanes) {
+        float a[V];
+        read(row + c, lanes, a);
+        for (int i = 0; i < lanes; i++) a[i] = __expf(a[i] - total.max) * inverse - (c + i == target ? scale : 0.f);
+        write(row + c, lanes, a);
+    });
+}
+
+// Sums of both, by one block in a fixed order.
+extern "C" __global__ void loss_totals(const float* losses, const int* hits, int rows, float* loss, int* correct) {
+    float sum = 0.f, count = 0.f;
+    for (int i = threadIdx.x; i < rows; i += blockDim.x) sum += losses[i], count += (float)hits[i];
+    sum = block_sum(sum);
+    count = block_sum(count);
+    if (threadIdx.x == 0) *loss = sum, *correct = (int)count;
+}
+
+// f32 tensors of a launch: blocks (·, i) take pieces of PIECE elements of tensor i in turn.
+#define AT_ONCE 64
+#define PIECE 4096
+
+template <class Body>
+__device__ __forceinline__ void over_pieces(int length, Body body) {
+    for (long long begin = (long long)blockIdx.x * PIECE; begin < length; begin += (long long)gridDim.x * PIECE)
+        for (int i = begin + threadIdx.x; i < min((long long)length, begin + PIECE); i += blockDim.x) body(i);
+}
+
+struct Updates {
+    float* parameters[AT_ONCE];
+    const float* gradients[AT_ONCE];
+    float* firsts[AT_ONCE];
+    float* seconds[AT_ONCE];
+    int lengths[AT_ONCE];
+    float rates[AT_ONCE], steps[AT_ONCE], roots[AT_ONCE];
+};
+
+// m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², θ ← (1 − ηλ)θ − step·m/(√v/root + ε).
+extern "C" __global__ void adamw(const __grid_constant__ Updates t, float beta_1, float beta_2, float epsilon, float decay) {
+    int which = blockIdx.y;
+    float* p = t.parameters[which];
+    const float* g = t.gradients[which];
+    float *m = t.firsts[which], *v = t.seconds[which];
+    float kept = 1.f - t.rates[which] * decay, step = t.steps[which], root = t.roots[which];
+    over_pieces(t.lengths[which], [&](int i) {
+        float first = beta_1 * m[i] + (1.f - beta_1) * g[i];
+        float second = beta_2 * v[i] + (1.f - beta_2) * g[i] * g[i];
+        m[i] = first;
+        v[i] = second;
+        p[i] = p[i] * kept - step * first / (sqrtf(second) / root + epsilon);
+    });
+}
+
+struct Squared {
+    const float* tensors[AT_ONCE];
+    int lengths[AT_ONCE];
+};
+
+// The sum of squares of each block's pieces; `total_of` adds them up.
+extern "C" __global__ void squares(const __grid_constant__ Squared t, float* partial) {
+    const float* x = t.tensors[blockIdx.y];
+    float sum = 0.f;
+    over_pieces(t.lengths[blockIdx.y], [&](int i) { sum += x[i] * x[i]; });
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) partial[blockIdx.y * gridDim.x + blockIdx.x] = sum;
+}
+
+extern "C" __global__ void total_of(const float* partial, int count, float* total) {
+    float sum = 0.f;
+    for (int i = threadIdx.x; i < count; i += blockDim.x) sum += partial[i];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) *total = sum;
+}
