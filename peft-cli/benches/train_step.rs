@@ -98,6 +98,16 @@ fn main() -> Result<(), Failure> {
         trim_memory();
         enqueued.push(start.elapsed().as_secs_f64());
         device.sync()?;
+        #[cfg(feature = "cuda")]
+        if name == "cuda" {
+            let profile = peft_core::kernels::profile(&device);
+            if step + 1 == steps + 4 && !profile.is_empty() {
+                println!("{:24} {:>5} {:>10} {:>10}", "", "runs", "device ms", "host ms");
+                for (label, runs, device, host) in profile {
+                    println!("{label:24} {runs:5} {device:10.3} {host:10.3}");
+                }
+            }
+        }
         let took = start.elapsed().as_secs_f64();
         if step == 0 {
             first = took;

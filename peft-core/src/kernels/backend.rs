@@ -34,6 +34,12 @@ pub(super) trait Kernels: Backend {
     /// The other way.
     fn tracked_tensor<const D: usize>(primitive: Tracked<Self>) -> Tensor<D>;
 
+    /// Runs `work`, which calls these kernels and no operation of burn's on what they make: what it enqueues may be
+    /// handed to the device at once.
+    fn together<R>(work: impl FnOnce() -> R) -> R {
+        work()
+    }
+
     /// `w ∘ x/√(mean(x²) + ε)` by rows; `w` has one row.
     fn rms_norm(x: &FloatTensor<Self>, weight: &FloatTensor<Self>, epsilon: f32) -> FloatTensor<Self>;
 

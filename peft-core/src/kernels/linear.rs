@@ -301,7 +301,7 @@ fn fused<B: Kernels>(
     if !tensors.iter().flatten().any(has_graph) {
         let primitives = tensors.map(|tensor| tensor.map(B::primitive));
         let (saved, parts, residual) = assemble::<B>(kind, primitives, &scales);
-        let (y, _) = B::linears(&saved.h::<B>(), &parts, residual.as_ref());
+        let (y, _) = B::together(|| B::linears(&saved.h::<B>(), &parts, residual.as_ref()));
         return B::tensor(y);
     }
     let tracked = tensors.map(|tensor| tensor.map(lift::<B, 2>));
@@ -312,8 +312,11 @@ fn fused<B: Kernels>(
     let primitives = tracked.map(|tensor| tensor.map(Tracked::<B>::into_primitive));
     let (mut saved, parts, residual) = assemble::<B>(kind, primitives, &scales);
     let prepared = LinearBackward.prepare::<NoCheckpointing>(nodes).compute_bound().stateful();
-    let h = saved.h::<B>();
-    let (y, down) = B::linears(&h, &parts, residual.as_ref());
+    let (h, (y, down)) = B::together(|| {
+        let h = saved.h::<B>();
+        let results = B::linears(&h, &parts, residual.as_ref());
+        (h, results)
+    });
     B::tracked_tensor(match prepared {
         OpsKind::Tracked(prepared) => {
             if !recompute {
@@ -385,7 +388,17 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
                 })
                 .collect(),
         };
-        let gradients = B::linears_backward(&dy, &saved.h::<B>(), down.as_ref(), &parts, &wanted);
+        let (gradients, of_input) = B::together(|| {
+            let mut gradients = B::linears_backward(&dy, &saved.h::<B>(), down.as_ref(), &parts, &wanted);
+            let of_input = gradients.input.take().map(|dh| match &saved {
+                Saved::Plain(_) => (dh, None),
+                Saved::Normed { x, weight, epsilon, .. } => {
+                    B::rms_norm_backward(x, weight, *epsilon, &dh, norm.is_some())
+                }
+                Saved::Gated { gate_up, .. } => (B::silu_gate_backward(gate_up, &dh), None),
+            });
+            (gradients, of_input)
+        });
         let mut register = |node: Option<NodeId>, gradient: Option<FloatTensor<B>>| {
             if let Some((node, gradient)) = node.zip(gradient) {
                 grads.register::<B>(node, gradient);
@@ -399,15 +412,9 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
             register(nodes[2], a);
             register(nodes[3], b);
         }
-        let Some(dh) = gradients.input else { return };
-        match saved {
-            Saved::Plain(_) => register(raw, Some(dh)),
-            Saved::Normed { x, weight, epsilon, .. } => {
-                let (dx, dw) = B::rms_norm_backward(&x, &weight, epsilon, &dh, norm.is_some());
-                register(raw, Some(dx));
-                register(norm, dw);
-            }
-            Saved::Gated { gate_up, .. } => register(raw, Some(B::silu_gate_backward(&gate_up, &dh))),
+        if let Some((dx, dw)) = of_input {
+            register(raw, Some(dx));
+            register(norm, dw);
         }
     }
 }

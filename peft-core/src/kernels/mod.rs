@@ -27,7 +27,7 @@ pub use attention::{
 };
 pub use cross_entropy::{CrossEntropy, cross_entropy, head_loss};
 #[cfg(feature = "cuda")]
-pub use cuda::fault;
+pub use cuda::{fault, profile};
 pub use gated::silu_gate;
 pub use linear::{AdaptedLinear, LinearInput, LowRankTerm, adapted_linears};
 pub use norm::sum_of_squares;

@@ -1,7 +1,7 @@
 //! What all layers of one forward share: which tokens form a sequence, rotary tables, masks.
 
 use super::config::ModelConfig;
-use super::rope::{RopeTable, RopeValues};
+use super::rope::{RopeTable, remembered_values};
 use crate::kernels::{Rotation, Visibility, causal_mask, group_segments};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use std::cell::OnceCell;
@@ -123,14 +123,10 @@ impl Context {
         let half = config.head_dim / 2;
         let (mut cos, mut sin) = (vec![1f32; tokens * half], vec![0f32; tokens * half]);
         let longest = spans.iter().map(Range::len).max().unwrap_or(0);
-        let mut table: Option<((Vec<f64>, f64), RopeValues)> = None;
         for span in spans {
             let frequencies = config.rope_scaling.frequencies(config.rope_theta, config.head_dim, span.len());
-            if table.as_ref().is_none_or(|(of, _)| *of != frequencies) {
-                let values = RopeTable::values(&frequencies, 0..longest);
-                table = Some((frequencies, values));
-            }
-            let Some((_, (cosines, sines))) = &table else { continue };
+            let values = remembered_values(&frequencies, longest);
+            let (cosines, sines) = &*values;
             let (to, count) = (span.start * half, span.len() * half);
             cos[to..to + count].copy_from_slice(&cosines[..count]);
             sin[to..to + count].copy_from_slice(&sines[..count]);

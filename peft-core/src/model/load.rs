@@ -100,12 +100,14 @@ impl Loader<'_> {
             false => None,
         };
         let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] = c.layer_projections(index);
+        let [q_proj, k_proj, v_proj] = self.adjoining([q_proj, k_proj, v_proj])?;
+        let [gate_proj, up_proj] = self.adjoining([gate_proj, up_proj])?;
         Ok(Layer {
             input_norm: self.vector(&format!("{prefix}.input_layernorm.weight"), c.hidden_size)?,
             attention: Attention {
-                q_proj: self.projection(q_proj)?,
-                k_proj: self.projection(k_proj)?,
-                v_proj: self.projection(v_proj)?,
+                q_proj,
+                k_proj,
+                v_proj,
                 o_proj: self.projection(o_proj)?,
                 qk_norm,
                 head_dim: c.head_dim,
@@ -115,11 +117,31 @@ impl Loader<'_> {
             },
             post_attention_norm: self
                 .vector(&format!("{prefix}.post_attention_layernorm.weight"), c.hidden_size)?,
-            gate_proj: self.projection(gate_proj)?,
-            up_proj: self.projection(up_proj)?,
+            gate_proj,
+            up_proj,
             down_proj: self.projection(down_proj)?,
             epsilon: c.rms_norm_eps,
         })
+    }
+
+    /// Projections of one input, whose weights lie one after another in the memory of a GPU: one product can then do for
+    /// all of them.
+    fn adjoining<const N: usize>(&self, shapes: [ProjectionShape; N]) -> Result<[Projection; N], ModelError> {
+        let mut projections = Vec::with_capacity(N);
+        for shape in shapes {
+            projections.push(self.projection(shape)?);
+        }
+        if *self.device != Device::flex() {
+            let weights = projections.iter().map(|projection| projection.weight.value.clone());
+            let joint = Tensor::cat(weights.collect(), 0);
+            let mut start = 0;
+            for projection in &mut projections {
+                let rows = projection.dims()[0];
+                projection.weight.value = joint.clone().narrow(0, start, rows);
+                start += rows;
+            }
+        }
+        Ok(projections.try_into().expect("as many as there were shapes"))
     }
 
     fn projection(&self, shape: ProjectionShape) -> Result<Projection, ModelError> {

@@ -7,6 +7,7 @@ use serde_json::Value;
 use std::f64::consts::TAU;
 use std::ops::Range;
 use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
 /// How rotary frequencies are stretched.
 #[derive(Debug, Clone, PartialEq)]
@@ -295,6 +296,23 @@ impl RopeTable {
             frequencies.iter().map(move |frequency| f64::from(position as f32 * *frequency as f32))
         });
         angles.map(|angle| ((angle.cos() * factor) as f32, (angle.sin() * factor) as f32)).unzip()
+    }
+}
+
+/// [`RopeTable::values`] from position 0 to one of at least `positions`, remembered from call to call: trigonometry of a
+/// whole batch takes as long as a GPU's step.
+pub(super) fn remembered_values(frequencies: &(Vec<f64>, f64), positions: usize) -> Arc<RopeValues> {
+    type Remembered = ((Vec<f64>, f64), usize, Arc<RopeValues>);
+    static LAST: Mutex<Option<Remembered>> = Mutex::new(None);
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    match &*last {
+        Some((of, held, values)) if of == frequencies && *held >= positions => values.clone(),
+        _ => {
+            let held = positions.next_power_of_two();
+            let values = Arc::new(RopeTable::values(frequencies, 0..held));
+            *last = Some((frequencies.clone(), held, values.clone()));
+            values
+        }
     }
 }
 

@@ -455,7 +455,8 @@ mod tests {
     #[test]
     fn forward_and_backward_of_joint_projections() {
         // (rows, in, [(out, rank, bias)], residual): every path and edge.
-        let cases: [(usize, usize, &[(usize, usize, bool)], bool); 9] = [
+        type Shapes = &'static [(usize, usize, bool)];
+        let cases: [(usize, usize, Shapes, bool); 9] = [
             (1, 20, &[(33, 4, true), (16, 0, false)], false),
             (5, 32, &[(7, 3, true)], true),
             (8, 64, &[(48, 8, false), (24, 8, false), (24, 8, false)], false),

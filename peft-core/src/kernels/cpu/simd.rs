@@ -86,9 +86,9 @@ pub(super) fn max(x: &[f32]) -> f32 {
     lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger)
 }
 
-/// `eˣ` for `x ≤ 88`, within 1.2 units in the last place; 0 below −87.3, where results would be subnormal.
+/// `eˣ` for `x ≤ 88`, within two units in the last place; 0 below −87.3, where results would be subnormal.
 ///
-/// `x = n ln 2 + r` with `|r| ≤ ln 2 / 2`; `eʳ` by a polynomial of degree six, `2ⁿ` by its exponent bits.
+/// `x = n ln 2 + r` with `|r| ≤ ln 2 / 2`; `eʳ` by a polynomial of degree seven, `2ⁿ` by its exponent bits.
 #[inline(always)]
 pub(super) fn exp(x: f32) -> f32 {
     // Adding 1.5·2²³ rounds to an integer and leaves it in the low bits.
@@ -100,9 +100,9 @@ pub(super) fn exp(x: f32) -> f32 {
     // ln 2 in two parts, so that r keeps its digits.
     let r = clamped - n * 0.693_359_4;
     let r = r + n * 2.121_944_4e-4;
-    // Taylor to r⁷, economised on |r| ≤ ln 2 / 2.
+    // Taylor to r⁷, whose rest is below a unit in the last place.
     let p = 1.388_888_9e-3 + r * 1.984_127e-4;
-    let p = 8.333_333_6e-3 + r * p;
+    let p = 8.333_334e-3 + r * p;
     let p = 4.166_666_8e-2 + r * p;
     let p = 0.166_666_67 + r * p;
     let p = 0.5 + r * p;

@@ -1,6 +1,6 @@
 //! Launches of the attention kernels; `attention.cu` says what each does.
 
-use super::backend::{contiguous, empty};
+use super::backend::empty;
 use super::engine::{Arguments, Buffers, Launch, Queue, Source, submit};
 use super::error::Fault;
 use crate::kernels::attention::{AttentionInputs, AttentionShape};
@@ -10,7 +10,7 @@ use burn_cubecl::tensor::CubeTensor;
 
 /// The kernels for heads of `head_dim` features.
 fn source(head_dim: usize) -> Source {
-    Source { code: include_str!("attention.cu"), constant: Some(("HEAD_DIM", head_dim)) }
+    Source { name: "attention", code: include_str!("attention.cu"), constant: Some(("HEAD_DIM", head_dim)) }
 }
 
 /// Whether the kernels take these heads.
@@ -128,13 +128,11 @@ struct Places {
 impl Places {
     fn add(buffers: &mut Buffers, inputs: &AttentionInputs<Cube>) -> Self {
         let mut pair = |pair: &Option<(CubeTensor, CubeTensor)>| {
-            let add = |(a, b): &(CubeTensor, CubeTensor)| {
-                (buffers.add(&contiguous(a)), buffers.add(&contiguous(b)))
-            };
+            let add = |(a, b): &(CubeTensor, CubeTensor)| (buffers.add_rows(a), buffers.add_rows(b));
             pair.as_ref().map(add)
         };
         let (rotation, norms) = (pair(&inputs.rotation), pair(&inputs.norms));
-        let mut add = |tensor: &CubeTensor| buffers.add(&contiguous(tensor));
+        let mut add = |tensor: &CubeTensor| buffers.add_rows(tensor);
         Self { qkv: add(&inputs.qkv), rotation, norms, first: add(&inputs.first), last: add(&inputs.last) }
     }
 
@@ -163,7 +161,7 @@ pub fn forward(shape: &AttentionShape, inputs: &AttentionInputs<Cube>) -> (CubeT
     let mut buffers = Buffers::default();
     let [o, lse, qk, order] = [&output, &log_denominators, &rotated, &order].map(|t| buffers.add(t));
     let places = Places::add(&mut buffers, inputs);
-    submit(&qkv.client, &buffers.handles(), move |queue, buffers| {
+    submit("attention", &qkv.client, &buffers.handles(), move |queue, buffers| {
         let inputs = places.of(buffers);
         let ([tile, ..], _) = geometry.tiles(queue)?;
         let (qk, order) = (buffers[qk], buffers[order]);
@@ -193,11 +191,10 @@ pub fn backward(
     let delta = empty(qkv, &[shape.heads, tokens], DType::F32);
     let orders = [(); 2].map(|()| empty(qkv, &[most_tiles(tokens)], DType::I32));
     let mut buffers = Buffers::default();
-    let dy = contiguous(dy);
-    let tensors = [&gradient, &rotated, &delta, &orders[0], &orders[1], output, log_denominators, &dy];
-    let at = tensors.map(|tensor| buffers.add(tensor));
+    let tensors = [&gradient, &rotated, &delta, &orders[0], &orders[1], output, log_denominators, dy];
+    let at = tensors.map(|tensor| buffers.add_rows(tensor));
     let places = Places::add(&mut buffers, inputs);
-    submit(&qkv.client, &buffers.handles(), move |queue, buffers| {
+    submit("attention_backward", &qkv.client, &buffers.handles(), move |queue, buffers| {
         let inputs = places.of(buffers);
         let [gradient, qk, delta, q_order, kv_order, output, lse, dy] = at.map(|at| buffers[at]);
         let ([_, q_tile, kv_tile], slices) = geometry.tiles(queue)?;

@@ -158,42 +158,51 @@ extern "C" __global__ void add_bias(scalar* y, int stride, const scalar* bias, i
     *p = to_scalar(to_float(*p) + to_float(bias[c]));
 }
 
-// silu(g) ∘ u of rows [g u] of 2·columns.
-extern "C" __global__ void silu_gate(const scalar* gate_up, scalar* y, long long pieces, int columns, int vectors) {
-    long long piece = blockIdx.x * (long long)blockDim.x + threadIdx.x;
-    if (piece >= pieces) return;
-    int lanes = vectors ? V : 1, in_row = columns / lanes;
-    long long row = piece / in_row;
-    int c = (int)(piece % in_row) * lanes;
+// silu(g) ∘ u of rows [g u] of 2·columns, LANES at a time. Blocks (row, ·).
+template <int LANES>
+__device__ __forceinline__ void gate_piece(const scalar* gate_up, scalar* y, int columns) {
+    int c = (blockIdx.y * blockDim.x + threadIdx.x) * LANES;
+    if (c >= columns) return;
+    size_t row = blockIdx.x;
     const scalar* p = gate_up + row * 2 * columns + c;
     float g[V], u[V];
-    read(p, lanes, g);
-    read(p + columns, lanes, u);
-    for (int i = 0; i < lanes; i++) g[i] = rounded(g[i] / (1.f + __expf(-g[i]))) * u[i];
-    write(y + row * columns + c, lanes, g);
+    read(p, LANES, g);
+    read(p + columns, LANES, u);
+#pragma unroll
+    for (int i = 0; i < LANES; i++) g[i] = rounded(g[i] / (1.f + __expf(-g[i]))) * u[i];
+    write(y + row * columns + c, LANES, g);
+}
+
+extern "C" __global__ void silu_gate(const scalar* gate_up, scalar* y, int columns, int vectors) {
+    if (vectors) gate_piece<V>(gate_up, y, columns);
+    else gate_piece<1>(gate_up, y, columns);
 }
 
 // With σ = 1/(1 + e⁻ᵍ): dg = dy∘u∘σ∘(1 + g∘(1 − σ)), du = dy∘g∘σ.
-extern "C" __global__ void silu_gate_backward(const scalar* gate_up, const scalar* dy, scalar* d, long long pieces,
-                                              int columns, int vectors) {
-    long long piece = blockIdx.x * (long long)blockDim.x + threadIdx.x;
-    if (piece >= pieces) return;
-    int lanes = vectors ? V : 1, in_row = columns / lanes;
-    long long row = piece / in_row;
-    int c = (int)(piece % in_row) * lanes;
-    size_t at = row * 2 * columns + c;
+template <int LANES>
+__device__ __forceinline__ void gate_piece_backward(const scalar* gate_up, const scalar* dy, scalar* d, int columns) {
+    int c = (blockIdx.y * blockDim.x + threadIdx.x) * LANES;
+    if (c >= columns) return;
+    size_t row = blockIdx.x, at = row * 2 * columns + c;
     float g[V], u[V], y[V];
-    read(gate_up + at, lanes, g);
-    read(gate_up + at + columns, lanes, u);
-    read(dy + row * columns + c, lanes, y);
-    for (int i = 0; i < lanes; i++) {
+    read(gate_up + at, LANES, g);
+    read(gate_up + at + columns, LANES, u);
+    read(dy + row * columns + c, LANES, y);
+#pragma unroll
+    for (int i = 0; i < LANES; i++) {
         float sigma = 1.f / (1.f + __expf(-g[i]));
         float du = y[i] * g[i] * sigma;
         g[i] = y[i] * u[i] * sigma * (1.f + g[i] * (1.f - sigma));
         u[i] = du;
     }
-    write(d + at, lanes, g);
-    write(d + at + columns, lanes, u);
+    write(d + at, LANES, g);
+    write(d + at + columns, LANES, u);
+}
+
+extern "C" __global__ void silu_gate_backward(const scalar* gate_up, const scalar* dy, scalar* d, int columns,
+                                              int vectors) {
+    if (vectors) gate_piece_backward<V>(gate_up, dy, d, columns);
+    else gate_piece_backward<1>(gate_up, dy, d, columns);
 }
 
 // Factors of up to three low-rank terms in the activations' type: the As under one another, each B times its scale.

@@ -7,30 +7,44 @@
 
 use super::cublaslt::{CublasLt, Product, WORKSPACE};
 use super::error::{self, Fault};
+use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::client::Client;
 use cubecl::cuda::CudaRuntime;
 use cubecl::device::DeviceId;
 use cubecl::device_handle::DeviceHandle;
-use cubecl::server::{Handle, ServerStorage};
+use cubecl::server::{BufferBinding, Handle, ServerStorage};
 use cubecl_environment::stream::StreamId;
 use cubecl_runtime::runtime::Runtime;
 use cudarc::driver::{result, sys};
 use cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
-use std::collections::HashMap;
+use std::cell::RefCell;
+use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CString, c_void};
 use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 type Server = <CudaRuntime as Runtime>::Server;
 
-/// CUDA C and the constants that it is compiled with.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+/// CUDA C and the constant that it is compiled with. Two are the same if their names and constants are.
+#[derive(Debug, Clone, Copy)]
 pub struct Source {
+    /// Its name.
+    pub name: &'static str,
     /// The text.
     pub code: &'static str,
-    /// A constant that it is compiled with.
+    /// A constant.
     pub constant: Option<(&'static str, usize)>,
 }
+
+impl Source {
+    fn key(&self) -> SourceKey {
+        (self.name, self.constant)
+    }
+}
+
+/// What tells sources apart; their texts are too long to be compared at every launch.
+type SourceKey = (&'static str, Option<(&'static str, usize)>);
 
 /// How a kernel is launched.
 #[derive(Debug, Clone, Copy)]
@@ -101,6 +115,16 @@ impl Buffers {
         self.0.len() - 1
     }
 
+    /// Adds one whose rows lie one after another, which may be a copy.
+    pub fn add_rows(&mut self, tensor: &CubeTensor) -> usize {
+        if tensor.is_contiguous() {
+            return self.add(tensor);
+        }
+        // cubecl's copy must come after what makes the tensor.
+        flush();
+        self.add(&into_contiguous(tensor.clone()))
+    }
+
     /// All of them.
     pub fn handles(&self) -> Vec<&Handle> {
         self.0.iter().collect()
@@ -115,9 +139,11 @@ pub struct Queue {
     after: sys::CUevent,
     workspace: u64,
     cublas: CublasLt,
-    functions: HashMap<(Source, &'static str), sys::CUfunction>,
-    constants: HashMap<(Source, &'static str), Vec<i32>>,
-    modules: HashMap<Source, sys::CUmodule>,
+    functions: HashMap<(SourceKey, &'static str), sys::CUfunction>,
+    constants: HashMap<(SourceKey, &'static str), Vec<i32>>,
+    modules: HashMap<SourceKey, sys::CUmodule>,
+    /// Times of what was enqueued, where they are asked for.
+    profile: Option<Vec<(&'static str, sys::CUevent, sys::CUevent, Duration)>>,
     architecture: &'static str,
 }
 
@@ -165,6 +191,7 @@ impl Queue {
                 functions: HashMap::new(),
                 constants: HashMap::new(),
                 modules: HashMap::new(),
+                profile: std::env::var_os("PEFT_PROFILE").map(|_| Vec::new()),
                 // Hopper's own instructions are behind a name of their own.
                 architecture: match (major, minor) {
                     (9, 0) => "compute_90a",
@@ -220,7 +247,7 @@ impl Queue {
     }
 
     fn module(&mut self, source: Source) -> Result<sys::CUmodule, Fault> {
-        if let Some(module) = self.modules.get(&source) {
+        if let Some(module) = self.modules.get(&source.key()) {
             return Ok(*module);
         }
         let options = CompileOptions {
@@ -233,13 +260,13 @@ impl Queue {
         let text = CString::new(ptx.to_src()).map_err(|error| Fault(error.to_string()))?;
         // SAFETY: the text is what NVRTC made.
         let module = unsafe { result::module::load_data(text.as_ptr().cast())? };
-        self.modules.insert(source, module);
+        self.modules.insert(source.key(), module);
         Ok(module)
     }
 
     /// The `int`s that a kernel of one thread writes.
     pub fn numbers<const N: usize>(&mut self, source: Source, name: &'static str) -> Result<[i32; N], Fault> {
-        if !self.constants.contains_key(&(source, name)) {
+        if !self.constants.contains_key(&(source.key(), name)) {
             let mut values = vec![0i32; N];
             self.launch(source, name, Launch::new(1, 1), Arguments::default().address(self.workspace))?;
             // SAFETY: the workspace is larger, and nothing else uses it until the stream is idle.
@@ -247,14 +274,15 @@ impl Queue {
                 result::stream::synchronize(self.stream)?;
                 sys::cuMemcpyDtoH_v2(values.as_mut_ptr().cast(), self.workspace, 4 * N).result()?;
             }
-            self.constants.insert((source, name), values);
+            self.constants.insert((source.key(), name), values);
         }
-        let values = self.constants.get(&(source, name)).and_then(|values| values.as_slice().try_into().ok());
+        let values =
+            self.constants.get(&(source.key(), name)).and_then(|values| values.as_slice().try_into().ok());
         values.ok_or_else(|| Fault(format!("{name} does not write {N} numbers")))
     }
 
     fn function(&mut self, source: Source, name: &'static str) -> Result<sys::CUfunction, Fault> {
-        if let Some(function) = self.functions.get(&(source, name)) {
+        if let Some(function) = self.functions.get(&(source.key(), name)) {
             return Ok(*function);
         }
         let module = self.module(source)?;
@@ -278,63 +306,183 @@ impl Queue {
             sys::cuFuncSetAttribute(function, dynamic, limit - fixed).result()?;
             function
         };
-        self.functions.insert((source, name), function);
+        self.functions.insert((source.key(), name), function);
         Ok(function)
     }
 
-    /// Runs `work` between the two events.
-    fn ordered(
-        &mut self,
-        work: impl FnOnce(&mut Self, &[u64]) -> Result<(), Fault>,
-        addresses: &[u64],
-    ) -> Result<(), Fault> {
+    /// Runs jobs between the two events.
+    fn ordered(&mut self, jobs: Vec<(&'static str, Vec<u64>, Job)>) -> Result<(), Fault> {
         // SAFETY: events and stream are of this context, which is current on cubecl's thread.
         unsafe {
             sys::cuCtxRecordEvent(self.context, self.before).result()?;
             let flags = sys::CUevent_wait_flags::CU_EVENT_WAIT_DEFAULT;
             result::stream::wait_event(self.stream, self.before, flags)?;
-            let outcome = work(self, addresses);
+            let outcome =
+                jobs.into_iter().try_for_each(|(label, addresses, job)| match self.profile.is_some() {
+                    false => job(self, &addresses),
+                    true => self.timed(label, job, &addresses),
+                });
             result::event::record(self.after, self.stream)?;
             sys::cuCtxWaitEvent(self.context, self.after).result()?;
             outcome
         }
     }
+
+    /// Runs `work` and remembers when the device did.
+    fn timed(&mut self, label: &'static str, work: Job, addresses: &[u64]) -> Result<(), Fault> {
+        let event = || result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT);
+        let (begin, end) = (event()?, event()?);
+        let start = Instant::now();
+        // SAFETY: the events were made just now, on this context.
+        unsafe { result::event::record(begin, self.stream)? };
+        work(self, addresses)?;
+        // SAFETY: as above.
+        unsafe { result::event::record(end, self.stream)? };
+        if let Some(profile) = &mut self.profile {
+            profile.push((label, begin, end, start.elapsed()));
+        }
+        Ok(())
+    }
+}
+
+/// Where time went since the last call, if `PEFT_PROFILE` is in the environment: for each kind of work its name, how often
+/// it ran, milliseconds of the device and milliseconds that enqueueing it took.
+pub fn profile(client: &Client) -> Vec<(&'static str, usize, f64, f64)> {
+    let device = client.service_id().device;
+    let times = handle(device).submit_blocking(move |_| {
+        let mut queues = QUEUES.lock().unwrap_or_else(PoisonError::into_inner);
+        let queue = queues.as_mut().and_then(|queues| queues.get_mut(&device));
+        let records = queue.and_then(|queue| queue.profile.as_mut()).map(std::mem::take).unwrap_or_default();
+        let mut times: BTreeMap<&'static str, (usize, f64, f64)> = BTreeMap::new();
+        for (label, begin, end, host) in records {
+            let sums = times.entry(label).or_default();
+            // SAFETY: the events are ours, recorded, and used for the last time.
+            unsafe {
+                let _ = result::event::synchronize(end);
+                sums.1 += result::event::elapsed(begin, end).map_or(0.0, f64::from);
+                let _ = result::event::destroy(begin);
+                let _ = result::event::destroy(end);
+            }
+            sums.0 += 1;
+            sums.2 += host.as_secs_f64() * 1e3;
+        }
+        times.into_iter().map(|(label, (count, device, host))| (label, count, device, host)).collect()
+    });
+    times.unwrap_or_default()
+}
+
+/// The way to cubecl's thread for a device.
+fn handle(device: DeviceId) -> DeviceHandle<Server> {
+    thread_local! {
+        static HANDLES: RefCell<Vec<(DeviceId, DeviceHandle<Server>)>> = const { RefCell::new(Vec::new()) };
+    }
+    HANDLES.with_borrow_mut(|handles| match handles.iter().find(|(of, _)| *of == device) {
+        Some((_, handle)) => handle.clone(),
+        None => {
+            let handle = DeviceHandle::new(device);
+            handles.push((device, handle.clone()));
+            handle
+        }
+    })
 }
 
 /// Bytes of the device's memory that nobody uses, and all of them.
 pub fn memory(client: &Client) -> Option<(u64, u64)> {
-    let device = DeviceHandle::<Server>::new(client.service_id().device);
+    let device = handle(client.service_id().device);
     // cubecl's thread has the device's context.
     let (free, total) = device.submit_blocking(|_| result::mem_get_info().ok()).ok().flatten()?;
     Some((free as u64, total as u64))
 }
 
+type Job = Box<dyn FnOnce(&mut Queue, &[u64]) -> Result<(), Fault> + Send>;
+
+/// Work with the buffers whose addresses it is given.
+struct Task {
+    label: &'static str,
+    buffers: Vec<BufferBinding>,
+    job: Job,
+}
+
+thread_local! {
+    /// What [`together`] has gathered.
+    static GATHERED: RefCell<Option<Vec<(DeviceId, Task)>>> = const { RefCell::new(None) };
+}
+
+/// Gathers what `work` submits and hands it to the device at once, between one pair of events. `work` may do nothing with
+/// the results but submit more.
+pub fn together<R>(work: impl FnOnce() -> R) -> R {
+    if GATHERED.with_borrow(Option::is_some) {
+        return work();
+    }
+    GATHERED.set(Some(Vec::new()));
+    let result = work();
+    flush();
+    GATHERED.set(None);
+    result
+}
+
+/// Hands over what was gathered so far.
+pub fn flush() {
+    let tasks =
+        GATHERED.with_borrow_mut(|gathered| gathered.as_mut().map(std::mem::take)).unwrap_or_default();
+    let mut tasks = tasks.into_iter().peekable();
+    while let Some((device, task)) = tasks.next() {
+        let mut of_device = vec![task];
+        while let Some((_, task)) = tasks.next_if(|(other, _)| *other == device) {
+            of_device.push(task);
+        }
+        send(device, of_device);
+    }
+}
+
 /// Enqueues `work` on the device of `client`; it is given the addresses of `buffers`, in their order. What goes wrong is
 /// reported to [`error::first`].
 pub fn submit(
+    label: &'static str,
     client: &Client,
     buffers: &[&Handle],
     work: impl FnOnce(&mut Queue, &[u64]) -> Result<(), Fault> + Send + 'static,
 ) {
+    let device = client.service_id().device;
+    let buffers = buffers.iter().map(|handle| (*handle).clone().binding()).collect();
+    let task = Task { label, buffers, job: Box::new(work) };
+    let alone = GATHERED.with_borrow_mut(|gathered| match gathered {
+        Some(gathered) => {
+            gathered.push((device, task));
+            None
+        }
+        None => Some(task),
+    });
+    if let Some(task) = alone {
+        send(device, vec![task]);
+    }
+}
+
+fn send(device: DeviceId, tasks: Vec<Task>) {
     let Some(library) = library() else { return };
     let stream = StreamId::current();
-    let device = client.service_id().device;
-    let bindings: Vec<_> = buffers.iter().map(|handle| (*handle).clone().binding()).collect();
-    DeviceHandle::<Server>::new(device).submit(move |server| {
+    handle(device).submit(move |server| {
         let run = || -> Result<(), Fault> {
-            let mut resources = Vec::with_capacity(bindings.len());
-            for binding in bindings {
-                let resource = server.get_resource(binding, stream);
-                resources.push(resource.map_err(|error| Fault(format!("CUDA: {error:?}")))?);
-            }
-            let addresses: Vec<u64> = resources.iter().map(|resource| resource.resource().ptr).collect();
             let mut queues = QUEUES.lock().unwrap_or_else(PoisonError::into_inner);
             let queues = queues.get_or_insert_default();
+            let mut resources = Vec::new();
+            let mut jobs = Vec::with_capacity(tasks.len());
+            for Task { label, buffers, job } in tasks {
+                let mut addresses = Vec::with_capacity(buffers.len());
+                for buffer in buffers {
+                    let resource = server.get_resource(buffer, stream);
+                    let resource = resource.map_err(|error| Fault(format!("CUDA: {error:?}")))?;
+                    addresses.push(resource.resource().ptr);
+                    resources.push(resource);
+                }
+                jobs.push((label, addresses, job));
+            }
+            // The context is current on this thread once a buffer was asked for.
             let queue = match queues.entry(device) {
                 std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
                 std::collections::hash_map::Entry::Vacant(entry) => entry.insert(Queue::new(library)?),
             };
-            queue.ordered(work, &addresses)
+            queue.ordered(jobs)
         };
         if let Err(fault) = run() {
             error::report(fault);

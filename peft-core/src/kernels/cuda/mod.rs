@@ -18,6 +18,12 @@ pub(super) fn memory(device: &Device) -> Option<(u64, u64)> {
     engine::memory(&Cube::primitive(Tensor::<1>::zeros([1], device)).client)
 }
 
+/// Where a CUDA device's time went since the last call, if `PEFT_PROFILE` is in the environment: for each kind of work its
+/// name, how often it ran, milliseconds of the device and milliseconds that enqueueing it took.
+pub fn profile(device: &Device) -> Vec<(&'static str, usize, f64, f64)> {
+    engine::profile(&Cube::primitive(Tensor::<1>::zeros([1], device)).client)
+}
+
 /// What went wrong on a GPU since the program started, if anything did. Work is enqueued without waiting for it, so it
 /// shows some time after.
 pub fn fault() -> Option<String> {

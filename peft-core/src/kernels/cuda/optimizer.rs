@@ -56,7 +56,7 @@ pub fn adamw(optimizer: &AdamW, updates: Vec<Update<CubeTensor>>) -> Vec<[CubeTe
             results.push(tensors);
         }
         let constants = [optimizer.beta_1, optimizer.beta_2, optimizer.epsilon, optimizer.weight_decay];
-        submit(&client, &buffers.handles(), move |queue, buffers| {
+        submit("adamw", &client, &buffers.handles(), move |queue, buffers| {
             let mut words = vec![0; 4 * AT_ONCE];
             for (i, of_one) in buffers.chunks_exact(4).enumerate() {
                 for (kind, address) in of_one.iter().enumerate() {
@@ -93,7 +93,7 @@ pub fn sum_of_squares(tensors: Vec<CubeTensor>) -> CubeTensor {
         buffers.add(tensor);
     }
     let lengths: Vec<usize> = tensors.iter().map(length).collect();
-    submit(&total.client, &buffers.handles(), move |queue, buffers| {
+    submit("sum_of_squares", &total.client, &buffers.handles(), move |queue, buffers| {
         let source = elementwise(DType::F32);
         let (partial, total, tensors) = (buffers[0], buffers[1], &buffers[2..]);
         for (chunk, (tensors, lengths)) in tensors.chunks(AT_ONCE).zip(lengths.chunks(AT_ONCE)).enumerate() {
