@@ -256,6 +256,35 @@ impl RopeTable {
         Self::of_frequencies(&[frequencies], first..first + time, device)
     }
 
+    /// The table of the tokens in `slots` of rows whose first tokens stand in the slots `first`, from which their
+    /// positions and lengths count; one row of it where all are the same. Padding before a first token is not turned.
+    pub fn of_rows(
+        scaling: &RopeScaling,
+        theta: f64,
+        head_dim: usize,
+        first: &[usize],
+        slots: Range<usize>,
+        device: &Device,
+    ) -> Self {
+        let same = first.iter().all(|slot| *slot == first[0]);
+        let rows = if same { &first[..first.len().min(1)] } else { first };
+        let half = head_dim / 2;
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for first in rows {
+            let padding = first.saturating_sub(slots.start).min(slots.len());
+            cos.resize(cos.len() + padding * half, 1.0);
+            sin.resize(sin.len() + padding * half, 0.0);
+            let (start, end) = (slots.start.max(*first), slots.end.max(*first));
+            let frequencies = scaling.frequencies(theta, head_dim, end - first);
+            let (cosines, sines) = Self::values(&frequencies, start - first..end - first);
+            cos.extend(cosines);
+            sin.extend(sines);
+        }
+        let shape = [rows.len(), 1, slots.len(), half];
+        let tensor = |values| Tensor::from_data(TensorData::new(values, shape), (device, DType::F32));
+        Self { cos: tensor(cos), sin: tensor(sin) }
+    }
+
     /// The table of positions `0 .. time` in sequences of the given lengths: with a scaling that goes by the length,
     /// one for each.
     pub fn of_lengths(
@@ -275,23 +304,28 @@ impl RopeTable {
     }
 
     fn of_frequencies(batch: &[(Vec<f64>, f64)], positions: Range<usize>, device: &Device) -> Self {
-        let time = positions.len();
-        let half = batch.first().map_or(0, |(frequencies, _)| frequencies.len());
-        let mut cos = Vec::with_capacity(batch.len() * time * half);
-        let mut sin = Vec::with_capacity(batch.len() * time * half);
-        for (frequencies, factor) in batch {
-            for position in positions.clone() {
-                for frequency in frequencies {
-                    // transformers multiplies position and frequency in f32; at long contexts that rounding is part
-                    // of what the model was trained with.
-                    let angle = position as f32 * *frequency as f32;
-                    cos.push((f64::from(angle).cos() * factor) as f32);
-                    sin.push((f64::from(angle).sin() * factor) as f32);
-                }
-            }
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for frequencies in batch {
+            let (cosines, sines) = Self::values(frequencies, positions.clone());
+            cos.extend(cosines);
+            sin.extend(sines);
         }
-        let shape = [batch.len(), 1, time, half];
+        let half = batch.first().map_or(0, |(frequencies, _)| frequencies.len());
+        let shape = [batch.len(), 1, positions.len(), half];
         let tensor = |values| Tensor::from_data(TensorData::new(values, shape), (device, DType::F32));
         Self { cos: tensor(cos), sin: tensor(sin) }
     }
+
+    /// cos and sin at each of `positions`, `[positions, head_dim / 2]`, of frequencies and a factor.
+    pub(super) fn values((frequencies, factor): &(Vec<f64>, f64), positions: Range<usize>) -> RopeValues {
+        let angles = positions.flat_map(|position| {
+            // transformers multiplies position and frequency in f32; at long contexts that rounding is part of what the
+            // model was trained with.
+            frequencies.iter().map(move |frequency| f64::from(position as f32 * *frequency as f32))
+        });
+        angles.map(|angle| ((angle.cos() * factor) as f32, (angle.sin() * factor) as f32)).unzip()
+    }
 }
+
+/// Cosines and sines, row-major.
+pub(super) type RopeValues = (Vec<f32>, Vec<f32>);
