@@ -1,14 +1,14 @@
 //! Generation in batches: a prompt gets the same tokens in any company as alone.
 
 use crate::families::{families, integers, open, relative_difference};
-use crate::program::BASE;
+use crate::program::{BASE, HELD_OUT};
 use peft_core::checkpoint::SafetensorsFile;
 use peft_core::data::Example;
 use peft_core::model::{Decoder, Prompt, Sampling, generate, generate_batches};
 use peft_core::random::Stream;
 use peft_core::text::Tokenizer;
 use peft_core::train::exact_match;
-use peft_tests::root;
+use peft_tests::{peft_ok, peft_refuses, root};
 use serde_json::{Value, json};
 
 fn sampled(seed: u64) -> Sampling {
@@ -188,4 +188,44 @@ fn answers_are_the_same_in_batches_and_in_the_datas_order() {
     assert_eq!(one_by_one[1]["generated"], decode(&generated));
     assert_eq!(answers(3), one_by_one);
     assert_eq!(answers(8), one_by_one);
+}
+
+#[test]
+fn the_program_continues_a_file_of_prompts_in_its_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("prompts.jsonl");
+    let texts = ["On Monday", "", "Mia bought seven red apples at the market", "a"];
+    let lines: String = texts.iter().map(|text| format!("{}\n", json!({"prompt": text, "id": 1}))).collect();
+    std::fs::write(&file, lines).unwrap();
+    let file = file.display().to_string();
+    let common = ["generate", "--base-model", BASE, "--max-new-tokens", "12"];
+    let run = |extra: &[&str]| peft_ok(&[&common[..], extra].concat());
+    let expected: Vec<Value> = texts
+        .iter()
+        .map(
+            |text| json!({"prompt": text, "generated": run(&["--prompt", text]).strip_suffix('\n').unwrap()}),
+        )
+        .collect();
+    for batch_size in ["1", "3"] {
+        let out = run(&["--prompts", &file, "--batch-size", batch_size]);
+        let found: Vec<Value> = out.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(found, expected);
+    }
+    let drawn = |batch_size| {
+        run(&["--prompts", &file, "--batch-size", batch_size, "--temperature", "1.5", "--seed", "3"])
+    };
+    assert_eq!(drawn("1"), drawn("4"));
+    let first: Value = serde_json::from_str(drawn("4").lines().next().unwrap()).unwrap();
+    let alone = run(&["--prompt", texts[0], "--temperature", "1.5", "--seed", "3"]);
+    assert_eq!(first["generated"], alone.strip_suffix('\n').unwrap());
+
+    let refused = |extra: &[&str]| peft_refuses(&[&common[..], extra].concat());
+    assert!(refused(&["--prompts", &file, "--batch-size", "0"]).contains("--batch-size"));
+    assert!(refused(&["--prompts", &file, "--prompt", "a"]).contains("--prompt"));
+    assert!(refused(&["--prompts", HELD_OUT, "--batch-size", "x"]).contains("--batch-size"));
+    let nowhere = dir.path().join("nowhere.jsonl").display().to_string();
+    assert!(refused(&["--prompts", &nowhere]).contains("nowhere.jsonl"));
+    let wordless = dir.path().join("wordless.jsonl");
+    std::fs::write(&wordless, "{\"question\": \"a\"}\n").unwrap();
+    assert!(refused(&["--prompts", &wordless.display().to_string()]).contains("record 1"));
 }
