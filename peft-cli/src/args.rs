@@ -1,6 +1,6 @@
 //! The command line.
 
-use clap::{Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand};
 use std::path::PathBuf;
 
 /// Parameter-efficient fine-tuning of Hugging Face checkpoints, without Python.
@@ -196,20 +196,28 @@ pub struct EvaluateArgs {
 
 /// `peft generate`.
 #[derive(Args)]
+#[command(group = ArgGroup::new("given").args(["prompt", "prompts"]))]
 pub struct GenerateArgs {
     #[command(flatten)]
     pub model: ModelArgs,
     /// The text to continue; with --chat, the user's message.
     #[arg(long, value_name = "TEXT")]
     pub prompt: Option<String>,
-    /// Use the model's chat template; without --prompt, converse.
+    /// Many texts to continue: a .txt file, one a line, or records with `text` or `prompt`. Prints one JSON object a line
+    /// with `prompt` and `generated`, in the file's order.
+    #[arg(long, value_name = "FILE")]
+    pub prompts: Option<PathBuf>,
+    /// Prompts of --prompts that are continued at a time.
+    #[arg(long, value_name = "N", default_value_t = 8, requires = "prompts")]
+    pub batch_size: usize,
+    /// Use the model's chat template; without --prompt or --prompts, converse.
     #[arg(long)]
     pub chat: bool,
     /// System message of a chat.
     #[arg(long, value_name = "TEXT", requires = "chat")]
     pub system: Option<String>,
-    /// How the answer begins; with --prompt.
-    #[arg(long, value_name = "TEXT", requires = "chat", requires = "prompt")]
+    /// How the answer begins; with --prompt or --prompts.
+    #[arg(long, value_name = "TEXT", requires = "chat", requires = "given")]
     pub prefill: Option<String>,
     #[command(flatten)]
     pub template: ChatArgs,

@@ -69,7 +69,7 @@ impl Forecast {
         let epochs = config.epochs(train);
         let steps = config.total_steps(&epochs);
         let batches = RunBatches::of_run(config, &epochs, train, steps);
-        let answered = validation.iter().take(config.eval_generations);
+        let answered = &validation[..config.eval_generations.min(validation.len())];
         let work = Workload {
             model: &method.model,
             compute,
@@ -78,7 +78,12 @@ impl Forecast {
             accumulation: config.gradient_accumulation_steps,
             batches: batches.shapes.clone(),
             evaluation: evaluation_batches(validation, config.eval_batch_size),
-            generated_tokens: answered.map(|example| example.ids.len() + ANSWER_SLACK).max().unwrap_or(0),
+            generated_tokens: answered
+                .iter()
+                .map(|example| example.ids.len() + ANSWER_SLACK)
+                .max()
+                .unwrap_or(0),
+            generated_rows: config.eval_batch_size.min(answered.len()),
             moments: MOMENTS,
             runtime: resident_bytes().unwrap_or(0),
             host: device == Device::flex(),

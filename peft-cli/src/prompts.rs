@@ -1,4 +1,4 @@
-//! Prompts on which two models are compared.
+//! Files of prompts, and those on which two models are compared.
 
 use crate::error::CliError;
 use crate::render;
@@ -66,7 +66,8 @@ pub fn token_ids(base: &Checkpoint, file: Option<&Path>) -> Result<Vec<Vec<u32>>
     Ok(prompts)
 }
 
-fn from_file(path: &Path) -> Result<Vec<String>, CliError> {
+/// The texts in `path`: the lines of a .txt file, or what records have as `text` or `prompt`.
+pub fn from_file(path: &Path) -> Result<Vec<String>, CliError> {
     let records = read(&DatasetConfig::new(path, DatasetType::Completion))?;
     let text = |(index, record): (usize, &serde_json::Map<String, serde_json::Value>)| {
         let found = ["text", "prompt"].iter().find_map(|key| record.get(*key)?.as_str());

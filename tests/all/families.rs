@@ -23,7 +23,7 @@ pub fn relative_difference(found: &[f32], expected: &[f32]) -> f32 {
     found.iter().zip(expected).fold(0f32, |max, (f, e)| max.max((f - e).abs())) / scale
 }
 
-fn families() -> Vec<PathBuf> {
+pub fn families() -> Vec<PathBuf> {
     let mut found: Vec<PathBuf> =
         std::fs::read_dir(golden("families")).unwrap().map(|entry| entry.unwrap().path()).collect();
     found.sort();

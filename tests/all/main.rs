@@ -6,6 +6,7 @@ mod card;
 mod doctor;
 mod families;
 mod faults;
+mod generation;
 mod gradients;
 mod init;
 mod inits;

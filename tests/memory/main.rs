@@ -1,4 +1,5 @@
-//! The predicted memory of a step against the bytes that it really asks for, counted by the allocator.
+//! The predicted memory of a step against the bytes that it really asks for, counted by the allocator; and what a token of
+//! a generation asks for.
 #![allow(clippy::unwrap_used)]
 
 use burn::tensor::Device;
@@ -70,6 +71,7 @@ fn compare(model: &Decoder, plan: &MethodPlan, cases: &[(usize, usize, usize, Gr
             batches: [shape].into(),
             evaluation: [shape].into(),
             generated_tokens: 0,
+            generated_rows: 0,
             moments: 0,
             runtime: 0,
             host: true,
@@ -97,6 +99,23 @@ fn compare(model: &Decoder, plan: &MethodPlan, cases: &[(usize, usize, usize, Gr
     }
 }
 
+/// A token of a generation is written into the cache in place: no copy of any layer's keys is made.
+fn no_token_copies_the_cache(model: &Decoder) {
+    let c = &model.config;
+    for rows in [1, 4] {
+        // Left padding in all rows but the first.
+        let mut cache = model.cache((0..rows).map(|row| row * 8).collect());
+        model.extend(&vec![5; rows * 1000], &mut cache);
+        // The first product of a kind makes room that the others use again.
+        model.extend(&vec![6; rows], &mut cache);
+        for _ in 0..3 {
+            let step = peak_of(|| drop(model.extend(&vec![7; rows], &mut cache)));
+            let keys = (4 * rows * c.num_key_value_heads * 1024 * c.head_dim) as f64;
+            assert!(step < 0.5 * keys, "{rows} rows: {step} bytes for a token, {keys} of keys");
+        }
+    }
+}
+
 const PREPARATION: Preparation = Preparation {
     seed: 1,
     examples: &[],
@@ -117,8 +136,9 @@ const CASES: [(usize, usize, usize, GradientCheckpointing); 6] = [
 
 // One test: what others would allocate at the same time must not be counted.
 #[test]
-fn a_steps_bytes_are_predicted() {
+fn a_tokens_bytes_are_few_and_a_steps_bytes_are_predicted() {
     let checkpoint = Checkpoint::open(&root().join("recipes/quickstart/base")).unwrap();
+    no_token_copies_the_cache(&load(&checkpoint, &Device::flex(), ComputeType::F32).unwrap());
     for method in [
         r#"{"r": 16, "target_modules": "all-linear"}"#,
         r#"{"r": 16, "target_modules": "all-linear", "lora_dropout": 0.1}"#,

@@ -33,7 +33,8 @@ pub fn run(args: EvaluateArgs) -> Result<(), CliError> {
     let mut shown = Vec::new();
     if args.exact_match > 0 {
         let count = args.exact_match.min(dataset.examples.len());
-        shown = exact_match(&model, &base.tokenizer, &dataset.examples[..count], || true)?;
+        let examples = &dataset.examples[..count];
+        shown = exact_match(&model, &base.tokenizer, examples, args.batch_size, || true)?;
         let matched = shown.iter().filter(|generation| generation.matched).count();
         result.insert("exact_match".to_string(), json!(matched as f64 / shown.len().max(1) as f64));
         result.insert("generations".to_string(), json!(shown.len()));

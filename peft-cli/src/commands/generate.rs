@@ -1,18 +1,26 @@
-//! `peft generate`: continue a prompt, or chat. The continuation streams to stdout and nothing else goes there.
+//! `peft generate`: continue a prompt, or many, or chat. The continuation of one streams to stdout and nothing else goes
+//! there; those of many are lines of JSON.
 
 use super::data;
 use crate::args::GenerateArgs;
 use crate::error::CliError;
-use crate::{device, open};
-use peft_core::model::{Decoder, Sampling, generate};
-use peft_core::text::{ChatTemplate, Tokenizer};
+use crate::{device, open, prompts};
+use peft_core::model::{Decoder, Prompt, Sampling, generate, generate_batches};
+use peft_core::text::{ChatTemplate, DecodeStream, Tokenizer};
 use serde_json::{Map, Value, json};
 use std::io::{BufRead, IsTerminal, Write};
+use std::path::Path;
+
+/// Batches among which prompts are sorted by length, and after which results are printed.
+const SORTED_BATCHES: usize = 16;
 
 /// Runs the command.
 pub fn run(args: GenerateArgs) -> Result<(), CliError> {
-    if args.prompt.is_none() && !args.chat {
+    if args.prompt.is_none() && args.prompts.is_none() && !args.chat {
         return Err(CliError::flag("--prompt", "give a prompt, or --chat to converse"));
+    }
+    if args.batch_size == 0 {
+        return Err(CliError::flag("--batch-size", "0 prompts at a time are never done"));
     }
     if !args.temperature.is_finite() || args.temperature < 0.0 {
         return Err(CliError::flag("--temperature", format!("{} is no temperature", args.temperature)));
@@ -36,19 +44,11 @@ pub fn run(args: GenerateArgs) -> Result<(), CliError> {
     let variables = data::chat_template_kwargs(&args.template)?;
     let session = Session { model, tokenizer: base.tokenizer, template, variables, args: &args };
 
-    match (&args.prompt, args.chat) {
-        (Some(prompt), false) => {
-            let ids = session.tokenizer.encode(prompt, true)?.ids;
-            session.answer(ids)?;
-        }
-        (Some(prompt), true) => {
-            let mut messages = session.opening();
-            messages.push(message("user", prompt));
-            session.reply(&messages)?;
-        }
-        (None, _) => session.converse()?,
+    match (&args.prompt, &args.prompts) {
+        (Some(prompt), _) => session.answer(&session.prompt_ids(prompt)?).map(|_| ()),
+        (None, Some(file)) => session.answer_all(file),
+        (None, None) => session.converse(),
     }
-    Ok(())
 }
 
 fn message(role: &str, content: &str) -> Value {
@@ -87,12 +87,21 @@ impl Session<'_> {
                 continue;
             }
             messages.push(message("user", line.trim()));
-            let reply = self.reply(&messages)?;
+            let reply = self.answer(&self.message_ids(&messages)?)?;
             messages.push(message("assistant", &reply));
         }
     }
 
-    fn reply(&self, messages: &[Value]) -> Result<String, CliError> {
+    /// The tokens of a prompt; in a chat, of the user's first message.
+    fn prompt_ids(&self, prompt: &str) -> Result<Vec<u32>, CliError> {
+        if self.args.chat {
+            return self.message_ids(&[self.opening(), vec![message("user", prompt)]].concat());
+        }
+        self.started(self.tokenizer.encode(prompt, true)?.ids)
+    }
+
+    /// The tokens of a conversation up to where the answer begins.
+    fn message_ids(&self, messages: &[Value]) -> Result<Vec<u32>, CliError> {
         let Some(template) = &self.template else {
             return Err(CliError::flag("--chat", "there is no chat template"));
         };
@@ -103,11 +112,11 @@ impl Session<'_> {
             }
             None => template.render(messages, true, &self.variables)?,
         };
-        self.answer(self.tokenizer.encode(&text, true)?.ids)
+        self.started(self.tokenizer.encode(&text, true)?.ids)
     }
 
-    /// Streams the continuation of `ids` and returns it.
-    fn answer(&self, mut ids: Vec<u32>) -> Result<String, CliError> {
+    /// `ids` with something to start from, all of them in the model's vocabulary.
+    fn started(&self, mut ids: Vec<u32>) -> Result<Vec<u32>, CliError> {
         if ids.is_empty() {
             // An empty prompt starts where every text starts.
             ids.extend(self.tokenizer.bos().or(self.tokenizer.eos()));
@@ -120,17 +129,64 @@ impl Session<'_> {
             let message = format!("token id {id} is outside the model's vocabulary of {vocab_size}");
             return Err(CliError::flag("--prompt", message));
         }
-        let sampling = Sampling {
+        Ok(ids)
+    }
+
+    fn sampling(&self) -> Sampling {
+        Sampling {
             temperature: self.args.temperature,
             top_k: self.args.top_k,
             top_p: self.args.top_p,
             seed: self.args.seed,
-        };
-        // The stream hears the prompt too: some decoders drop a space at the start of a text.
+        }
+    }
+
+    /// What turns the tokens that follow `ids` into text. It hears the prompt too: some decoders drop a space at the
+    /// start of a text.
+    fn stream(&self, ids: &[u32]) -> Result<DecodeStream<'_>, CliError> {
         let mut stream = self.tokenizer.decode_stream(true);
-        for id in &ids {
+        for id in ids {
             stream.push(*id)?;
         }
+        Ok(stream)
+    }
+
+    /// Continues every prompt of `file` and prints a line for each.
+    fn answer_all(&self, file: &Path) -> Result<(), CliError> {
+        let texts = prompts::from_file(file)?;
+        let all = texts.iter().map(|text| self.prompt_ids(text)).collect::<Result<Vec<_>, _>>()?;
+        let stop = self.tokenizer.stop_ids();
+        let prompts: Vec<Prompt> = (0u64..)
+            .zip(&all)
+            .map(|(draws, ids)| Prompt { ids, max_new_tokens: self.args.max_new_tokens, draws })
+            .collect();
+        let part = SORTED_BATCHES.saturating_mul(self.args.batch_size);
+        for (prompts, texts) in prompts.chunks(part).zip(texts.chunks(part)) {
+            let answers = generate_batches(
+                &self.model,
+                prompts,
+                self.args.batch_size,
+                stop,
+                &self.sampling(),
+                |_, _| true,
+            );
+            for ((prompt, text), answer) in prompts.iter().zip(texts).zip(answers) {
+                let mut stream = self.stream(prompt.ids)?;
+                let pieces = answer.iter().map(|token| stream.push(*token)).collect::<Result<String, _>>()?;
+                let line = json!({"prompt": text, "generated": pieces + &stream.finish()?});
+                let mut out = std::io::stdout().lock();
+                if writeln!(out, "{line}").and_then(|()| out.flush()).is_err() {
+                    // A reader that has gone away needs no more answers.
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Streams the continuation of `ids` and returns it.
+    fn answer(&self, ids: &[u32]) -> Result<String, CliError> {
+        let mut stream = self.stream(ids)?;
         let mut text = String::new();
         let mut failed = None;
         let emit = |piece: String, text: &mut String| {
@@ -142,10 +198,10 @@ impl Session<'_> {
         };
         generate(
             &self.model,
-            &ids,
+            ids,
             self.args.max_new_tokens,
             self.tokenizer.stop_ids(),
-            &sampling,
+            &self.sampling(),
             |token| match stream.push(token) {
                 Ok(piece) => emit(piece, &mut text),
                 Err(error) => {

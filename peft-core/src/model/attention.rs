@@ -104,11 +104,10 @@ impl Attention {
             q = rotate(q, rope.cos.clone(), rope.sin.clone());
             k = rotate(k, rope.cos.clone(), rope.sin.clone());
         }
-        let (k, v) = match cache {
-            Some(cache) => cache.append(k, v),
-            None => (k, v),
+        let y = match cache {
+            Some(cache) => cache.attend(q, [k, v], sequences, self.window),
+            None => attention(q, k, v, sequences.mask(self.window)),
         };
-        let y = attention(q, k, v, sequences.mask(self.window));
         let [batch, heads, time, head_dim] = y.dims();
         y.swap_dims(1, 2).reshape([batch * time, heads * head_dim])
     }

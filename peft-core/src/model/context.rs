@@ -1,5 +1,6 @@
 //! What all layers of one forward share: which tokens form a sequence, rotary tables, masks.
 
+use super::cache::Cache;
 use super::config::ModelConfig;
 use super::rope::{RopeTable, remembered_values};
 use crate::kernels::{Rotation, Visibility, causal_mask, group_segments};
@@ -40,7 +41,7 @@ pub(super) enum Layout {
     Packed(Box<Packed>),
 }
 
-/// Sequences of equal length, padding included, on the right.
+/// Sequences of equal length, padding included: on the right, or on the left of those that are continued.
 pub(super) struct Sequences {
     pub batch: usize,
     pub time: usize,
@@ -70,6 +71,26 @@ impl Context {
     ) -> Self {
         let lengths = lengths.map(<[usize]>::to_vec);
         Self::new(config, Arrangement::Padded { batch, time, past, lengths }, device)
+    }
+
+    /// The next `time` tokens of each row of `cache`.
+    pub(super) fn continued(config: &ModelConfig, cache: &mut Cache, time: usize, device: &Device) -> Self {
+        let past = cache.len();
+        let padding = cache.advance(time, device);
+        let rope = RopeTable::of_rows(
+            &config.rope_scaling,
+            config.rope_theta,
+            config.head_dim,
+            cache.first(),
+            past..past + time,
+            device,
+        );
+        let sequences = Sequences::continued(config, cache.rows(), past, time, rope, padding, device);
+        let batch = cache.rows();
+        Self {
+            layout: OnceCell::from(Layout::Padded(Box::new(sequences))),
+            ..Self::new(config, Arrangement::Padded { batch, time, past, lengths: None }, device)
+        }
     }
 
     /// The sequences at `segments` of `tokens` tokens.
@@ -195,6 +216,33 @@ impl Sequences {
             full: causal_mask(time, keys, None, device),
             windowed: window.map(|size| (size, causal_mask(time, keys, Some(size), device))),
         }
+    }
+
+    /// As [`new`](Self::new), with `padding` on the keys, `[batch, 1, 1, 1, past + time]`. The mask of a single token
+    /// covers the keys within its window only.
+    fn continued(
+        config: &ModelConfig,
+        batch: usize,
+        past: usize,
+        time: usize,
+        rope: RopeTable,
+        padding: Option<Tensor<5>>,
+        device: &Device,
+    ) -> Self {
+        let keys = past + time;
+        let mask = |window: Option<usize>| match time {
+            1 => {
+                let seen = window.map_or(keys, |window| window.min(keys));
+                padding.clone().map(|padding| padding.narrow(4, keys - seen, seen))
+            }
+            _ => match (causal_mask(time, keys, window, device), padding.clone()) {
+                (Some(causal), Some(padding)) => Some(causal + padding),
+                (causal, padding) => causal.or(padding),
+            },
+        };
+        let window = config.windows.iter().flatten().next().copied();
+        let windowed = window.map(|size| (size, mask(Some(size))));
+        Self { batch, time, rope, full: mask(None), windowed }
     }
 
     /// The mask of a layer with this window.

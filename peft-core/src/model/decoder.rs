@@ -3,7 +3,7 @@
 //! The reference for every family is its modelling file in transformers (`models/llama/modeling_llama.py` and kin).
 
 use super::HEAD;
-use super::cache::KeyValueCache;
+use super::cache::Cache;
 use super::config::ModelConfig;
 use super::context::Context;
 use super::layer::Layer;
@@ -131,22 +131,28 @@ impl Decoder {
 
     /// Logits of all positions, `[batch · time, vocab]`, without autodiff.
     pub fn logits(&self, ids: &[i64], batch: usize) -> Tensor<2> {
-        let hidden = self.hidden(ids, batch, None);
-        self.head(&Tape::inference(), hidden)
+        let tape = Tape::inference();
+        let context = self.context(batch, ids.len() / batch, 0);
+        let x = self.embed(&tape, self.ids(ids));
+        let x = self.layers.iter().fold(x, |x, layer| layer.forward(&tape, x, &context, None));
+        self.head(&tape, self.final_norm(&tape, x))
     }
 
-    /// Hidden states after the final norm, `[batch · time, hidden]`, without autodiff. With caches, the ids continue
-    /// what the caches hold.
-    pub fn hidden(&self, ids: &[i64], batch: usize, mut caches: Option<&mut [KeyValueCache]>) -> Tensor<2> {
+    /// Appends `ids`, row-major `[rows · time]`, to the rows of `cache` and returns the logits of each row's next token,
+    /// `[rows, vocab]`, without autodiff.
+    pub fn extend(&self, ids: &[i64], cache: &mut Cache) -> Tensor<2> {
         let tape = Tape::inference();
-        let past = caches.as_ref().and_then(|caches| caches.first()).map_or(0, KeyValueCache::len);
-        let context = self.context(batch, ids.len() / batch, past);
+        let (rows, time) = (cache.rows(), ids.len() / cache.rows());
+        let context = Context::continued(&self.config, cache, time, &self.device);
         let mut x = self.embed(&tape, self.ids(ids));
-        for (index, layer) in self.layers.iter().enumerate() {
-            let cache = caches.as_mut().map(|caches| &mut caches[index]);
-            x = layer.forward(&tape, x, &context, cache);
+        for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
+            x = layer.forward(&tape, x, &context, Some(cache));
         }
-        self.final_norm(&tape, x)
+        if time > 1 {
+            let features = x.dims()[1];
+            x = x.reshape([rows, time, features]).narrow(1, time - 1, 1).reshape([rows, features]);
+        }
+        self.head(&tape, self.final_norm(&tape, x))
     }
 
     /// Shows the input of every projection to `observer`, in the order of the forward over the batch: those of the
@@ -162,9 +168,9 @@ impl Decoder {
         }
     }
 
-    /// Empty caches, one a layer.
-    pub fn caches(&self) -> Vec<KeyValueCache> {
-        self.layers.iter().map(|_| KeyValueCache::default()).collect()
+    /// An empty cache for rows that begin with so many tokens of padding each.
+    pub fn cache(&self, padding: Vec<usize>) -> Cache {
+        Cache::new(self.layers.len(), padding)
     }
 
     /// Every parameter, in a fixed order.

@@ -1,8 +1,9 @@
-//! Autoregressive generation with a key/value cache.
+//! Autoregressive generation with a key/value cache, of one prompt or of many at a time.
 
 use super::decoder::Decoder;
-use crate::projection::Tape;
 use crate::random::Stream;
+use burn::tensor::Tensor;
+use rayon::prelude::*;
 
 /// How the next token is chosen.
 #[derive(Debug, Clone)]
@@ -24,6 +25,17 @@ impl Sampling {
     }
 }
 
+/// A prompt among others.
+#[derive(Debug, Clone, Copy)]
+pub struct Prompt<'a> {
+    /// What is continued; at least one token.
+    pub ids: &'a [u32],
+    /// The most tokens to continue it by.
+    pub max_new_tokens: usize,
+    /// Which of the seed's sequences of draws it takes, so that what it is batched with does not matter.
+    pub draws: u64,
+}
+
 /// Continues `prompt` (not empty) by up to `max_new_tokens` tokens, ending before a token of `stop`. Every new token is
 /// passed to `on_token`, which ends the generation by returning false.
 pub fn generate(
@@ -34,66 +46,183 @@ pub fn generate(
     sampling: &Sampling,
     mut on_token: impl FnMut(u32) -> bool,
 ) -> Vec<u32> {
-    let mut caches = model.caches();
-    let mut draws = Stream::new(sampling.seed, "sampling", "", &[]);
-    let mut input: Vec<i64> = prompt.iter().map(|id| i64::from(*id)).collect();
+    let prompt = Prompt { ids: prompt, max_new_tokens, draws: 0 };
     let mut output = Vec::new();
-    for _ in 0..max_new_tokens {
-        let hidden = model.hidden(&input, 1, Some(&mut caches));
-        let last = hidden.dims()[0] - 1;
-        let logits = model.head(&Tape::inference(), hidden.narrow(0, last, 1));
-        let logits = logits.try_into_vec_as::<f32>().expect("logits can be read back from their device");
-        let token = choose(&logits, sampling, &mut draws);
-        if stop.contains(&token) {
-            break;
-        }
+    continue_batch(model, &[prompt], stop, sampling, &mut |_, token| {
         output.push(token);
-        if !on_token(token) {
-            break;
-        }
-        input = vec![i64::from(token)];
-    }
+        on_token(token)
+    });
     output
 }
 
-/// The next token by `sampling`.
-fn choose(logits: &[f32], sampling: &Sampling, draws: &mut Stream) -> u32 {
-    if sampling.temperature <= 0.0 {
-        // The first of equal maxima, as argmax has it elsewhere.
-        let best = (0..logits.len()).reduce(|best, i| if logits[i] > logits[best] { i } else { best });
-        return best.unwrap_or(0) as u32;
-    }
-    let mut order: Vec<usize> = (0..logits.len()).collect();
-    order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
-    order.truncate(sampling.top_k.unwrap_or(order.len()).max(1));
-    let top = f64::from(logits[order[0]]);
-    let weights: Vec<f64> =
-        order.iter().map(|i| ((f64::from(logits[*i]) - top) / sampling.temperature).exp()).collect();
-    let total: f64 = weights.iter().sum();
-    let mut kept = weights.len();
-    if let Some(top_p) = sampling.top_p {
-        let mut mass = 0.0;
-        kept = weights
-            .iter()
-            .position(|w| {
-                mass += w / total;
-                mass >= top_p
-            })
-            .map_or(weights.len(), |last| last + 1);
-    }
-    let mut draw = draws.uniform() * weights[..kept].iter().sum::<f64>();
-    for (token, weight) in order.iter().zip(&weights[..kept]) {
-        draw -= weight;
-        if draw < 0.0 {
-            return *token as u32;
+/// Continues each of `prompts` as [`generate`] would continue it alone, `batch_size` of similar length at a time, the
+/// longest first so that too large a batch fails at once. Every new token is passed to `on_token` with the index of its
+/// prompt; returning false ends all generations. Returns what was generated, in the prompts' order.
+pub fn generate_batches(
+    model: &Decoder,
+    prompts: &[Prompt],
+    batch_size: usize,
+    stop: &[u32],
+    sampling: &Sampling,
+    mut on_token: impl FnMut(usize, u32) -> bool,
+) -> Vec<Vec<u32>> {
+    let mut order: Vec<usize> = (0..prompts.len()).collect();
+    order.sort_by_key(|index| std::cmp::Reverse(prompts[*index].ids.len()));
+    let mut outputs = vec![Vec::new(); prompts.len()];
+    for indices in order.chunks(batch_size.max(1)) {
+        let batch: Vec<Prompt> = indices.iter().map(|index| prompts[*index]).collect();
+        let go_on = continue_batch(model, &batch, stop, sampling, &mut |row, token| {
+            outputs[indices[row]].push(token);
+            on_token(indices[row], token)
+        });
+        if !go_on {
+            break;
         }
     }
-    order[kept - 1] as u32
+    outputs
+}
+
+/// A prompt that is being continued.
+struct Row {
+    /// Its place in the batch.
+    index: usize,
+    draws: Stream,
+    /// How many more tokens it may get; 0 once it has ended.
+    left: usize,
+}
+
+/// Continues a batch of prompts together; false if `on_token` ended it.
+fn continue_batch(
+    model: &Decoder,
+    prompts: &[Prompt],
+    stop: &[u32],
+    sampling: &Sampling,
+    on_token: &mut impl FnMut(usize, u32) -> bool,
+) -> bool {
+    let row = |(index, prompt): (usize, &Prompt)| {
+        let draws = Stream::new(sampling.seed, "sampling", "", &[prompt.draws]);
+        Row { index, draws, left: prompt.max_new_tokens }
+    };
+    let mut rows: Vec<Row> = prompts.iter().enumerate().map(row).filter(|row| row.left > 0).collect();
+    let ids = |row: &Row| prompts[row.index].ids;
+    let Some(longest) = rows.iter().map(|row| ids(row).len()).max() else { return true };
+    let padding: Vec<usize> = rows.iter().map(|row| longest - ids(row).len()).collect();
+    let padded = |row: &Row| {
+        let tokens = ids(row).iter().map(|id| i64::from(*id));
+        std::iter::repeat_n(0, longest - ids(row).len()).chain(tokens)
+    };
+    let mut input: Vec<i64> = rows.iter().flat_map(padded).collect();
+    let mut cache = model.cache(padding);
+    loop {
+        let mut tokens = next_tokens(model.extend(&input, &mut cache), sampling, &mut rows);
+        for (row, token) in rows.iter_mut().zip(&tokens) {
+            if row.left == 0 {
+                continue;
+            }
+            row.left -= 1;
+            if stop.contains(token) {
+                row.left = 0;
+            } else if !on_token(row.index, *token) {
+                return false;
+            }
+        }
+        let going: Vec<usize> = (0..rows.len()).filter(|row| rows[*row].left > 0).collect();
+        if going.is_empty() {
+            return true;
+        }
+        // Rows that have ended go along unheeded until dropping them halves the batch: it copies the cache.
+        if 2 * going.len() <= rows.len() {
+            cache.keep(&going);
+            tokens = going.iter().map(|row| tokens[*row]).collect();
+            rows.retain(|row| row.left > 0);
+        }
+        input = tokens.iter().map(|token| i64::from(*token)).collect();
+    }
+}
+
+/// The next token of each row by its logits `[rows, vocab]`. Only what is needed leaves the device: the tokens
+/// themselves where the most likely ones are taken.
+fn next_tokens(logits: Tensor<2>, sampling: &Sampling, rows: &mut [Row]) -> Vec<u32> {
+    if sampling.temperature <= 0.0 {
+        // The first of equal maxima.
+        let tokens = logits.argmax(1).try_into_vec_as::<i64>();
+        return tokens.expect(READ_BACK).into_iter().map(|token| token as u32).collect();
+    }
+    let vocab = logits.dims()[1];
+    let logits = logits.try_into_vec_as::<f32>().expect(READ_BACK);
+    let draw = |(row, logits): (&mut Row, &[f32])| match row.left {
+        0 => 0,
+        _ => choose(logits, sampling, &mut row.draws),
+    };
+    rows.par_iter_mut().zip(logits.par_chunks_exact(vocab)).map(draw).collect()
+}
+
+const READ_BACK: &str = "a model's results can be read back from their device";
+
+/// Draws the next token, at a temperature above 0.
+fn choose(logits: &[f32], sampling: &Sampling, draws: &mut Stream) -> u32 {
+    let mut ranking = Ranking::new(logits);
+    let top = f64::from(logits[ranking.token(0)]);
+    let weight = |token: usize| ((f64::from(logits[token]) - top) / sampling.temperature).exp();
+    // The tokens of `top_k`, then those of them that `top_p` keeps, and how much all of these weigh.
+    let mut kept = sampling.top_k.unwrap_or(logits.len()).clamp(1, logits.len());
+    let mut mass: f64 = match kept == logits.len() {
+        true => (0..kept).map(weight).sum(),
+        false => (0..kept).map(|rank| weight(ranking.token(rank))).sum(),
+    };
+    if let Some(top_p) = sampling.top_p {
+        let least = top_p * mass;
+        let mut below = 0.0;
+        let reaches = |rank: &usize| {
+            below += weight(ranking.token(*rank));
+            below >= least
+        };
+        if let Some(last) = (0..kept).find(reaches) {
+            (kept, mass) = (last + 1, below);
+        }
+    }
+    let mut draw = draws.uniform() * mass;
+    for rank in 0..kept {
+        let token = ranking.token(rank);
+        draw -= weight(token);
+        if draw < 0.0 {
+            return token as u32;
+        }
+    }
+    ranking.token(kept - 1) as u32
+}
+
+/// Tokens from the most likely down, the earlier of equals first, sorted only as far as they are asked for.
+struct Ranking<'a> {
+    logits: &'a [f32],
+    order: Vec<usize>,
+    sorted: usize,
+}
+
+impl<'a> Ranking<'a> {
+    fn new(logits: &'a [f32]) -> Self {
+        Self { logits, order: (0..logits.len()).collect(), sorted: 0 }
+    }
+
+    fn token(&mut self, rank: usize) -> usize {
+        if rank >= self.sorted {
+            let rest = &mut self.order[self.sorted..];
+            let by_logit = |a: &usize, b: &usize| self.logits[*b].total_cmp(&self.logits[*a]).then(a.cmp(b));
+            let more = (4 * self.sorted).max(rank + 1 - self.sorted).max(64).min(rest.len());
+            if more < rest.len() {
+                rest.select_nth_unstable_by(more, by_logit);
+            }
+            rest[..more].sort_unstable_by(by_logit);
+            self.sorted += more;
+        }
+        self.order[rank]
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use burn::tensor::{Device, TensorData};
 
     fn frequencies(sampling: &Sampling, logits: &[f32]) -> Vec<f64> {
         let mut draws = Stream::new(sampling.seed, "sampling", "", &[]);
@@ -126,7 +255,21 @@ mod tests {
 
     #[test]
     fn greedy_takes_the_first_maximum() {
-        let mut draws = Stream::new(0, "sampling", "", &[]);
-        assert_eq!(choose(&[1.0, 3.0, 3.0], &Sampling::greedy(), &mut draws), 1);
+        let logits = TensorData::from([[1.0f32, 3.0, 3.0], [5.0, 5.0, -1.0]]);
+        let rows = || [0, 1].map(|index| Row { index, draws: Stream::new(0, "", "", &[]), left: 1 });
+        let logits = Tensor::from_data(logits, &Device::flex());
+        assert_eq!(next_tokens(logits, &Sampling::greedy(), &mut rows()), [1, 0]);
+    }
+
+    #[test]
+    fn a_ranking_sorted_in_parts_is_the_sorted_order() {
+        let mut draws = Stream::new(3, "ranking", "", &[]);
+        // Few distinct values, so that ties matter.
+        let logits: Vec<f32> = (0..1000).map(|_| draws.below(40) as f32).collect();
+        let mut expected: Vec<usize> = (0..1000).collect();
+        expected.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]));
+        let mut ranking = Ranking::new(&logits);
+        assert_eq!((0..1000).map(|rank| ranking.token(rank)).collect::<Vec<_>>(), expected);
+        assert_eq!(Ranking::new(&logits).token(700), expected[700]);
     }
 }

@@ -18,12 +18,12 @@ pub const EMBEDDING: &str = "model.embed_tokens";
 /// The head's.
 pub const HEAD: &str = "lm_head";
 
-pub use cache::KeyValueCache;
+pub use cache::{Cache, KeyValueCache};
 pub use config::{Family, ModelConfig};
 pub use context::Context;
 pub use decoder::Decoder;
 pub use error::ModelError;
-pub use generate::{Sampling, generate};
+pub use generate::{Prompt, Sampling, generate, generate_batches};
 pub use layer::Layer;
 pub use load::{ComputeType, load, ties_embeddings};
 pub use rope::{RopeScaling, RopeTable};

@@ -257,6 +257,35 @@ impl RopeTable {
         Self::of_frequencies(&[frequencies], first..first + time, device)
     }
 
+    /// The table of the tokens in `slots` of rows whose first tokens stand in the slots `first`, from which their
+    /// positions and lengths count; one row of it where all are the same. Padding before a first token is not turned.
+    pub fn of_rows(
+        scaling: &RopeScaling,
+        theta: f64,
+        head_dim: usize,
+        first: &[usize],
+        slots: Range<usize>,
+        device: &Device,
+    ) -> Self {
+        let same = first.iter().all(|slot| *slot == first[0]);
+        let rows = if same { &first[..first.len().min(1)] } else { first };
+        let half = head_dim / 2;
+        let (mut cos, mut sin) = (Vec::new(), Vec::new());
+        for first in rows {
+            let padding = first.saturating_sub(slots.start).min(slots.len());
+            cos.resize(cos.len() + padding * half, 1.0);
+            sin.resize(sin.len() + padding * half, 0.0);
+            let (start, end) = (slots.start.max(*first), slots.end.max(*first));
+            let frequencies = scaling.frequencies(theta, head_dim, end - first);
+            let (cosines, sines) = Self::values(&frequencies, start - first..end - first);
+            cos.extend(cosines);
+            sin.extend(sines);
+        }
+        let shape = [rows.len(), 1, slots.len(), half];
+        let tensor = |values| Tensor::from_data(TensorData::new(values, shape), (device, DType::F32));
+        Self { cos: tensor(cos), sin: tensor(sin) }
+    }
+
     /// The table of positions `0 .. time` in sequences of the given lengths: with a scaling that goes by the length,
     /// one for each.
     pub fn of_lengths(

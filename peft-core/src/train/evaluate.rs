@@ -3,7 +3,7 @@
 
 use super::loss::head_loss;
 use crate::data::{Example, collate};
-use crate::model::{Decoder, Sampling, generate};
+use crate::model::{Decoder, Prompt, Sampling, generate_batches};
 use crate::projection::Tape;
 use crate::text::Tokenizer;
 use serde::Serialize;
@@ -71,37 +71,43 @@ pub struct Generation {
     pub matched: bool,
 }
 
-/// Answers each example's last supervised stretch greedily from what stands before it.
+/// Answers each example's last supervised stretch greedily from what stands before it, `batch_size` of them at a time.
+/// Examples without one are left out.
 ///
 /// Generation stops at a stop token, or once it is longer than the reference by a few tokens and so cannot match. Ends
-/// early, with an answer that is not complete, when `keep_going` returns false.
+/// early, with answers that are not complete, when `keep_going` returns false.
+///
+/// # Errors
+/// Tokens that the tokenizer cannot decode.
 pub fn exact_match(
     model: &Decoder,
     tokenizer: &Tokenizer,
     examples: &[Example],
+    batch_size: usize,
     keep_going: impl Fn() -> bool,
 ) -> crate::Result<Vec<Generation>> {
     const SLACK: usize = 8;
-    let mut generations = Vec::with_capacity(examples.len());
-    for example in examples {
-        if !keep_going() {
-            break;
-        }
-        let Some(end) = example.supervised.iter().rposition(|supervised| *supervised).map(|last| last + 1)
-        else {
-            continue;
-        };
-        let start = example.supervised[..end].iter().rposition(|s| !s).map_or(0, |before| before + 1);
-        // Without a single token to start from there is nothing to condition on.
-        let start = start.max(1);
-        let (prompt, reference) = (&example.ids[..start], &example.ids[start..end]);
-        let budget = reference.len() + SLACK;
-        let generated =
-            generate(model, prompt, budget, tokenizer.stop_ids(), &Sampling::greedy(), |_| keep_going());
-        let text = |ids: &[u32]| tokenizer.decode(ids, true);
-        let (reference, generated) = (text(reference)?, text(&generated)?);
+    let stretches: Vec<(&[u32], &[u32])> = examples.iter().filter_map(last_supervised).collect();
+    let prompts: Vec<Prompt> = stretches
+        .iter()
+        .map(|(ids, reference)| Prompt { ids, max_new_tokens: reference.len() + SLACK, draws: 0 })
+        .collect();
+    let stop = tokenizer.stop_ids();
+    let answers =
+        generate_batches(model, &prompts, batch_size, stop, &Sampling::greedy(), |_, _| keep_going());
+    let text = |ids: &[u32]| tokenizer.decode(ids, true);
+    let generation = |((prompt, reference), answer): (&(&[u32], &[u32]), &Vec<u32>)| {
+        let (reference, generated) = (text(reference)?, text(answer)?);
         let matched = reference.trim() == generated.trim();
-        generations.push(Generation { prompt: text(prompt)?, reference, generated, matched });
-    }
-    Ok(generations)
+        Ok(Generation { prompt: text(prompt)?, reference, generated, matched })
+    };
+    stretches.iter().zip(&answers).map(generation).collect()
+}
+
+/// What stands before an example's last supervised stretch, at least one token so that there is something to go on from,
+/// and the stretch itself.
+fn last_supervised(example: &Example) -> Option<(&[u32], &[u32])> {
+    let end = example.supervised.iter().rposition(|supervised| *supervised)? + 1;
+    let start = example.supervised[..end].iter().rposition(|s| !s).map_or(0, |before| before + 1).max(1);
+    Some((&example.ids[..start], &example.ids[start..end]))
 }

@@ -262,7 +262,8 @@ impl<'r, 'a> Run<'r, 'a> {
         let trainer = &self.trainer;
         let count = trainer.config.eval_generations.min(trainer.validation.len());
         let examples = &trainer.validation[..count];
-        exact_match(trainer.model, trainer.tokenizer, examples, || !self.is_stopping())
+        let batch_size = trainer.config.eval_batch_size;
+        exact_match(trainer.model, trainer.tokenizer, examples, batch_size, || !self.is_stopping())
     }
 
     fn write_answers(&mut self, step: u64, answers: &[Generation]) -> Result<(), TrainError> {

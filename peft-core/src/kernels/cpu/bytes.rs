@@ -53,7 +53,7 @@ mod tests {
         let doubled: Vec<f32> = (tensor.clone() + tensor.clone()).try_into_vec_as().expect("numbers");
         assert!(doubled.iter().enumerate().all(|(i, v)| *v == 2.0 * i as f32));
         let shared = tensor.clone().mul_scalar(0.0);
-        assert_eq!(tensor.slice([7..8]).into_scalar::<f32>(), 7.0);
+        assert_eq!(tensor.narrow(0, 7, 1).into_scalar::<f32>(), 7.0);
         drop(shared);
         assert_eq!(buffers::take(len).as_ptr(), start);
     }

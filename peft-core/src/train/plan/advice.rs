@@ -91,7 +91,10 @@ fn smaller_evaluation(batching: Batching) -> Vec<Step> {
     let step = |new: usize| Step {
         changes: vec![("eval_batch_size", new.to_string())],
         cost: "a little time in evaluation",
-        apply: Box::new(move |work| work.evaluation = with_rows(&work.evaluation, old, new)),
+        apply: Box::new(move |work| {
+            work.evaluation = with_rows(&work.evaluation, old, new);
+            work.generated_rows = work.generated_rows.min(new);
+        }),
     };
     halves(old, 1).map(step).collect()
 }

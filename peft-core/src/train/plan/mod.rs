@@ -43,6 +43,8 @@ pub struct Workload<'a> {
     pub evaluation: BTreeSet<BatchShape>,
     /// Prompt and answer of the longest generation; 0 where nothing is generated.
     pub generated_tokens: usize,
+    /// Generations at a time.
+    pub generated_rows: usize,
     /// Values that the optimizer keeps for each trained one.
     pub moments: u64,
     /// Bytes that the process has before the model is loaded: program, tokenizer, data.
@@ -316,14 +318,15 @@ impl Sizes {
     fn generation(&self, work: &Workload) -> Components {
         let model = work.model;
         let tokens = work.generated_tokens;
-        let batch = BatchShape::padded(1, tokens, 1);
-        let row = (model.num_key_value_heads * model.head_dim) as u64 * self.element;
+        let rows = work.generated_rows;
+        let batch = BatchShape::padded(rows, tokens, 1);
+        let slot = (rows * model.num_key_value_heads * model.head_dim) as u64 * self.element;
         // Buffers double when full; the old ones live until the copy is made, one layer at a time.
         let capacity = tokens.next_power_of_two().max(64) as u64;
         Components {
             activations: self.layers.iter().map(|layer| layer.forward(&batch)).max().unwrap_or(0)
                 + context(model, &batch),
-            key_value_cache: (model.num_hidden_layers as u64 + 1) * 2 * capacity * row,
+            key_value_cache: (model.num_hidden_layers as u64 + 1) * 2 * capacity * slot,
             ..self.resident(work)
         }
     }

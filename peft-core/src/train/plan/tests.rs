@@ -37,6 +37,7 @@ fn work<'a>(model: &'a ModelConfig, parameters: &'a [PlannedParameter], batch: B
         batches: [batch].into(),
         evaluation: BTreeSet::new(),
         generated_tokens: 0,
+        generated_rows: 0,
         moments: 2,
         runtime: 1000,
         host: true,
@@ -123,9 +124,9 @@ fn the_head_holds_a_chunk_of_logits_twice() {
 fn keys_and_values_come_in_powers_of_two() {
     let model = model();
     let mut work = work(&model, &[], BATCH);
-    work.generated_tokens = 65;
-    // Two layers and one being enlarged, keys and values, 128 places of one head of 4.
-    assert_eq!(of(&predict(&work), Phase::Generation).key_value_cache, 4 * 3 * 2 * 128 * 4);
+    (work.generated_tokens, work.generated_rows) = (65, 2);
+    // In f32, for two rows: two layers and one being enlarged, keys and values, 128 places of one head of 4.
+    assert_eq!(of(&predict(&work), Phase::Generation).key_value_cache, 4 * 2 * 3 * 2 * 128 * 4);
 }
 
 #[test]
