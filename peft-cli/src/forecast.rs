@@ -1,15 +1,18 @@
 //! What a recipe's run will be, before it runs: what trains, how many steps, how much memory.
 
 use crate::error::CliError;
-use crate::recipe::{MethodBlock, Recipe};
+use crate::recipe::{Checkpointing, MethodBlock, Recipe};
 use burn::tensor::Device;
 use peft_core::checkpoint::Headers;
 use peft_core::data::{Epochs, Example};
 use peft_core::model::ModelConfig;
 use peft_core::train::plan::{
-    Advice, Batching, MemoryPlan, RunBatches, Workload, advise, evaluation_batches, predict,
+    Advice, Batching, MemoryPlan, RunBatches, Workload, advise, evaluation_batches, fastest_that_fits,
+    predict,
 };
-use peft_core::train::{DeviceMemory, MethodPlan, TrainConfig, device_memory, resident_bytes};
+use peft_core::train::{
+    DeviceMemory, GradientCheckpointing, MethodPlan, TrainConfig, device_memory, resident_bytes,
+};
 use peft_methods::{Full, Lora};
 use std::path::Path;
 
@@ -24,6 +27,8 @@ pub struct Forecast {
     pub steps: u64,
     /// The order of the training examples.
     pub epochs: Epochs,
+    /// What the backward computes again: as the recipe says, or as chosen.
+    pub checkpointing: GradientCheckpointing,
     /// The training batches.
     pub batches: RunBatches,
     /// Memory by phase and component.
@@ -70,7 +75,7 @@ impl Forecast {
         let steps = config.total_steps(&epochs);
         let batches = RunBatches::of_run(config, &epochs, train, steps);
         let answered = &validation[..config.eval_generations.min(validation.len())];
-        let work = Workload {
+        let mut work = Workload {
             model: &method.model,
             compute,
             parameters: &method.parameters,
@@ -88,10 +93,14 @@ impl Forecast {
             runtime: resident_bytes().unwrap_or(0),
             host: device == Device::flex(),
         };
-        let memory = predict(&work);
         let device = device_memory(&device);
         // What the process has already is no longer available to others.
         let limit = device.available_bytes.map(|available| available + work.runtime);
+        if recipe.gradient_checkpointing == Checkpointing::Auto {
+            work.step.gradient_checkpointing = fastest_that_fits(&work, limit);
+        }
+        let checkpointing = work.step.gradient_checkpointing;
+        let memory = predict(&work);
         let fits = limit.map(|limit| memory.peak_bytes <= limit);
         let batching = Batching {
             micro_batch_size: recipe.micro_batch_size,
@@ -103,7 +112,7 @@ impl Forecast {
             (Some(false), Some(limit)) => advise(&work, batching, limit),
             _ => Vec::new(),
         };
-        Ok(Self { steps, epochs, batches, memory, device, fits, advice })
+        Ok(Self { steps, epochs, checkpointing, batches, memory, device, fits, advice })
     }
 
     /// A line that says what will not fit and what would help; `None` where all is well.

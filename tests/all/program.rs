@@ -1,6 +1,6 @@
 //! The main job through the program: train, evaluate, generate, merge, inspect.
 
-use peft_tests::{peft_ok, quickstart_world, root};
+use peft_tests::{peft_ok, peft_refuses, quickstart_world, root};
 use serde_json::Value;
 use std::path::Path;
 use std::process::Command;
@@ -142,6 +142,39 @@ fn accumulation_checkpointing_and_chunks_change_nothing_but_rounding() {
             assert!((found - expected).abs() < 2e-4 * expected, "{losses:?} {reference:?}");
         }
     }
+}
+
+#[test]
+fn a_chosen_way_of_computing_again_is_told_and_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, out) = (dir.path(), dir.path().display().to_string());
+    let with = |checkpointing: &'static str, steps: &'static str| {
+        [SHORT.to_vec(), vec!["save_steps=2", checkpointing, steps]].concat()
+    };
+    let recorded = || {
+        let run: Value = serde_json::from_slice(&std::fs::read(path.join("run.json")).unwrap()).unwrap();
+        run["recipe"]["gradient_checkpointing"].clone()
+    };
+    // The model is tiny: everything fits.
+    let auto = "gradient_checkpointing=auto";
+    let planned = peft_ok(&["plan", "recipes/quickstart.yaml", "--override", auto, "--json"]);
+    let planned: Value = serde_json::from_str(&planned).unwrap();
+    assert_eq!(planned["recipe"]["gradient_checkpointing"], false);
+    train(path, &with(auto, "max_steps=2"), &[]);
+    assert_eq!(recorded(), false);
+    // What would be chosen now is not asked: the run goes on as it began.
+    train(path, &with("gradient_checkpointing=selective", "max_steps=2"), &[]);
+    assert_eq!(recorded(), "selective");
+    train(path, &with(auto, "max_steps=4"), &["--resume", "auto"]);
+    assert_eq!(recorded(), "selective");
+    let mut other = vec!["train", "recipes/quickstart.yaml", "--output-dir", &out, "--resume", "auto"];
+    let overrides = with("gradient_checkpointing=true", "max_steps=6");
+    overrides.iter().for_each(|entry| other.extend(["--override", entry]));
+    let error = peft_refuses(&other);
+    assert!(error.contains("gradient_checkpointing") && error.contains("another run"), "{error}");
+    let unknown = ["plan", "recipes/quickstart.yaml", "--override", "gradient_checkpointing=some"];
+    let error = peft_refuses(&unknown);
+    assert!(error.contains("`gradient_checkpointing`") && error.contains("selective"), "{error}");
 }
 
 #[test]

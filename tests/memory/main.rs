@@ -5,6 +5,7 @@
 use burn::tensor::Device;
 use peft_core::checkpoint::Checkpoint;
 use peft_core::data::{Example, collate};
+use peft_core::kernels::trim_memory;
 use peft_core::model::{ComputeType, Decoder, load};
 use peft_core::projection::DropoutKey;
 use peft_core::train::plan::{BatchShape, Phase, Workload, predict};
@@ -47,8 +48,10 @@ unsafe impl GlobalAlloc for Counting {
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// The most bytes alive at a time while `work` runs, beyond those alive before.
+/// The most bytes alive at a time while `work` runs, beyond those alive before. What the kernels hold ready is let go of
+/// first.
 fn peak_of(work: impl FnOnce()) -> f64 {
+    (0..2).for_each(|_| trim_memory());
     let before = ALIVE.load(SeqCst);
     PEAK.store(before, SeqCst);
     work();
@@ -87,15 +90,12 @@ fn compare(model: &Decoder, plan: &MethodPlan, cases: &[(usize, usize, usize, Gr
         let evaluated = peak_of(|| {
             evaluate(model, &examples, rows, None, || true);
         });
-        let what = (rows, time, gradient_checkpointing, &shape);
+        let what = (rows, time, gradient_checkpointing, shape.supervised);
         let ratio = of(Phase::Step) / stepped;
-        assert!((0.95..1.1).contains(&ratio), "step {what:?}: {} of {stepped}", of(Phase::Step));
+        println!("{what:?}: step {ratio:.3}, evaluation {:.3}", of(Phase::Evaluation) / evaluated);
+        assert!((0.95..1.13).contains(&ratio), "step {what:?}: {} of {stepped}", of(Phase::Step));
         let ratio = of(Phase::Evaluation) / evaluated;
-        assert!(
-            (0.9..1.25).contains(&ratio),
-            "evaluation {what:?}: {} of {evaluated}",
-            of(Phase::Evaluation)
-        );
+        assert!((0.9..1.3).contains(&ratio), "evaluation {what:?}: {} of {evaluated}", of(Phase::Evaluation));
     }
 }
 
@@ -124,12 +124,14 @@ const PREPARATION: Preparation = Preparation {
     resume: None,
 };
 
-/// Short and long, few and many supervised tokens, the whole graph and layer by layer.
-const CASES: [(usize, usize, usize, GradientCheckpointing); 6] = [
+/// Short and long, few and many supervised tokens, the whole graph, without norms and gates, and layer by layer.
+const CASES: [(usize, usize, usize, GradientCheckpointing); 8] = [
     (16, 64, 32, GradientCheckpointing::Off),
+    (16, 64, 32, GradientCheckpointing::Selective),
     (16, 64, 60, GradientCheckpointing::Off),
     (16, 64, 32, GradientCheckpointing::Layers),
     (4, 256, 128, GradientCheckpointing::Off),
+    (4, 256, 128, GradientCheckpointing::Selective),
     (4, 256, 128, GradientCheckpointing::Layers),
     (1, 512, 20, GradientCheckpointing::Off),
 ];

@@ -151,7 +151,7 @@ pub struct CourseReport {
 
 /// Runs the command.
 pub fn run(args: PlanArgs) -> Result<(), CliError> {
-    let recipe = recipe::read(&args.recipe, &args.overrides)?;
+    let mut recipe = recipe::read(&args.recipe, &args.overrides)?;
     let device = device::device(&recipe.device)?;
     let compute = device::compute_type(&recipe.dtype, &device)?;
     let hub = open::hub(recipe.revision.as_deref(), args.offline);
@@ -162,9 +162,10 @@ pub fn run(args: PlanArgs) -> Result<(), CliError> {
 
     let tokenizer = Tokenizer::from_dir(base.dir())?;
     let data = Data::read(&recipe, &tokenizer)?;
-    let config = train::train_config(&recipe, Path::new(&recipe.output_dir));
+    let mut config = train::train_config(&recipe, Path::new(&recipe.output_dir));
     let examples = (data.train.as_slice(), data.validation.as_slice());
     let forecast = Forecast::new(&recipe, &config, &method, examples)?;
+    train::settle(&mut recipe, &mut config, &forecast);
 
     let course = course(&config, &forecast, &data);
     let calibration = match args.calibrate {

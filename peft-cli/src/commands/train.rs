@@ -9,7 +9,7 @@ use crate::args::TrainArgs;
 use crate::error::CliError;
 use crate::forecast::{Forecast, method_plan};
 use crate::observers::Observers;
-use crate::recipe::{self, MethodBlock, OptimizerBlock, Recipe};
+use crate::recipe::{self, Checkpointing, MethodBlock, OptimizerBlock, Recipe};
 use crate::{card, device, open, render, report, yaml};
 use folder::{OutputFolder, resume_from, started_at};
 use identity::Inputs;
@@ -18,8 +18,8 @@ use peft_core::data::{DataFile, Dataset, Example, load, split_validation};
 use peft_core::kernels::AdamW;
 use peft_core::model::{ModelConfig, ties_embeddings};
 use peft_core::train::{
-    GradientCheckpointing, Identity, Method, NamedOptimizer, Outcome, Preparation, RunSummary, StepSettings,
-    TrainConfig, Trainer, Warmup,
+    Identity, Method, NamedOptimizer, Outcome, Preparation, RunSummary, StepSettings, TrainConfig, Trainer,
+    Warmup, saved_identity,
 };
 use peft_methods::{Full, Lora};
 use serde_json::{Value, json};
@@ -33,7 +33,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
     if let Some(dir) = &args.output_dir {
         overrides.push(format!("output_dir={}", Value::from(dir.display().to_string())));
     }
-    let recipe = recipe::read(&args.recipe, &overrides)?;
+    let mut recipe = recipe::read(&args.recipe, &overrides)?;
     let device = device::device(&recipe.device)?;
     let compute = device::compute_type(&recipe.dtype, &device)?;
     let output_dir = PathBuf::from(&recipe.output_dir);
@@ -42,6 +42,11 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
         return Err(CliError::Recipe { path: args.recipe, message });
     }
     let resume = resume_from(args.resume.as_deref(), &output_dir)?;
+    if let Some(checkpoint) =
+        resume.as_deref().filter(|_| recipe.gradient_checkpointing == Checkpointing::Auto)
+    {
+        recipe.gradient_checkpointing = identity::checkpointing(&saved_identity(checkpoint)?);
+    }
 
     let hub = open::hub(recipe.revision.as_deref(), args.offline);
     let base = open::base(&recipe.base_model, &hub)?;
@@ -58,8 +63,9 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
     };
     let Examples { train, validation, eval_files } = examples(&recipe, &dataset, held_out)?;
 
-    let config = train_config(&recipe, &output_dir);
+    let mut config = train_config(&recipe, &output_dir);
     let forecast = forecast(&recipe, &args.recipe, &config, &base.checkpoint, (&train, &validation))?;
+    settle(&mut recipe, &mut config, &forecast);
     if let Some(warning) = forecast.warning() {
         if args.require_fit {
             return Err(CliError::DoesNotFit(warning));
@@ -72,7 +78,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
         seed: recipe.seed,
         examples: &train,
         micro_batch_size: recipe.micro_batch_size,
-        step: step_settings(&recipe),
+        step: config.step,
         resume: resume.as_deref(),
     };
     method.prepare(&mut model, &preparation)?;
@@ -258,14 +264,11 @@ pub(super) fn examples(
     Ok(Examples { train: pick(train), validation: pick(validation), eval_files: Vec::new() })
 }
 
-fn step_settings(recipe: &Recipe) -> StepSettings {
-    StepSettings {
-        gradient_checkpointing: match recipe.gradient_checkpointing {
-            true => GradientCheckpointing::Layers,
-            false => GradientCheckpointing::Off,
-        },
-        loss_chunk_rows: recipe.loss_chunk_rows,
-    }
+/// Writes into recipe and configuration what the forecast chose, so that all that is told, compared and kept of the run
+/// names it.
+pub(super) fn settle(recipe: &mut Recipe, config: &mut TrainConfig, forecast: &Forecast) {
+    recipe.gradient_checkpointing = Checkpointing::Mode(forecast.checkpointing);
+    config.step.gradient_checkpointing = forecast.checkpointing;
 }
 
 pub(super) fn train_config(recipe: &Recipe, output_dir: &Path) -> TrainConfig {
@@ -280,7 +283,10 @@ pub(super) fn train_config(recipe: &Recipe, output_dir: &Path) -> TrainConfig {
         schedule: recipe.lr_scheduler,
         warmup: recipe.warmup_steps.map_or(Warmup::Ratio(recipe.warmup_ratio), Warmup::Steps),
         max_grad_norm: recipe.max_grad_norm,
-        step: step_settings(recipe),
+        step: StepSettings {
+            gradient_checkpointing: recipe.gradient_checkpointing.mode(),
+            loss_chunk_rows: recipe.loss_chunk_rows,
+        },
         shuffle_data: recipe.shuffle_data,
         pack_tokens: recipe.sample_packing.then_some(recipe.sequence_len),
         eval_every: recipe.eval_every(),

@@ -1,10 +1,12 @@
 //! The recipe: its schema, its defaults, and how a file becomes one.
 
 mod aliases;
+mod checkpointing;
 mod evaluation;
 mod schema;
 mod strict;
 
+pub use checkpointing::Checkpointing;
 pub use schema::{MethodBlock, OptimizerBlock, Recipe};
 
 pub use strict::parse as parse_strict;

@@ -1,6 +1,6 @@
 //! Every key of a recipe, with its default.
 
-use super::strict;
+use super::{Checkpointing, strict};
 use peft_core::data::{DatasetConfig, OnTruncation};
 use peft_core::train::{BestMetric, Schedule};
 use peft_methods::LoraBlock;
@@ -61,8 +61,9 @@ pub struct Recipe {
     pub max_grad_norm: Option<f64>,
     /// The optimizer and its keys.
     pub optimizer: OptimizerBlock,
-    /// Recompute layer by layer in the backward (little memory) or keep the whole graph (faster).
-    pub gradient_checkpointing: bool,
+    /// What the backward computes again: nothing (false), norms and gates (selective) or whole layers (true), each slower
+    /// and with less memory; auto takes the first that fits.
+    pub gradient_checkpointing: Checkpointing,
     /// Rows of logits held at a time; null chooses by the vocabulary's size.
     pub loss_chunk_rows: Option<usize>,
     /// Steps between evaluations.
@@ -131,7 +132,7 @@ impl Default for Recipe {
             warmup_steps: None,
             max_grad_norm: Some(1.0),
             optimizer: OptimizerBlock::default(),
-            gradient_checkpointing: true,
+            gradient_checkpointing: Checkpointing::Auto,
             loss_chunk_rows: None,
             eval_steps: None,
             evals_per_epoch: None,

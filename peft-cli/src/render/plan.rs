@@ -148,7 +148,12 @@ fn duration(seconds: f64) -> String {
 
 fn memory(report: &Report) {
     let memory = &report.memory;
-    println!("memory      predicted peak {} in {}", bytes(memory.peak_bytes), memory.peak_phase);
+    println!(
+        "memory      predicted peak {} in {} · gradient_checkpointing {}",
+        bytes(memory.peak_bytes),
+        memory.peak_phase,
+        report.recipe.gradient_checkpointing
+    );
     let rows: Vec<Vec<String>> = memory
         .components
         .entries()

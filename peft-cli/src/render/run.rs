@@ -52,7 +52,12 @@ pub fn run_plan(
         ],
         vec![
             "memory".to_string(),
-            format!("predicted peak {} in {}", bytes(forecast.memory.peak_bytes), forecast.memory.peak_phase),
+            format!(
+                "predicted peak {} in {} · gradient_checkpointing {}",
+                bytes(forecast.memory.peak_bytes),
+                forecast.memory.peak_phase,
+                recipe.gradient_checkpointing
+            ),
         ],
         vec!["output".to_string(), recipe.output_dir.clone()],
     ];

@@ -26,7 +26,7 @@ pub use optimizer::{
 };
 pub use schedule::{Schedule, Warmup};
 pub use selection::{BestMetric, EarlyStopping, Every, Selection};
-pub use state::{Fingerprint, Identity, state_bytes};
+pub use state::{Fingerprint, Identity, saved_identity, state_bytes};
 pub use step::{
     GradientCheckpointing, GradientSink, MicroBatch, MicroBatchLoss, StepGradients, StepSettings, accumulate,
     backward, global_norm,

@@ -13,6 +13,7 @@ use super::state;
 use super::step::{StepGradients, accumulate, global_norm};
 use super::trainer::{Observer, Outcome, RunSummary, Stopped, Trainer};
 use crate::data::{Batch, Epoch, Epochs, Example, Rows, collate, collate_packs};
+use crate::kernels::trim_memory;
 use crate::projection::DropoutKey;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -216,7 +217,11 @@ impl<'r, 'a> Run<'r, 'a> {
         let (trainer, config) = (&self.trainer, &self.trainer.config);
         let (model, batch_size, chunk) =
             (&*trainer.model, config.eval_batch_size, config.step.loss_chunk_rows);
+        // Steps and evaluations have buffers of different sizes: neither should lie idle beside the other.
+        let let_go = || (0..2).for_each(|_| trim_memory());
+        let_go();
         let evaluation = evaluate(model, trainer.validation, batch_size, chunk, || !self.is_stopping());
+        let_go();
         let mut metrics = EvalMetrics {
             step,
             eval_loss: evaluation.loss,

@@ -166,6 +166,14 @@ pub fn state_bytes(parameters: &[PlannedParameter], moments: u64) -> Result<u64,
     Ok(safetensors_bytes(Path::new(TENSORS), tensors, &BTreeMap::new())?)
 }
 
+/// The identity of the run that saved the checkpoint folder `path`.
+///
+/// # Errors
+/// No state, or a damaged one.
+pub fn saved_identity(path: &Path) -> Result<Identity, TrainError> {
+    Ok(read_state(&path.join(STATE))?.identity)
+}
+
 /// What the checkpoint folder `path` says of itself, if it is of the same run.
 ///
 /// # Errors

@@ -98,7 +98,11 @@ pub fn text(draft: &Draft<'_>) -> String {
     line("num_epochs", "1", "passes over the data; or max_steps");
     line("micro_batch_size", "4", "examples at a time: lower it if memory runs out");
     line("gradient_accumulation_steps", "2", "micro-batches a step");
-    line("gradient_checkpointing", "true", "recompute layer by layer: little memory; false is faster");
+    line(
+        "gradient_checkpointing",
+        "auto",
+        "false (fast), selective or true (little memory): the first that fits",
+    );
     line("seed", "42", "the same seed gives the same run");
     line("output_dir", &scalar(&format!("out/{}", draft.name)), "adapter, checkpoints and metrics go here");
     out

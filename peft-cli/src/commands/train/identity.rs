@@ -1,6 +1,6 @@
 //! What makes a run the same run: which keys a saved state must agree with.
 
-use crate::recipe::Recipe;
+use crate::recipe::{Checkpointing, Recipe};
 use peft_core::data::{DataFile, Example, examples_sha256};
 use peft_core::train::{Fingerprint, Identity, Schedule, Warmup};
 use serde_json::{Value, json};
@@ -87,6 +87,15 @@ pub fn identity(recipe: &Recipe, warmup: Warmup, inputs: &Inputs) -> Identity {
     Identity { run, environment }
 }
 
+/// What the backward of a saved run computes again: another choice would change its last bits.
+pub fn checkpointing(saved: &Identity) -> Checkpointing {
+    let value = saved.run.get("gradient_checkpointing").map(|text| match text.parse::<bool>() {
+        Ok(whole) => Value::Bool(whole),
+        Err(_) => Value::String(text.clone()),
+    });
+    value.and_then(|value| value.try_into().ok()).unwrap_or_default()
+}
+
 /// Adds every value in `value` that is set under its dotted key, unless a part of the key is free.
 fn flatten(key: String, value: &Value, into: &mut Fingerprint) {
     let within = |part: &str| if key.is_empty() { part.to_string() } else { format!("{key}.{part}") };
@@ -168,6 +177,16 @@ mod tests {
         assert_eq!(changed(|_, inputs| inputs.train = &[]), ["tokenised training data"]);
         assert_eq!(changed(|_, inputs| inputs.validation = &[]), ["tokenised validation data"]);
         assert_eq!(changed(|_, inputs| inputs.eval_files = &[]), ["eval_datasets.0.file"]);
+    }
+
+    #[test]
+    fn a_saved_run_says_what_it_computes_again() {
+        use peft_core::train::GradientCheckpointing::{Layers, Off, Selective};
+        for mode in [Off, Selective, Layers].map(Checkpointing::Mode) {
+            let saved = identity_of(|recipe, _| recipe.gradient_checkpointing = mode);
+            assert_eq!(checkpointing(&saved), mode);
+        }
+        assert_eq!(checkpointing(&Identity::default()), Checkpointing::Auto);
     }
 
     #[test]

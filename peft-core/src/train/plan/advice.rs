@@ -28,6 +28,20 @@ pub struct Batching {
     pub sequence_len: usize,
 }
 
+/// The fastest way to run a step whose peak leaves a tenth of `limit` bytes free; the one of least memory where none does
+/// or the limit is not known.
+pub fn fastest_that_fits(work: &Workload, limit: Option<u64>) -> GradientCheckpointing {
+    let fits = |mode: &GradientCheckpointing| {
+        let mut changed = work.clone();
+        changed.step.gradient_checkpointing = *mode;
+        limit.is_some_and(|limit| predict(&changed).peak_bytes <= limit - limit / 10)
+    };
+    [GradientCheckpointing::Off, GradientCheckpointing::Selective]
+        .into_iter()
+        .find(fits)
+        .unwrap_or(GradientCheckpointing::Layers)
+}
+
 /// Ways to bring the run under `limit` bytes: every single change that does, else the first few that do together.
 /// Empty where nothing does.
 pub fn advise(work: &Workload, batching: Batching, limit: u64) -> Vec<Advice> {
@@ -70,15 +84,21 @@ struct Step {
 }
 
 fn checkpointing(work: &Workload) -> Vec<Step> {
-    let step = Step {
-        changes: vec![("gradient_checkpointing", "true".to_string())],
-        cost: "a third more time",
-        apply: Box::new(|work| work.step.gradient_checkpointing = GradientCheckpointing::Layers),
+    let step = |mode: GradientCheckpointing, value: &str, cost| Step {
+        changes: vec![("gradient_checkpointing", value.to_string())],
+        cost,
+        apply: Box::new(move |work: &mut Workload| work.step.gradient_checkpointing = mode),
     };
-    match work.step.gradient_checkpointing {
-        GradientCheckpointing::Layers => Vec::new(),
-        _ => vec![step],
-    }
+    let rungs = [
+        step(GradientCheckpointing::Selective, "selective", "a little time"),
+        step(GradientCheckpointing::Layers, "true", "a third more time"),
+    ];
+    let passed = match work.step.gradient_checkpointing {
+        GradientCheckpointing::Off => 0,
+        GradientCheckpointing::Selective => 1,
+        GradientCheckpointing::Layers => 2,
+    };
+    rungs.into_iter().skip(passed).collect()
 }
 
 /// Halves of `n` down to `least`.

@@ -8,7 +8,7 @@ mod batches;
 mod calibrate;
 mod layer;
 
-pub use advice::{Advice, Batching, advise};
+pub use advice::{Advice, Batching, advise, fastest_that_fits};
 pub use batches::{BatchShape, RunBatches, evaluation_batches};
 pub use calibrate::{Calibration, calibrate};
 
@@ -16,13 +16,19 @@ use super::loss::chunk_rows;
 use super::method::{ParameterRole, PlannedParameter};
 use super::step::{GradientCheckpointing, StepSettings};
 use crate::model::{ComputeType, EMBEDDING, ModelConfig};
-use layer::LayerShape;
+use layer::{LayerShape, Machine};
 use serde::Serialize;
 use std::collections::BTreeSet;
 use std::fmt;
 
 /// Bytes of f32: trained parameters, gradients, the optimizer's memory, losses.
 const F32: u64 = 4;
+/// Bytes of a place in a batch.
+const I32: u64 = 4;
+/// Words whose logits the CPU's loss of a frozen head has at a time.
+const HEAD_TILE: u64 = 512;
+/// Rows that one of its threads has at a time.
+const HEAD_ROWS: u64 = 66;
 
 /// A run, as far as its memory depends on it.
 #[derive(Debug, Clone)]
@@ -222,7 +228,10 @@ struct Sizes {
     trains_embedding: bool,
     /// Bytes of embedding or head, f32.
     vocabulary: u64,
+    /// Nothing changes the head, whose loss is then one operation.
+    frozen_head: bool,
     element: u64,
+    machine: Machine,
     heads: HeadShape,
 }
 
@@ -234,16 +243,15 @@ struct HeadShape {
 impl Sizes {
     fn of(work: &Workload) -> Self {
         let model = work.model;
-        let element = match work.compute {
-            ComputeType::F32 => 4,
-            ComputeType::Bf16 => 2,
-        };
+        let machine = Machine { host: work.host, compute: work.compute };
+        let element = machine.element();
         let own =
             |name: &str| work.parameters.iter().any(|p| p.role == ParameterRole::Own && p.shape.name == name);
         let bytes = |parameter: &PlannedParameter| parameter.shape.numel() * F32;
         let trains_embedding = own("model.embed_tokens.weight");
         let changes_embedding = work.parameters.iter().any(|parameter| parameter.module == EMBEDDING);
         let trains_head = own("lm_head.weight") || (model.tie_word_embeddings && trains_embedding);
+        let head = if model.tie_word_embeddings { EMBEDDING } else { "lm_head" };
         let tracked = |layer: usize| {
             let prefix = format!("model.layers.{layer}.");
             work.parameters.iter().any(|parameter| parameter.module.starts_with(&prefix))
@@ -258,7 +266,7 @@ impl Sizes {
         };
         Self {
             layers: (0..layers)
-                .map(|index| LayerShape::new(model, index, work.parameters, element))
+                .map(|index| LayerShape::new(model, index, work.parameters, machine))
                 .collect(),
             first_tracked,
             base_weights: shapes.iter().map(weight).sum(),
@@ -273,8 +281,10 @@ impl Sizes {
             largest_weight: shapes.iter().map(|shape| shape.numel() * F32).max().unwrap_or(0),
             trains_head,
             trains_embedding,
+            frozen_head: !work.parameters.iter().any(|parameter| parameter.module == head),
             vocabulary: (model.vocab_size * model.hidden_size) as u64 * F32,
             element,
+            machine,
             heads: HeadShape { hidden: model.hidden_size as u64, vocabulary: model.vocab_size as u64 },
         }
     }
@@ -299,19 +309,51 @@ impl Sizes {
         let rows = batch.supervised as u64;
         let chunk =
             chunk_rows(work.step.loss_chunk_rows, work.model.vocab_size, batch.supervised, work.host) as u64;
-        // The logits and their gradient, or the logits and their exponentials; in f32 beside activations of half that.
-        let logits = 2 * F32 + if self.element < F32 { self.element } else { 0 };
+        let element = self.element;
+        if self.frozen_head && self.machine.has_kernels() {
+            // On the CPU scores and weights of a tile of words for the rows in work, and the words packed in two ways,
+            // two tiles of them; else the logits of a chunk, which turn into their gradient.
+            let words = vocabulary.min(HEAD_TILE);
+            let in_work = (rows / 2).min(HEAD_ROWS * rayon::current_num_threads() as u64);
+            let logits = match self.machine.host {
+                true => (2 * in_work + 4 * hidden) * words * F32,
+                false => chunk * vocabulary * element,
+            };
+            // The hidden states that the last layer left, and those of the supervised rows: gathered, normed, laid out
+            // for the product, and the gradients of the last two of these.
+            let states = batch.tokens() + rows * if backward { 5 } else { 3 };
+            return logits + states * hidden * element;
+        }
+        let logits = match self.machine.has_kernels() {
+            // The logits, and their gradient.
+            true => element * if backward { 2 } else { 1 },
+            // These, or the logits and their exponentials; in f32 beside activations of half that.
+            false => 2 * F32 + if element < F32 { element } else { 0 },
+        };
         // The hidden states that the last layer left, and those of the supervised rows: gathered, normed, and the
         // gradients of both.
         let states = batch.tokens() + rows * if backward { 4 } else { 2 };
-        chunk * vocabulary * logits + states * hidden * self.element
+        chunk * vocabulary * logits + states * hidden * element
+    }
+
+    /// What all layers share.
+    fn context(&self, work: &Workload, batch: &BatchShape) -> u64 {
+        match self.layers.iter().all(LayerShape::attends_jointly) {
+            // First and last token of each one's sequence, and its angles.
+            true => batch.tokens() * (2 * I32 + work.model.head_dim as u64 * F32),
+            false => context(work.model, batch),
+        }
     }
 
     fn evaluation(&self, work: &Workload, batch: &BatchShape) -> Components {
         let layer = self.layers.iter().map(|layer| layer.forward(batch)).max().unwrap_or(0)
-            + context(work.model, batch);
+            + self.context(work, batch);
         let head = self.head(work, batch, false);
-        let (activations, logits) = if layer > head { (layer, 0) } else { (0, head) };
+        let (activations, logits) = match self.machine.pools() {
+            true => (layer, head),
+            false if layer > head => (layer, 0),
+            false => (0, head),
+        };
         Components { activations, logits, ..self.resident(work) }
     }
 
@@ -333,13 +375,14 @@ impl Sizes {
 
     /// Forward and backward of a batch: the largest of the moments at which it may be fullest.
     fn step(&self, work: &Workload, batch: &BatchShape) -> Components {
-        let kept: Vec<u64> = self.layers.iter().map(|layer| layer.keeps(batch)).collect();
+        let checkpointing = work.step.gradient_checkpointing;
+        let kept: Vec<u64> = self.layers.iter().map(|layer| layer.keeps(batch, checkpointing)).collect();
         let last = self.layers.len() - 1;
         let input = self.layers[last].input(batch);
-        let shared = context(work.model, batch);
+        let shared = self.context(work, batch);
         // Of the layers below the first that trains nothing is kept but their result.
         let tracked = self.first_tracked.min(last)..=last;
-        let (at_top, largest) = match work.step.gradient_checkpointing {
+        let (at_top, largest) = match checkpointing {
             GradientCheckpointing::Layers => {
                 (last as u64 * input + kept[last], kept[tracked].iter().copied().max().unwrap_or(0))
             }
@@ -350,20 +393,30 @@ impl Sizes {
             if any_tracked { (at_top, largest) } else { (self.layers[last].forward(batch), 0) };
         let before = if work.accumulation > 1 { self.trained } else { 0 };
         let head_gradient = if self.trains_head { self.vocabulary } else { 0 };
+        let logits = self.head(work, batch, true);
+        let backward = if any_tracked { self.layers[last].backward(batch, checkpointing) } else { 0 };
+        let embedding = if self.trains_embedding { 2 * self.vocabulary } else { 0 };
+        if self.machine.pools() {
+            // Nothing goes back before the step is over.
+            return Components {
+                gradients: before + self.trained,
+                activations: at_top + largest.saturating_sub(kept[last]) + shared + backward + embedding,
+                logits,
+                ..self.resident(work)
+            };
+        }
         let head = Components {
             gradients: before + head_gradient,
             activations: at_top + shared,
-            logits: self.head(work, batch, true) + head_gradient,
+            logits: logits + head_gradient,
             ..self.resident(work)
         };
-        let backward = if any_tracked { self.layers[last].backward(batch) } else { 0 };
         let top = Components {
             gradients: before + head_gradient,
             activations: at_top + shared + backward,
             ..self.resident(work)
         };
         // At the lower end all gradients are there and one layer is left; the embedding's gradient comes last.
-        let embedding = if self.trains_embedding { 2 * self.vocabulary } else { 0 };
         let bottom = Components {
             gradients: before + self.trained,
             activations: shared + (largest + backward).max(embedding + input),
@@ -388,7 +441,7 @@ impl Sizes {
     }
 }
 
-/// Masks and rotary tables of a forward.
+/// Masks and rotary tables of a forward with a composed attention.
 fn context(model: &ModelConfig, batch: &BatchShape) -> u64 {
     let time = batch.time as u64;
     let masks = 1 + u64::from(model.windows.iter().any(Option::is_some));

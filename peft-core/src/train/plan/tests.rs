@@ -71,53 +71,129 @@ fn weights_and_states_by_hand() {
     assert_eq!((half.base_weights, half.optimizer_state), (2 * base, 8 * added));
 }
 
+/// A layer's shape and what it keeps of the batch, in bytes.
+fn keeps(parameters: &[PlannedParameter], machine: Machine, checkpointing: GradientCheckpointing) -> u64 {
+    LayerShape::new(&model(), 1, parameters, machine).keeps(&BATCH, checkpointing)
+}
+
+const CPU: Machine = Machine { host: true, compute: ComputeType::F32 };
+
 #[test]
 fn a_layer_keeps_what_its_operations_need() {
+    use GradientCheckpointing::{Layers, Off, Selective};
     let model = model();
-    let keeps = |parameters: &[PlannedParameter]| LayerShape::new(&model, 1, parameters, 4).keeps(&BATCH) / 4;
-    let (tokens, scores) = (15, 15 * 2 * 5);
-    // Frozen: input, q, k, v; gate, sigmoid, product, up and the second norm's input; three times the scores.
-    let frozen = tokens * (8 + 8 + 4 + 4 + 8 + 4 * 16) + 3 * scores;
-    assert_eq!(keeps(&[]), frozen);
-    // Low rank everywhere: also both normed inputs, the inputs of o and down, and seven products with A.
-    assert_eq!(keeps(&low_rank(&model, false)), frozen + tokens * (2 * 8 + 8 + 16 + 7 * 2));
-    // Under dropout each module has a mask and a masked input of its own instead.
+    let keeps = |parameters: &[PlannedParameter], mode| keeps(parameters, CPU, mode) / 4;
+    let tokens = 15;
+    // Frozen: input, norm, q with k and v, attention, two denominators; input, norm, gate with up, gated.
+    let frozen = tokens * ((8 + 8 + 16 + 8 + 2) + (8 + 8 + 32 + 16));
+    assert_eq!((keeps(&[], Off), keeps(&[], Layers)), (frozen, frozen));
+    // Low rank everywhere: also seven products with A.
+    let products = tokens * 7 * 2;
+    assert_eq!(keeps(&low_rank(&model, false), Off), frozen + products);
+    // Norms and gated are what can be computed again.
+    let again = tokens * (8 + 8 + 16);
+    assert_eq!(keeps(&low_rank(&model, false), Selective), frozen + products - again);
+    // Under dropout each module has a mask and a masked input of its own too, composed on norms and gated.
     let inputs = 6 * 8 + 16;
-    assert_eq!(keeps(&low_rank(&model, true)), frozen + tokens * (2 * inputs + 7 * 2));
-    // All weights: the inputs as with low rank, and the normed inputs of the norms' weights.
+    for mode in [Off, Selective] {
+        assert_eq!(keeps(&low_rank(&model, true), mode), frozen + products + tokens * 2 * inputs);
+    }
+    // All weights: nothing more than frozen ones.
     let all: Vec<_> = model.parameters().into_iter().map(PlannedParameter::own).collect();
-    assert_eq!(keeps(&all), frozen + tokens * (2 * 8 + 8 + 16 + 2 * 8));
+    assert_eq!(keeps(&all, Off), frozen);
 }
 
 #[test]
-fn recomputing_keeps_one_layer_and_the_inputs() {
+fn where_no_kernels_serve_compositions_keep_more() {
+    use GradientCheckpointing::{Off, Selective};
+    let (tokens, scores) = (15, 15 * 2 * 5);
+    // No kernels of bfloat16 on the CPU. Inputs in f32; q, k, v; gate, sigmoid, product, up; scores thrice, two in f32.
+    let cpu = Machine { compute: ComputeType::Bf16, ..CPU };
+    let frozen = tokens * (2 * 8 * 4 + (16 + 4 * 16) * 2) + scores * (4 + 4 + 2);
+    assert_eq!((keeps(&[], cpu, Off), keeps(&[], cpu, Selective)), (frozen, frozen));
+    // Low rank: norms, the inputs of o and down, seven products with A.
+    let inputs = 2 * 8 + 8 + 16 + 7 * 2;
+    assert_eq!(keeps(&low_rank(&model(), false), cpu, Off), frozen + tokens * inputs * 2);
+    // Weights that train are f32 and cast: 2·64 + 2·32 + 3·128. Their norms' weights need the normed inputs once more.
+    let all: Vec<_> = model().parameters().into_iter().map(PlannedParameter::own).collect();
+    let trained = frozen + tokens * (2 * 8 + 8 + 16 + 2 * 8) * 2 + 576 * 2;
+    assert_eq!(keeps(&all, cpu, Off), trained);
+    // On a GPU heads of 4 features have no kernels for attention: the scores are there, all else is as on the CPU.
+    let gpu = Machine { host: false, ..cpu };
+    let composed = tokens * 2 * (8 + 8 + 16 + 8 + 8 + 8 + 32 + 16) + scores * (4 + 4 + 2);
+    assert_eq!(keeps(&[], gpu, Off), composed);
+}
+
+#[test]
+fn recomputing_keeps_less() {
+    use GradientCheckpointing::{Layers, Off, Selective};
     let model = model();
     let parameters = low_rank(&model, false);
     let batch = BatchShape::padded(8, 64, 1);
-    let layer = LayerShape::new(&model, 1, &parameters, 4);
-    let mut work = work(&model, &parameters, batch);
-    let whole = of(&predict(&work), Phase::Step);
-    work.step.gradient_checkpointing = GradientCheckpointing::Layers;
-    let recomputed = of(&predict(&work), Phase::Step);
-    // Mask 64·64 and rotary table 64·4.
-    let shared = 4 * (64 * 64 + 64 * 4);
-    assert_eq!(whole.activations, 2 * layer.keeps(&batch) + layer.backward(&batch) + shared);
-    let top = layer.keeps(&batch) + layer.input(&batch) + layer.backward(&batch) + shared;
-    assert_eq!(recomputed.activations, top);
+    let tokens = 8 * 64;
+    let activations = |mode| {
+        let mut work = work(&model, &parameters, batch);
+        work.step.gradient_checkpointing = mode;
+        of(&predict(&work), Phase::Step).activations / 4
+    };
+    // Gate and up, laid out for a product forward and backward.
+    let weights = 2 * 2 * 16 * 8;
+    // Where a token's sequence begins and ends, and two angles.
+    let shared = 1 + 1 + 4;
+    // A layer with its products, as above.
+    let layer = 42 + 64 + 14;
+    // Gradients: four of the hidden state; of gated, gate and up; of q, k and v. Attention's heads of 4 in panels of 16:
+    // two of queries, four times; one of keys and one of values, once each, and both packed.
+    let backward = 4 * 8 + 3 * 16 + 16 + 4 * 2 * 16 + 2 * 16 + 2 * 4;
+    assert_eq!(activations(Off), tokens * (2 * layer + backward + shared) + weights);
+    // One layer and the other's input.
+    assert_eq!(activations(Layers), tokens * (layer + 8 + backward + shared) + weights);
+    // Both without norms and gated, of which one of each is made again.
+    let selective = 2 * (layer - 32) + 8 + 16 + backward + shared;
+    assert_eq!(activations(Selective), tokens * selective + weights);
 }
 
 #[test]
-fn the_head_holds_a_chunk_of_logits_twice() {
+fn the_head_holds_a_tile_or_a_chunk_of_logits() {
     let model = model();
     let parameters = low_rank(&model, false);
-    let sizes = |chunk| {
-        let mut work = work(&model, &parameters, BATCH);
+    let head = |parameters: &[PlannedParameter], host, chunk| {
+        let mut work = Workload { host, ..work(&model, parameters, BATCH) };
         work.step.loss_chunk_rows = chunk;
-        Sizes::of(&work).head(&work, &BATCH, true)
+        Sizes::of(&work).head(&work, &BATCH, true) / 4
     };
-    // Six supervised rows of 32 logits; hidden states of 15 tokens and four times of the rows.
-    assert_eq!(sizes(None), 4 * (6 * 32 * 2 + (15 + 4 * 6) * 8));
-    assert_eq!(sizes(None) - sizes(Some(2)), 4 * 4 * 32 * 2);
+    // Six supervised rows of 32 logits; hidden states of 15 tokens and five times of the rows.
+    let states = (15 + 5 * 6) * 8;
+    // On the CPU scores and weights of half the rows, and words packed in two ways, twice.
+    assert_eq!(head(&parameters, true, None), 2 * 3 * 32 + 4 * 32 * 8 + states);
+    assert_eq!(head(&parameters, true, Some(2)), head(&parameters, true, None));
+    // On a GPU one buffer.
+    assert_eq!(head(&parameters, false, None), 6 * 32 + states);
+    assert_eq!(head(&parameters, false, Some(2)), 2 * 32 + states);
+    // A head that trains has the logits and their gradient, and four times the rows.
+    let all: Vec<_> = model.parameters().into_iter().map(PlannedParameter::own).collect();
+    assert_eq!(head(&all, true, Some(2)), 2 * 32 * 2 + (15 + 4 * 6) * 8);
+}
+
+#[test]
+fn the_fastest_that_leaves_a_tenth_is_taken() {
+    use GradientCheckpointing::{Layers, Off, Selective};
+    let model = model();
+    let parameters = low_rank(&model, false);
+    let work = work(&model, &parameters, BatchShape::padded(1 << 16, 64, 1));
+    let peak = |mode| {
+        let mut work = work.clone();
+        work.step.gradient_checkpointing = mode;
+        predict(&work).peak_bytes
+    };
+    assert!(peak(Off) > peak(Selective) && peak(Selective) > peak(Layers));
+    // Limits of which nine tenths are just a peak.
+    for mode in [Off, Selective, Layers] {
+        assert_eq!(fastest_that_fits(&work, Some(peak(mode) * 10 / 9 + 10)), mode);
+    }
+    assert_ne!(fastest_that_fits(&work, Some(peak(Off))), Off);
+    assert_eq!(fastest_that_fits(&work, Some(1)), Layers);
+    assert_eq!(fastest_that_fits(&work, None), Layers);
 }
 
 #[test]
@@ -154,7 +230,7 @@ fn advice_is_the_mildest_change_that_fits() {
     };
     let peak = predict(&work).peak_bytes;
     let advice = advise(&work, batching, peak - 1);
-    assert_eq!(advice[0].changes, [("gradient_checkpointing", "true".to_string())]);
+    assert_eq!(advice[0].changes, [("gradient_checkpointing", "selective".to_string())]);
     let halved = ["micro_batch_size", "gradient_accumulation_steps"].into_iter().zip(["32768", "2"]);
     assert_eq!(advice[1].changes, halved.map(|(key, value)| (key, value.to_string())).collect::<Vec<_>>());
     assert!(advice.iter().all(|advice| advice.peak_bytes < peak));
