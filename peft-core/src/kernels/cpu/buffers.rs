@@ -19,6 +19,21 @@ struct Pool {
     epoch: u64,
 }
 
+impl Pool {
+    /// Frees blocks that no one took since the last trim, the largest first, until `bytes` are free or none is left: a
+    /// step of other sizes than the one before does not hold the blocks of both.
+    fn make_room(&mut self, bytes: usize) {
+        let (mut freed, epoch) = (0, self.epoch);
+        for (size, blocks) in self.idle.iter_mut().rev() {
+            blocks.retain(|block| {
+                let keep = block.epoch == epoch || freed >= bytes;
+                freed += if keep { 0 } else { *size };
+                keep
+            });
+        }
+    }
+}
+
 /// A block of initialised memory.
 struct Block {
     base: *mut u8,
@@ -101,6 +116,9 @@ pub(crate) fn take(len: usize) -> Buffer {
     let epoch = pool.epoch;
     let fitting = pool.idle.range_mut(size..=size + size / 4).find(|(_, blocks)| !blocks.is_empty());
     let block = fitting.and_then(|(_, blocks)| blocks.pop());
+    if block.is_none() {
+        pool.make_room(size);
+    }
     drop(pool);
     let mut block = block.unwrap_or_else(|| Block::new(size));
     block.epoch = epoch;
@@ -170,6 +188,11 @@ mod tests {
         drop(again);
         trim();
         assert_eq!(held(len), 1, "used since the last trim");
+        // Something larger than all that is idle takes the room of what was not used since.
+        drop(take(64 * len));
+        assert_eq!(held(len), 0, "in the way");
+        drop((take(len), take(len + len / 2)));
+        trim();
         trim();
         assert_eq!(held(len), 0, "not used since the last trim");
     }
