@@ -20,6 +20,8 @@ mod rms_norm;
 mod rotary;
 mod seed;
 mod segments;
+#[cfg(test)]
+mod tests;
 
 pub use adamw::{AdamW, AdamWState, Update};
 pub use attention::{

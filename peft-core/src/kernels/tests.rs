@@ -1,0 +1,438 @@
+//! Every operation against the plain composition of burn's operations: values and gradients, on odd shapes.
+
+#![allow(clippy::unwrap_used)]
+
+use super::attention::{AttentionShape, Rotation, Visibility, attention, causal_mask, joint_attention};
+use super::linear::{self, AdaptedLinear, LinearInput, LowRankTerm, adapted_linears};
+use super::*;
+use crate::random::Stream;
+use burn::tensor::{Int, TensorData};
+
+/// Where kernels are tried, in which type, and how far they may be from the composition relative to the largest value.
+fn places() -> Vec<(Device, DType, f32)> {
+    let cpu = (Device::flex(), DType::F32, 2e-5);
+    #[cfg(feature = "cuda")]
+    return vec![cpu, (Device::cuda(0), DType::F32, 2e-4), (Device::cuda(0), DType::BF16, 3e-2)];
+    #[cfg(not(feature = "cuda"))]
+    vec![cpu]
+}
+
+fn random<const D: usize>(name: &str, shape: [usize; D], place: &(Device, DType, f32)) -> Tensor<D> {
+    let mut stream = Stream::new(7, "test", name, &[]);
+    let values: Vec<f32> = (0..shape.iter().product()).map(|_| stream.normal() as f32).collect();
+    Tensor::from_data(TensorData::new(values, shape), (&place.0, place.1))
+}
+
+fn leaf<const D: usize>(tensor: &Tensor<D>) -> Tensor<D> {
+    tensor.clone().autodiff().require_grad()
+}
+
+#[track_caller]
+fn assert_close<const D: usize>(what: &str, found: Tensor<D>, expected: Tensor<D>, limit: f32) {
+    assert_eq!(found.dims(), expected.dims(), "{what}");
+    let found: Vec<f32> = as_dtype(found, DType::F32).try_into_vec_as().unwrap();
+    let expected: Vec<f32> = as_dtype(expected, DType::F32).try_into_vec_as().unwrap();
+    let largest = expected.iter().fold(1e-3f32, |largest, value| largest.max(value.abs()));
+    let apart = found.iter().zip(&expected).fold(0f32, |apart, (f, e)| {
+        let difference = (f - e).abs();
+        if difference.is_nan() { f32::INFINITY } else { apart.max(difference) }
+    });
+    assert!(apart <= limit * largest, "{what}: {apart} of {largest}");
+}
+
+/// Compares a function with its composition: result, and gradients for all inputs.
+fn compare(
+    what: &str,
+    place: &(Device, DType, f32),
+    inputs: &[Tensor<2>],
+    found: impl Fn(Vec<Tensor<2>>) -> Tensor<2>,
+    expected: impl Fn(Vec<Tensor<2>>) -> Tensor<2>,
+) {
+    assert_close(what, found(inputs.to_vec()), expected(inputs.to_vec()), place.2);
+    let run = |function: &dyn Fn(Vec<Tensor<2>>) -> Tensor<2>, fused: bool| {
+        let leaves: Vec<Tensor<2>> = inputs.iter().map(leaf).collect();
+        let y = function(leaves.clone());
+        let dy = random("dy", y.dims(), place);
+        let mut gradients = match fused {
+            true => backward_from(y, dy),
+            false => (y * dy).sum().backward(),
+        };
+        let of_leaf = |leaf: &Tensor<2>| leaf.grad_remove(&mut gradients).unwrap();
+        leaves.iter().map(of_leaf).collect::<Vec<_>>()
+    };
+    for (index, (f, e)) in run(&found, true).into_iter().zip(run(&expected, false)).enumerate() {
+        assert_close(&format!("{what}, gradient of input {index}"), f, e, 4.0 * place.2);
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Front {
+    Plain,
+    Normed,
+    Gated,
+}
+
+/// Outs, ranks and whether there is a bias, of maps that share an input of that width.
+type Maps<'a> = &'a [(usize, usize, bool)];
+
+/// Inputs in the order raw, norm weight, residual, then weight, bias, A, B of each map, what is absent left out.
+fn inputs_of(
+    front: Front,
+    width: usize,
+    maps: Maps,
+    rows: usize,
+    place: &(Device, DType, f32),
+) -> Vec<Tensor<2>> {
+    let raw = if front == Front::Gated { 2 * width } else { width };
+    let mut inputs = vec![random("raw", [rows, raw], place)];
+    if front == Front::Normed {
+        inputs.push(random("norm", [1, width], place));
+    }
+    inputs.push(random("residual", [rows, maps.iter().map(|map| map.0).sum()], place));
+    let factors = (place.0.clone(), DType::F32, place.2);
+    for (index, (out, rank, bias)) in maps.iter().enumerate() {
+        inputs.push(random(&format!("w{index}"), [*out, width], place));
+        if *bias {
+            inputs.push(random(&format!("bias{index}"), [1, *out], place));
+        }
+        if *rank > 0 {
+            inputs.push(random(&format!("a{index}"), [*rank, width], &factors));
+            inputs.push(random(&format!("b{index}"), [*out, *rank], &factors));
+        }
+    }
+    inputs
+}
+
+fn assembled(
+    front: Front,
+    maps: Maps,
+    inputs: Vec<Tensor<2>>,
+) -> (LinearInput, Vec<AdaptedLinear>, Option<Tensor<2>>) {
+    let mut inputs = inputs.into_iter();
+    let mut next = || inputs.next().unwrap();
+    let raw = next();
+    let input = match front {
+        Front::Plain => LinearInput::Plain(raw),
+        Front::Normed => LinearInput::Normed { x: raw, weight: next(), epsilon: 1e-5 },
+        Front::Gated => LinearInput::Gated(raw),
+    };
+    let residual = next();
+    let maps = maps.iter().map(|(_, rank, bias)| AdaptedLinear {
+        weight: next(),
+        bias: bias.then(&mut next),
+        term: (*rank > 0).then(|| LowRankTerm {
+            a: next(),
+            b: next(),
+            bias: None,
+            gain: None,
+            scale: 0.7,
+            mask: None,
+        }),
+    });
+    let maps = maps.collect();
+    (input, maps, Some(residual))
+}
+
+#[test]
+fn joint_linear_maps() {
+    let cases: [(Front, usize, Maps, usize); 5] = [
+        (Front::Plain, 24, &[(17, 3, true)], 5),
+        (Front::Normed, 40, &[(24, 4, false), (8, 0, true), (16, 5, true)], 13),
+        (Front::Normed, 64, &[(48, 8, false), (16, 8, false), (16, 8, false)], 33),
+        (Front::Gated, 33, &[(31, 2, false)], 7),
+        (Front::Plain, 16, &[(12, 0, false), (20, 0, false)], 1),
+    ];
+    for place in &places() {
+        for (front, width, maps, rows) in cases {
+            for recompute in [false, true] {
+                let inputs = inputs_of(front, width, maps, rows, place);
+                let what = format!("{front:?} {width} → {maps:?}, {rows} rows, recompute {recompute}");
+                let fused = |inputs| {
+                    let (input, maps, residual) = assembled(front, maps, inputs);
+                    adapted_linears(input, maps, residual, recompute)
+                };
+                let plain = |inputs| {
+                    let (input, maps, residual) = assembled(front, maps, inputs);
+                    linear::plain(input, maps, residual)
+                };
+                compare(&what, place, &inputs, fused, plain);
+            }
+        }
+    }
+}
+
+#[test]
+fn terms_with_gain_dropout_and_bias() {
+    let (rows, width, out, rank) = (6, 20, 14, 3);
+    for place in &places() {
+        let factors = (place.0.clone(), DType::F32, place.2);
+        let inputs = [
+            random("x", [rows, width], place),
+            random("w", [out, width], place),
+            random("a", [rank, width], &factors),
+            random("b", [out, rank], &factors),
+            random("bias", [1, out], &factors),
+            random("gain", [1, out], &factors),
+        ];
+        for dropped in [false, true] {
+            let maps = |inputs: &[Tensor<2>]| {
+                let mask = random("mask", [rows, width], &factors).greater_elem(0.0).float().mul_scalar(2.0);
+                let term = LowRankTerm {
+                    a: inputs[2].clone(),
+                    b: inputs[3].clone(),
+                    bias: Some(inputs[4].clone()),
+                    gain: Some(inputs[5].clone()),
+                    scale: 1.5,
+                    mask: dropped.then_some(mask),
+                };
+                vec![AdaptedLinear { weight: inputs[1].clone(), bias: None, term: Some(term) }]
+            };
+            let input = |inputs: &[Tensor<2>]| LinearInput::Plain(inputs[0].clone());
+            compare(
+                &format!("dropped {dropped}"),
+                place,
+                &inputs,
+                |inputs| adapted_linears(input(&inputs), maps(&inputs), None, false),
+                |inputs| linear::plain(input(&inputs), maps(&inputs), None),
+            );
+        }
+    }
+}
+
+/// x = [1, 2, 3]; W = 0; A = [[3, 4, 5]], B = [[1], [2]], s = 2: x·Aᵀ = 26, so y = 2·26·[1, 2] + b + residual.
+#[test]
+fn a_low_rank_term_by_hand() {
+    let device = Device::flex();
+    let matrix = |v: Vec<f32>, dims: [usize; 2]| Tensor::<2>::from_data(TensorData::new(v, dims), &device);
+    let map = AdaptedLinear {
+        weight: matrix(vec![0.; 6], [2, 3]),
+        bias: Some(matrix(vec![0.5, -0.5], [1, 2])),
+        term: Some(LowRankTerm {
+            a: matrix(vec![3., 4., 5.], [1, 3]),
+            b: matrix(vec![1., 2.], [2, 1]),
+            bias: None,
+            gain: None,
+            scale: 2.0,
+            mask: None,
+        }),
+    };
+    let residual = Some(matrix(vec![10., 20.], [1, 2]));
+    let x = LinearInput::Plain(matrix(vec![1., 2., 3.], [1, 3]));
+    let y: Vec<f32> = adapted_linears(x, vec![map], residual, false).try_into_vec_as().unwrap();
+    assert_eq!(y, [62.5, 123.5]);
+}
+
+/// W = 1, A = [1 1], B = [1; 2], a bias beside B [0.5, 0.25], s = 2, x = [1, 2]: low = 2·(3·[1, 2] + [0.5, 0.25]).
+#[test]
+fn a_gain_and_a_bias_by_hand() {
+    let device = Device::flex();
+    let matrix = |v: Vec<f32>, dims: [usize; 2]| Tensor::<2>::from_data(TensorData::new(v, dims), &device);
+    let run = |gain: Option<Vec<f32>>, mask: Option<Vec<f32>>| {
+        let map = AdaptedLinear {
+            weight: matrix(vec![1., 0., 0., 1.], [2, 2]),
+            bias: Some(matrix(vec![10., 20.], [1, 2])),
+            term: Some(LowRankTerm {
+                a: matrix(vec![1., 1.], [1, 2]),
+                b: matrix(vec![1., 2.], [2, 1]),
+                bias: Some(matrix(vec![0.5, 0.25], [1, 2])),
+                gain: gain.map(|gain| matrix(gain, [1, 2])),
+                scale: 2.0,
+                mask: mask.map(|mask| matrix(mask, [1, 2])),
+            }),
+        };
+        let x = LinearInput::Plain(matrix(vec![1., 2.], [1, 2]));
+        adapted_linears(x, vec![map], None, false).try_into_vec_as::<f32>().unwrap()
+    };
+    assert_eq!(run(None, None), [18., 34.5]);
+    assert_eq!(run(Some(vec![2., 0.5]), None), [26., 27.25]);
+    // With the mask [2, 0] the input is [2, 0]: low = 2·(2·[1, 2] + [0.5, 0.25]) = [5, 8.5], base [2, 0].
+    assert_eq!(run(Some(vec![2., 0.5]), Some(vec![2., 0.])), [23., 26.25]);
+}
+
+#[test]
+fn norms_and_gates() {
+    for place in &places() {
+        for (rows, columns) in [(1, 8), (7, 33), (5, 64)] {
+            let inputs = [random("x", [rows, columns], place), random("w", [1, columns], place)];
+            let what = format!("{rows} × {columns}");
+            compare(
+                &what,
+                place,
+                &inputs,
+                |inputs| rms_norm(inputs[0].clone(), inputs[1].clone(), 1e-5),
+                |inputs| super::rms_norm::plain(inputs[0].clone(), inputs[1].clone(), 1e-5),
+            );
+            let inputs = [random("gate up", [rows, 2 * columns], place)];
+            compare(
+                &what,
+                place,
+                &inputs,
+                |inputs| silu_gate(inputs[0].clone()),
+                |inputs| {
+                    let (gate, up) = super::gated::split_gate(inputs[0].clone());
+                    super::gated::plain(gate, up)
+                },
+            );
+        }
+    }
+}
+
+/// Attention within each segment, one after another, as a composition.
+fn plain_attention(
+    shape: &AttentionShape,
+    qkv: Tensor<2>,
+    rotation: Option<&Rotation>,
+    norms: Option<&(Tensor<2>, Tensor<2>)>,
+    segments: &[std::ops::Range<usize>],
+) -> Tensor<2> {
+    let AttentionShape { heads, kv_heads, head_dim, window, epsilon } = *shape;
+    let attend = |segment: &std::ops::Range<usize>| {
+        let time = segment.len();
+        let part = |first: usize, count: usize, norm: Option<&Tensor<2>>, turns: bool| {
+            let part =
+                qkv.clone().narrow(0, segment.start, time).narrow(1, first * head_dim, count * head_dim);
+            let part = match norm {
+                Some(weight) => {
+                    let rows = part.reshape([time * count, head_dim]);
+                    super::rms_norm::plain(rows, weight.clone(), epsilon)
+                }
+                None => part,
+            };
+            let part = part.reshape([1, time, count, head_dim]).swap_dims(1, 2);
+            let table = |table: &Tensor<2>| {
+                table.clone().narrow(0, segment.start, time).reshape([1, 1, time, head_dim / 2])
+            };
+            match rotation.filter(|_| turns) {
+                Some(rotation) => rotate(part, table(&rotation.cos), table(&rotation.sin)),
+                None => part,
+            }
+        };
+        let (q_norm, k_norm) = norms.map(|(q, k)| (q, k)).unzip();
+        let q = part(0, heads, q_norm, true);
+        let k = part(heads, kv_heads, k_norm, true);
+        let v = part(heads + kv_heads, kv_heads, None, false);
+        let mask = causal_mask(time, time, window, &qkv.device().without_autodiff());
+        attention(q, k, v, mask).swap_dims(1, 2).reshape([time, heads * head_dim])
+    };
+    Tensor::cat(segments.iter().map(attend).collect(), 0)
+}
+
+#[test]
+fn attention_within_segments() {
+    let shape = |heads, kv_heads, head_dim, window| AttentionShape {
+        heads,
+        kv_heads,
+        head_dim,
+        window,
+        epsilon: 1e-6,
+    };
+    let cases: [(AttentionShape, &[usize]); 5] = [
+        (shape(2, 2, 16, None), &[9]),
+        (shape(4, 2, 32, None), &[1, 17, 40, 3]),
+        (shape(6, 2, 16, Some(4)), &[33, 12]),
+        (shape(3, 1, 48, Some(1)), &[20]),
+        (shape(4, 1, 64, None), &[70, 130]),
+    ];
+    for place in &places() {
+        for (shape, lengths) in &cases {
+            if !attends_jointly(shape, &place.0, place.1) {
+                continue;
+            }
+            let mut start = 0;
+            let segments: Vec<_> = lengths
+                .iter()
+                .map(|length| {
+                    start += length;
+                    start - length..start
+                })
+                .collect();
+            let tables = (place.0.clone(), DType::F32, place.2);
+            let angles = random("angles", [start, shape.head_dim / 2], &tables);
+            let rotation = Rotation { cos: angles.clone().cos(), sin: angles.sin() };
+            let visibility = Visibility::new(&segments, start, &place.0);
+            let norms =
+                (random("q norm", [1, shape.head_dim], place), random("k norm", [1, shape.head_dim], place));
+            let qkv = [random("qkv", [start, shape.columns()], place)];
+            for (turns, normed) in [(true, false), (false, false), (true, true)] {
+                let (rotation, norms) = (turns.then_some(&rotation), normed.then_some(&norms));
+                compare(
+                    &format!("{shape:?}, {lengths:?}, turns {turns}, normed {normed}"),
+                    place,
+                    &qkv,
+                    |qkv| joint_attention(shape, qkv[0].clone(), rotation, norms.cloned(), &visibility),
+                    |qkv| plain_attention(shape, qkv[0].clone(), rotation, norms, &segments),
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn losses_of_logits_and_of_hidden_states() {
+    for place in &places() {
+        for (rows, hidden, vocab) in [(1, 8, 11), (9, 16, 50), (37, 24, 700)] {
+            let device = &place.0;
+            let (x, weight) = (random("x", [rows, hidden], place), random("w", [vocab, hidden], place));
+            let mut stream = Stream::new(1, "targets", "", &[]);
+            let targets: Vec<i64> = (0..rows).map(|_| stream.below(vocab as u64) as i64).collect();
+            let targets = Tensor::<1, Int>::from_data(TensorData::new(targets, [rows]), device);
+            let logits = || x.clone().matmul(weight.clone().transpose());
+            let what = format!("{rows} × {hidden} × {vocab}");
+            let check = |found: CrossEntropy, expected: CrossEntropy| {
+                assert_close(&what, found.loss_sum, expected.loss_sum, place.2);
+                assert_eq!(
+                    found.correct.into_scalar::<i64>(),
+                    expected.correct.into_scalar::<i64>(),
+                    "{what}"
+                );
+                match (found.gradient, expected.gradient) {
+                    (Some(found), Some(expected)) => assert_close(&what, found, expected, 4.0 * place.2),
+                    (found, expected) => assert!(found.is_none() && expected.is_none()),
+                }
+            };
+            for scale in [None, Some(0.3)] {
+                let plain = || super::cross_entropy::plain(logits(), targets.clone(), scale);
+                check(cross_entropy(logits(), targets.clone(), scale), plain());
+                for chunk in [4, rows] {
+                    let mut expected = plain();
+                    expected.gradient = expected.gradient.map(|gradient| gradient.matmul(weight.clone()));
+                    check(head_loss(x.clone(), weight.clone(), targets.clone(), chunk, scale), expected);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn updates_of_many_parameters() {
+    for (device, _, limit) in places() {
+        let place = (device, DType::F32, limit);
+        let optimizer = AdamW { beta_1: 0.9, beta_2: 0.99, epsilon: 1e-8, weight_decay: 0.1 };
+        let updates = || -> Vec<Update<Tensor<2>>> {
+            (0..70)
+                .map(|index| {
+                    let shape = [1 + index % 7, 3 + 131 * (index % 5)];
+                    let tensor = |what: &str| random(&format!("{what}{index}"), shape, &place);
+                    Update {
+                        parameter: tensor("p"),
+                        gradient: tensor("g"),
+                        moment_1: tensor("m"),
+                        moment_2: tensor("v").square(),
+                        rate: 0.01 * (1 + index % 3) as f64,
+                        time: 1 + (index % 2) as i64,
+                    }
+                })
+                .collect()
+        };
+        let squares = sum_of_squares(updates().into_iter().map(|update| update.gradient).collect());
+        let one_by_one = updates().into_iter().map(|update| update.gradient.square().sum());
+        let expected = one_by_one.reduce(|sum, square| sum + square).unwrap();
+        assert_close("squares", squares.unwrap(), expected, 1e-5);
+        let expected = updates().into_iter().map(|update| optimizer.update(update));
+        for (found, expected) in optimizer.update_all(updates()).into_iter().zip(expected) {
+            for (found, expected) in found.into_iter().zip(expected) {
+                assert_close("update", found, expected, 1e-5);
+            }
+        }
+    }
+}
