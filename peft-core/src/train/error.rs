@@ -10,6 +10,14 @@ pub enum TrainError {
     /// No parameter trains.
     #[error("nothing to train: the method selected no parameter")]
     NothingToTrain,
+    /// The device did not do what it was asked.
+    #[error("step {step}: {message}; stopped, earlier checkpoints stand as they are")]
+    Device {
+        /// The step.
+        step: u64,
+        /// What it said.
+        message: String,
+    },
     /// The loss or the gradient is not finite.
     #[error("step {step}: {what} is {value}; stopped, {saved}")]
     NonFinite {
@@ -75,9 +83,10 @@ impl TrainError {
     /// Whether the user's files or recipe are wrong (exit code 2).
     pub fn is_bad_input(&self) -> bool {
         match self {
-            TrainError::NonFinite { .. } | TrainError::NonFiniteParameter { .. } | TrainError::Io { .. } => {
-                false
-            }
+            TrainError::Device { .. }
+            | TrainError::NonFinite { .. }
+            | TrainError::NonFiniteParameter { .. }
+            | TrainError::Io { .. } => false,
             TrainError::Checkpoint(error) => error.is_bad_input(),
             TrainError::Adapter(error) => error.is_bad_input(),
             _ => true,

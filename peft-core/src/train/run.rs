@@ -13,7 +13,7 @@ use super::state;
 use super::step::{StepGradients, accumulate, global_norm};
 use super::trainer::{Observer, Outcome, RunSummary, Stopped, Trainer};
 use crate::data::{Batch, Epoch, Epochs, Example, Rows, collate, collate_packs};
-use crate::kernels::trim_memory;
+use crate::kernels::{fault, trim_memory};
 use crate::projection::DropoutKey;
 use serde::Serialize;
 use std::collections::BTreeMap;
@@ -170,6 +170,10 @@ impl<'r, 'a> Run<'r, 'a> {
         let sums = std::mem::take(&mut self.sums);
         let loss = sums.loss_sum * scale;
         let grad_norm = global_norm(&sums.gradients);
+        // Reading the norm has waited for the device: what went wrong in this step is known now.
+        if let Some(message) = fault() {
+            return Err(TrainError::Device { step: step + 1, message }.into());
+        }
         for (what, value) in [("loss", loss), ("gradient norm", grad_norm)] {
             if !value.is_finite() {
                 return Err(self.not_finite(what, value).into());
