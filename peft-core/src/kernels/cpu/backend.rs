@@ -41,6 +41,12 @@ fn count(value: usize) -> FlexTensor {
     FlexTensor::new(value, Layout::contiguous(shape), DType::I32)
 }
 
+/// The tensor with its values row after row. Given away whole, it may be written over in place if nobody else holds it; a
+/// handle kept beside it would make that a copy.
+fn rows_of(tensor: FlexTensor) -> FlexTensor {
+    tensor.to_contiguous()
+}
+
 /// A tensor whose values lie row after row.
 struct Values(FlexTensor);
 
@@ -263,7 +269,7 @@ impl Kernels for Flex {
         let mut results = Vec::with_capacity(updates.len());
         let mut steps = Vec::with_capacity(updates.len());
         for update in updates {
-            results.push([update.parameter, update.moment_1, update.moment_2].map(|t| t.to_contiguous()));
+            results.push([update.parameter, update.moment_1, update.moment_2].map(rows_of));
             steps.push((Values::of(&update.gradient), update.rate, update.time));
         }
         let mut parameters: Vec<(i64, adamw::Parameter)> = results
@@ -308,7 +314,7 @@ impl Kernels for Flex {
         gradient_scale: Option<f32>,
     ) -> CrossEntropyParts<Self> {
         let columns = dims(&logits).1;
-        let mut logits = logits.to_contiguous();
+        let mut logits = rows_of(logits);
         let scale = gradient_scale.unwrap_or(0.0);
         let score = cross_entropy::cross_entropy(logits.storage_mut(), &integers(targets), columns, scale);
         scored(score, gradient_scale.map(|_| logits))

@@ -88,11 +88,6 @@ impl Arguments {
         self.words(&[u64::from(value as u32)])
     }
 
-    /// A `long long`.
-    pub fn long(self, value: usize) -> Self {
-        self.words(&[value as u64])
-    }
-
     /// A `float`.
     pub fn float(self, value: f32) -> Self {
         self.words(&[u64::from(value.to_bits())])
