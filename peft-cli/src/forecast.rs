@@ -1,7 +1,7 @@
 //! What a recipe's run will be, before it runs: what trains, how many steps, how much memory.
 
 use crate::error::CliError;
-use crate::recipe::{Checkpointing, MethodBlock, Recipe};
+use crate::recipe::{Checkpointing, Recipe};
 use burn::tensor::Device;
 use peft_core::checkpoint::Headers;
 use peft_core::data::{Epochs, Example};
@@ -13,7 +13,6 @@ use peft_core::train::plan::{
 use peft_core::train::{
     DeviceMemory, GradientCheckpointing, MethodPlan, TrainConfig, device_memory, resident_bytes,
 };
-use peft_methods::{Full, Lora};
 use std::path::Path;
 
 /// Values that AdamW keeps of each trained one.
@@ -48,14 +47,10 @@ pub fn method_plan(
     model: &ModelConfig,
     base: &Headers,
 ) -> Result<MethodPlan, CliError> {
-    match &recipe.method {
-        MethodBlock::Lora(config) => {
-            let lora = Lora::new(config.as_ref().clone(), &recipe.base_model, recipe.revision.clone(), None);
-            let lora = lora.map_err(|message| CliError::method(path, &message))?;
-            Ok(lora.plan(model)?)
-        }
-        MethodBlock::Full => Ok(Full::plan(model, base)?),
-    }
+    let block = &recipe.method.block;
+    let starts_from_adapter = recipe.adapter_name_or_path.is_some();
+    block.check(starts_from_adapter).map_err(|message| CliError::method(path, &message))?;
+    Ok(block.plan(model, base)?)
 }
 
 impl Forecast {

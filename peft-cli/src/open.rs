@@ -3,10 +3,11 @@
 use crate::error::CliError;
 use crate::render;
 use burn::tensor::Device;
-use peft_core::adapter::Adapter;
+use peft_core::adapter::SavedAdapter;
 use peft_core::checkpoint::{Checkpoint, HubOptions, resolve_with_progress};
 use peft_core::model::{ComputeType, Decoder, load};
 use peft_core::text::Tokenizer;
+use peft_methods::open_adapter;
 use std::path::PathBuf;
 
 /// A base as it lies on disk.
@@ -40,9 +41,9 @@ pub fn base(name: &str, hub: &HubOptions) -> Result<Base, CliError> {
 }
 
 /// Opens an adapter by folder or hub id. The revision of the base is not the adapter's.
-pub fn adapter(name: &str, offline: bool) -> Result<Adapter, CliError> {
-    let adapter = Adapter::open(&folder(name, &hub(None, offline))?)?;
-    for warning in &adapter.warnings {
+pub fn adapter(name: &str, offline: bool) -> Result<Box<dyn SavedAdapter>, CliError> {
+    let adapter = open_adapter(&folder(name, &hub(None, offline))?)?;
+    for warning in &adapter.folder().warnings {
         render::warning(warning);
     }
     Ok(adapter)
@@ -59,6 +60,7 @@ pub fn model(
     let adapter = adapter_name.map(|name| adapter(name, offline)).transpose()?;
     let mut model = load(&base.checkpoint, device, compute)?;
     if let Some(adapter) = adapter {
+        adapter.require_base(&base.checkpoint)?;
         adapter.attach(&mut model)?;
     }
     Ok(model)

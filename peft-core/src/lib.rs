@@ -15,6 +15,7 @@ pub mod model;
 pub mod nearest;
 pub mod projection;
 pub mod random;
+pub mod strict;
 pub mod text;
 pub mod train;
 

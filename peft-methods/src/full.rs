@@ -1,11 +1,61 @@
 //! Full-parameter training: every weight of the model trains, and the result is a checkpoint.
 
+use crate::registry::{Block, Kind, RunContext, Scaffold};
 use peft_core::adapter::{Rewrite, RewriteOptions, rewrite_into};
 use peft_core::checkpoint::{Checkpoint, CheckpointError, Headers, LazyTensor, safetensors_bytes};
 use peft_core::model::{Decoder, ModelConfig};
 use peft_core::train::{Method, MethodPlan, PlannedParameter, Preparation, TrainError};
+use serde_json::{Map, Value};
 use std::collections::BTreeMap;
 use std::path::Path;
+
+/// Full-parameter training as recipes name it.
+pub static FULL: Kind = Kind {
+    name: "full",
+    title: "full-parameter training",
+    about: "every weight",
+    parse: |keys| match keys.as_object().and_then(|keys| keys.keys().next()) {
+        None => Ok(Box::new(FullBlock)),
+        Some(key) => Err(format!("method full has no key `{key}`")),
+    },
+    file: None,
+    in_peft: false,
+    scaffolds: &[Scaffold {
+        name: "full",
+        about: "every weight",
+        keys: &[],
+        learning_rates: ("2e-5", "1e-3"),
+    }],
+};
+
+/// The block of a recipe, which has no keys.
+#[derive(Debug, Clone)]
+struct FullBlock;
+
+impl Block for FullBlock {
+    fn keys(&self) -> Map<String, Value> {
+        Map::new()
+    }
+
+    fn check(&self, starts_from_adapter: bool) -> Result<(), String> {
+        match starts_from_adapter {
+            true => Err("full has no adapter to start from; remove adapter_name_or_path".to_string()),
+            false => Ok(()),
+        }
+    }
+
+    fn plan(&self, model: &ModelConfig, base: &Headers) -> peft_core::Result<MethodPlan> {
+        Ok(Full::plan(model, base)?)
+    }
+
+    fn method(&self, run: &RunContext) -> peft_core::Result<Box<dyn Method>> {
+        Ok(Box::new(Full { base: Checkpoint::open(run.base.dir())? }))
+    }
+
+    fn boxed(&self) -> Box<dyn Block> {
+        Box::new(self.clone())
+    }
+}
 
 /// Trains all of the checkpoint's weights.
 pub struct Full {
@@ -41,7 +91,7 @@ impl Method for Full {
         "model"
     }
 
-    fn prepare(&self, model: &mut Decoder, _preparation: &Preparation) -> peft_core::Result<()> {
+    fn prepare(&mut self, model: &mut Decoder, _preparation: &Preparation) -> peft_core::Result<()> {
         for parameter in model.parameters_mut() {
             parameter.set_trainable();
         }

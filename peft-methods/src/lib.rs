@@ -3,6 +3,10 @@
 
 mod full;
 mod lora;
+mod registry;
 
 pub use full::Full;
 pub use lora::{Lora, LoraBlock, init};
+pub use registry::{
+    Block, Kind, METHODS, MethodBlock, RunContext, Scaffold, ScaffoldKey, file_formats, open_adapter,
+};

@@ -2,7 +2,7 @@
 //! configuration and the same tensors when written again, and the same logits once folded.
 
 use crate::families::{integers, open, relative_difference};
-use peft_core::adapter::{Adapter, AdapterConfig, RewriteOptions, fold, save};
+use peft_core::adapter::{Adapter, AdapterConfig, RewriteOptions, SavedAdapter, fold, save};
 use peft_core::checkpoint::{Checkpoint, SafetensorsFile};
 use peft_tests::golden;
 use std::path::PathBuf;

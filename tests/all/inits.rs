@@ -6,7 +6,7 @@ use crate::program::{BASE, losses};
 use burn::tensor::{Device, Tensor, TensorData};
 use peft_core::adapter::{
     Adapter, AdapterConfig, CordaMethod, GradientDirection, GradientScale, InitialFactors, LoraGaConfig,
-    RewriteOptions, fold, olora, pissa, save,
+    RewriteOptions, SavedAdapter, fold, olora, pissa, save,
 };
 use peft_core::checkpoint::{Checkpoint, SafetensorsFile};
 use peft_core::data::{DatasetConfig, DatasetType, Example, LoadOptions};
@@ -200,7 +200,7 @@ fn initialised(method: Value, compute: ComputeType, resume: Option<&Path>) -> (D
     let mut model = load(&checkpoint, &Device::flex(), compute).unwrap();
     let mut keys = json!({"r": 4, "lora_alpha": 8, "target_modules": "all-linear"});
     keys.as_object_mut().unwrap().extend(method.as_object().unwrap().clone());
-    let lora = Lora::new(serde_json::from_value(keys).unwrap(), BASE, None, None).unwrap();
+    let mut lora = Lora::new(serde_json::from_value(keys).unwrap(), BASE, None, None).unwrap();
     let preparation = Preparation {
         seed: 3,
         examples: &examples(60),

@@ -3,7 +3,7 @@
 
 use crate::families::{integers, open, relative_difference};
 use crate::program::{BASE, metrics};
-use peft_core::adapter::Adapter;
+use peft_core::adapter::{Adapter, SavedAdapter};
 use peft_core::checkpoint::SafetensorsFile;
 use peft_tests::{golden, peft_ok, root};
 use serde_json::Value;

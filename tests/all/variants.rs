@@ -2,15 +2,15 @@
 //! (`tests/golden/make_variants.py`).
 
 use crate::families::{integers, open, relative_difference};
-use peft_core::adapter::{Adapter, RewriteOptions, fold};
+use peft_core::adapter::{Adapter, RewriteOptions, SavedAdapter, fold};
 use peft_core::checkpoint::{Checkpoint, SafetensorsFile};
 use peft_core::data::{Example, collate};
 use peft_core::kernels::AdamW;
 use peft_core::model::Decoder;
 use peft_core::projection::DropoutKey;
 use peft_core::train::{
-    GradientCheckpointing, ManyOptimizer, Method, NamedOptimizer, Preparation, StepGradients, StepSettings,
-    accumulate, update_parameters,
+    GradientCheckpointing, ManyOptimizer, Method, NamedOptimizer, Preparation, Progress, StepGradients,
+    StepSettings, accumulate, update_parameters,
 };
 use peft_methods::Lora;
 use peft_tests::golden;
@@ -40,16 +40,16 @@ fn train(dir: &Path) -> (PathBuf, Lora, Decoder, Vec<f64>) {
     let base = golden(json["base"].as_str().unwrap());
     let block: peft_methods::LoraBlock = serde_json::from_value(json["method"].clone()).unwrap();
     let epsilon = if json["method"]["lora_fa"].is_boolean() { 1e-12 } else { 1e-8 };
-    let method = Lora::new(block, "base", None, Some(dir.join("initial"))).unwrap();
+    let mut method = Lora::new(block, "base", None, Some(dir.join("initial"))).unwrap();
     let mut model = open(&base);
     let preparation = Preparation { seed: 0, examples: &[], micro_batch_size: 2, step: STEP, resume: None };
     method.prepare(&mut model, &preparation).unwrap();
     let adamw = AdamW { beta_1: 0.9, beta_2: 0.999, epsilon, weight_decay: 0.0 };
-    let losses = steps(&mut model, &method, adamw);
+    let losses = steps(&mut model, &mut method, adamw);
     (base, method, model, losses)
 }
 
-fn steps(model: &mut Decoder, method: &dyn Method, optimizer: impl ManyOptimizer + 'static) -> Vec<f64> {
+fn steps(model: &mut Decoder, method: &mut dyn Method, optimizer: impl ManyOptimizer + 'static) -> Vec<f64> {
     let mut optimizer = NamedOptimizer::new(optimizer);
     let mut losses = Vec::new();
     for (step, examples) in batches().iter().enumerate() {
@@ -60,7 +60,8 @@ fn steps(model: &mut Decoder, method: &dyn Method, optimizer: impl ManyOptimizer
         accumulate(model, &batch, scale, key, STEP, &mut sums);
         losses.push(sums.loss_sum * scale);
         let mut gradients: BTreeMap<_, _> = sums.gradients;
-        method.before_update(model, &mut gradients);
+        let progress = Progress { step: step as u64, total_steps: 20 };
+        method.before_update(model, &mut gradients, progress);
         update_parameters(model, &mut optimizer, gradients, |name| method.peak_rate(name, RATE));
     }
     losses

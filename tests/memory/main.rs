@@ -148,7 +148,7 @@ fn a_tokens_bytes_are_few_and_a_steps_bytes_are_predicted() {
         r#"{"r": 8, "use_dora": true, "target_modules": "all-linear"}"#,
     ] {
         let mut model = load(&checkpoint, &Device::flex(), ComputeType::F32).unwrap();
-        let lora = Lora::new(serde_json::from_str(method).unwrap(), "base", None, None).unwrap();
+        let mut lora = Lora::new(serde_json::from_str(method).unwrap(), "base", None, None).unwrap();
         lora.prepare(&mut model, &PREPARATION).unwrap();
         let plan = lora.plan(&model.config).unwrap();
         let trained: Vec<String> =

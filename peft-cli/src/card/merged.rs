@@ -1,28 +1,42 @@
 //! The card of a checkpoint that an adapter was folded into.
 
-use super::page::{Named, front_matter, lora_tags, method_rows, table};
+use super::page::{Named, front_matter, method_rows, method_tags, table};
 use super::trained::checkpoint_use;
 use crate::card::page::code;
-use peft_core::adapter::{AdapterConfig, FoldReport};
+use peft_core::adapter::FoldReport;
 use peft_core::checkpoint::Dtype;
+use peft_methods::METHODS;
 use serde_json::{Map, Value};
+
+/// Keys of an adapter's configuration that say nothing of the method.
+const OF_THE_FILE: [&str; 8] = [
+    "base_model_name_or_path",
+    "inference_mode",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "revision",
+    "task_type",
+];
 
 /// The card's text. `base` and `adapter` are as the command line names them.
 pub fn merged(
     (base, revision): (&str, Option<&str>),
-    (adapter, config): (&str, &AdapterConfig),
+    (adapter, config): (&str, &Map<String, Value>),
     dtype: Option<Dtype>,
     report: &FoldReport,
 ) -> String {
     let (base, adapter) = (Named::new(base, revision), Named::new(adapter, None));
-    let block = match serde_json::to_value(&config.lora) {
-        Ok(Value::Object(block)) => block,
-        _ => Map::new(),
-    };
-    let mut tags = lora_tags(&block);
+    let mut block = config.clone();
+    block.retain(|key, _| !OF_THE_FILE.contains(&key.as_str()));
+    let peft_type = config.get("peft_type").and_then(Value::as_str);
+    let kind = METHODS.iter().find(|kind| kind.file.is_some_and(|file| Some(file.peft_type) == peft_type));
+    let (name, title) = kind.map_or(("adapter", "an adapter"), |kind| (kind.name, kind.title));
+    let mut tags = method_tags(name, &block);
     tags.push("merge");
     let mut out = front_matter(&base, "merge", "transformers", &tags);
-    out.push_str(&format!("# {} with a LoRA folded in\n\n", code(&base.shown)));
+    out.push_str(&format!("# {} with {title} folded in\n\n", code(&base.shown)));
     out.push_str(&format!("An ordinary checkpoint, made with `peft merge` {}.\n", env!("CARGO_PKG_VERSION")));
     out.push_str("\n## How it was made\n\n");
     let row = |name: &str, value: String| vec![name.to_string(), value];

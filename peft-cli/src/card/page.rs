@@ -111,12 +111,12 @@ pub fn method_rows(block: &Map<String, Value>) -> Vec<Vec<String>> {
     kept.map(|(key, value)| vec![code(key), shown(value)]).collect()
 }
 
-/// Tags of a LoRA, finest last.
-pub fn lora_tags(block: &Map<String, Value>) -> Vec<&'static str> {
+/// Tags of the method `name`, finest last.
+pub fn method_tags<'a>(name: &'a str, block: &Map<String, Value>) -> Vec<&'a str> {
     let on = |key: &str| block.get(key) == Some(&Value::Bool(true));
     let kinds = [("use_rslora", "rslora"), ("use_dora", "dora")];
     let kinds = kinds.into_iter().filter(|(key, _)| on(key)).map(|(_, tag)| tag);
-    std::iter::once("lora").chain(kinds).collect()
+    std::iter::once(name).chain(kinds).collect()
 }
 
 /// The fenced code.
@@ -180,6 +180,6 @@ mod tests {
             method_rows(block),
             [["`r`", "`8`"], ["`use_dora`", "`true`"], ["`target_modules`", "`[\"q¦k\"]`"]]
         );
-        assert_eq!(lora_tags(block), ["lora", "dora"]);
+        assert_eq!(method_tags("lora", block), ["lora", "dora"]);
     }
 }

@@ -1,7 +1,7 @@
 //! The card of what a training run made.
 
-use super::page::{Named, code, fence, front_matter, lora_tags, method_rows, table};
-use crate::recipe::{MethodBlock, Recipe};
+use super::page::{Named, code, fence, front_matter, method_rows, method_tags, table};
+use crate::recipe::Recipe;
 use crate::render::count;
 use peft_core::data::{DataFile, Report};
 use peft_core::train::{EvalMetrics, RunSummary};
@@ -34,19 +34,20 @@ pub fn trained(run: &Trained<'_>) -> String {
         Ok(Value::Object(block)) => block,
         _ => Map::new(),
     };
-    let adapter = matches!(recipe.method, MethodBlock::Lora(_));
-    let mut out = match adapter {
-        true => front_matter(&base, "adapter", "peft", &lora_tags(&block)),
-        false => front_matter(&base, "finetune", "transformers", &["full"]),
+    let kind = recipe.method.kind;
+    let (adapter, tags) = (kind.file.is_some(), method_tags(kind.name, &block));
+    let (relation, library, what) = match adapter {
+        true => ("adapter", "peft", format!("{} adapter for", kind.title)),
+        false => ("finetune", "transformers", "Fine-tuned".to_string()),
     };
-    let what = if adapter { "LoRA adapter for" } else { "Fine-tuned" };
+    let mut out = front_matter(&base, relation, library, &tags);
     out.push_str(&format!("# {what} {}\n\n", code(&base.shown)));
     out.push_str(&format!("Trained with peft {}.\n\n## Results\n\n", env!("CARGO_PKG_VERSION")));
     out.push_str(&results(run));
     out.push_str("\n## How it was made\n\n");
     out.push_str(&table(&["", ""], &facts(run, &base, &block)));
     out.push_str("\n## How to use it\n\n");
-    out.push_str(&if adapter { adapter_use(&base) } else { checkpoint_use() });
+    out.push_str(&if adapter { adapter_use(&base, kind.in_peft) } else { checkpoint_use() });
     out.push_str("\n## Limits\n\n");
     if adapter {
         out.push_str("- It works on the base it was trained on, and on no other model.\n");
@@ -157,7 +158,7 @@ fn plain(value: &impl serde::Serialize) -> String {
     }
 }
 
-fn adapter_use(base: &Named) -> String {
+fn adapter_use(base: &Named, in_peft: bool) -> String {
     let python = format!(
         r#"from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -174,7 +175,12 @@ model = PeftModel.from_pretrained(model, "path/to/this/folder")"#,
         "peft generate {flags} --adapter path/to/this/folder --prompt '…'\n\
          peft merge {flags} --adapter path/to/this/folder --output merged"
     );
-    format!("In Python:\n\n{}\nWith peft alone:\n\n{}", fence("python", &python), fence("sh", &shell))
+    match in_peft {
+        true => {
+            format!("In Python:\n\n{}\nWith peft alone:\n\n{}", fence("python", &python), fence("sh", &shell))
+        }
+        false => fence("sh", &shell),
+    }
 }
 
 /// How a whole checkpoint is used.

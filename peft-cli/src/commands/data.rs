@@ -34,7 +34,7 @@ pub fn config(path: &Path, args: &DataArgs) -> Result<DatasetConfig, CliError> {
         let value = serde_saphyr::from_str(text).unwrap_or_else(|_| text.into());
         map.insert(key.to_string(), value);
     }
-    crate::recipe::parse_strict(&map.into()).map_err(|message| CliError::flag("--data", message))
+    peft_core::strict::parse(&map.into()).map_err(|message| CliError::flag("--data", message))
 }
 
 /// How its records become examples.

@@ -4,10 +4,11 @@ use super::data;
 use crate::args::InspectArgs;
 use crate::error::CliError;
 use crate::{open, render};
-use peft_core::adapter::{Adapter, is_empty};
+use peft_core::adapter::{AdapterFolder, is_empty};
 use peft_core::checkpoint::{Checkpoint, Dtype, SafetensorsFile, TensorRef};
 use peft_core::data::{DatasetConfig, load, records::read};
 use peft_core::model::ModelConfig;
+use peft_methods::open_adapter;
 use serde_json::{Map, Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -105,11 +106,10 @@ fn checkpoint(args: &InspectArgs, dir: &Path) -> Result<(), CliError> {
 }
 
 fn adapter(args: &InspectArgs, dir: &Path) -> Result<(), CliError> {
-    let adapter = Adapter::open(dir)?;
-    let file = adapter.file();
+    let adapter = open_adapter(dir)?;
+    let AdapterFolder { file, config, warnings, .. } = adapter.folder();
     let tensors = file.names().map(|name| file.tensor(name)).collect::<Result<Vec<_>, _>>()?;
     let by_type = summary(tensors.iter().copied());
-    let config = adapter.config.to_json();
     if args.json {
         let types = by_type_json(&by_type);
         println!(
@@ -126,7 +126,7 @@ fn adapter(args: &InspectArgs, dir: &Path) -> Result<(), CliError> {
     print!("{}", render::table(&tensor_rows(tensors.iter().copied())));
     println!();
     print!("{}", render::table(&by_type_rows(&by_type)));
-    for warning in &adapter.warnings {
+    for warning in warnings {
         render::warning(warning);
     }
     Ok(())

@@ -5,7 +5,7 @@ use crate::args::{MergeArgs, MergeCheckArgs};
 use crate::error::CliError;
 use crate::{card, open, prompts, render};
 use peft_core::adapter::{
-    Adapter, Drift, FoldCheck, FoldReport, MergeRecord, RewriteOptions, Rounding, available_memory,
+    Drift, FoldCheck, FoldReport, MergeRecord, RewriteOptions, Rounding, SavedAdapter, available_memory,
     check_bytes, check_fold, default_max_drift, fold_into, keep_original,
 };
 use peft_core::checkpoint::{Checkpoint, Dtype, StagedDir};
@@ -48,7 +48,8 @@ pub fn run(args: MergeArgs) -> Result<(), CliError> {
     };
 
     let staged = StagedDir::new(&args.output)?;
-    let report = fold_into(&base, &adapter, staged.path(), &RewriteOptions { dtype, max_shard_size })?;
+    let report =
+        fold_into(&base, adapter.as_ref(), staged.path(), &RewriteOptions { dtype, max_shard_size })?;
     let folded = Checkpoint::open(staged.path())?;
     if args.keep_original {
         keep_original(&base, &folded)?;
@@ -57,15 +58,16 @@ pub fn run(args: MergeArgs) -> Result<(), CliError> {
     let coarsest = coarsest(&folded, &report.changed)?;
     drop(folded);
     let check = match ids {
-        Some(ids) => verify(&args.check, &base, &adapter, staged.path(), &ids, coarsest)?,
+        Some(ids) => verify(&args.check, &base, adapter.as_ref(), staged.path(), &ids, coarsest)?,
         None => None,
     };
     let verification = check.as_ref().map_or(Value::Null, to_json);
-    MergeRecord::new(&base, &adapter, report.changed.clone(), verification.clone())?.write(staged.path())?;
+    let record = MergeRecord::new(&base, adapter.as_ref(), report.changed.clone(), verification.clone())?;
+    record.write(staged.path())?;
     // In place of the base's own card, which was carried over with its other files.
     let text = card::merged(
         (base_model, args.revision.as_deref()),
-        (&args.adapter, &adapter.config),
+        (&args.adapter, &adapter.folder().config),
         dtype,
         &report,
     );
@@ -101,7 +103,7 @@ pub fn run(args: MergeArgs) -> Result<(), CliError> {
 fn verify(
     args: &MergeCheckArgs,
     base: &Checkpoint,
-    adapter: &Adapter,
+    adapter: &dyn SavedAdapter,
     dir: &Path,
     ids: &[Vec<u32>],
     coarsest: Dtype,

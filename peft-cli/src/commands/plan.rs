@@ -181,7 +181,7 @@ pub fn run(args: PlanArgs) -> Result<(), CliError> {
     let (modules, excluded) = modules(&method);
     let report = Report {
         base: base_report(&recipe, &model, &base, compute),
-        method: recipe.method.name(),
+        method: recipe.method.kind.name,
         modules,
         excluded,
         trainable_parameters: method.parameters.iter().filter(|p| p.trainable).map(|p| p.shape.numel()).sum(),
@@ -377,7 +377,7 @@ fn measure(
 ) -> Result<Calibration, CliError> {
     eprintln!("calibrating: loading the weights of {} for a few real steps", recipe.base_model);
     let base = open::base(&recipe.base_model, hub)?;
-    let method = train::method(recipe, &args.recipe, &base.checkpoint, args.offline)?;
+    let mut method = train::method(recipe, &args.recipe, &base.checkpoint, args.offline)?;
     let mut model = peft_core::model::load(&base.checkpoint, device, compute)?;
     let preparation = Preparation {
         seed: recipe.seed,

@@ -3,12 +3,13 @@
 use crate::args::PushArgs;
 use crate::error::CliError;
 use crate::{open, render};
-use peft_core::adapter::{Adapter, AdapterError};
+use peft_core::adapter::{AdapterError, AdapterFolder};
 use peft_core::checkpoint::{
     ADAPTER_CONFIG_FILE, CONFIG_FILE, Checkpoint, PushFile, PushRequest, PushSource, Selection, TensorRef,
     check_target, push, select_files,
 };
 use peft_core::model::ModelConfig;
+use peft_methods::open_adapter;
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -94,12 +95,12 @@ pub fn run(args: PushArgs) -> Result<(), CliError> {
 /// Opens what is to be uploaded as strictly as it is used, and looks at every value. Returns what it is.
 fn check(dir: &Path) -> Result<(&'static str, Vec<String>), CliError> {
     if dir.join(ADAPTER_CONFIG_FILE).is_file() {
-        let adapter = Adapter::open(dir)?;
-        let file = adapter.file();
+        let adapter = open_adapter(dir)?;
+        let AdapterFolder { file, warnings, .. } = adapter.folder();
         for name in file.names() {
             require_finite(file.path(), file.tensor(name)?)?;
         }
-        return Ok(("adapter", adapter.warnings));
+        return Ok(("adapter", warnings.clone()));
     }
     // What holds an adapter or a model of a run is not one itself.
     if !dir.join(CONFIG_FILE).is_file() {

@@ -9,7 +9,7 @@ use crate::args::TrainArgs;
 use crate::error::CliError;
 use crate::forecast::{Forecast, method_plan};
 use crate::observers::Observers;
-use crate::recipe::{self, Checkpointing, MethodBlock, OptimizerBlock, Recipe};
+use crate::recipe::{self, Checkpointing, OptimizerBlock, Recipe};
 use crate::{card, device, open, render, report, yaml};
 use folder::{OutputFolder, resume_from, started_at};
 use identity::Inputs;
@@ -21,7 +21,7 @@ use peft_core::train::{
     Identity, Method, NamedOptimizer, Outcome, Preparation, RunSummary, StepSettings, TrainConfig, Trainer,
     Warmup, saved_identity,
 };
-use peft_methods::{Full, Lora};
+use peft_methods::RunContext;
 use serde_json::{Value, json};
 use signals::StopSignal;
 use std::path::{Path, PathBuf};
@@ -51,7 +51,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
     let hub = open::hub(recipe.revision.as_deref(), args.offline);
     let base = open::base(&recipe.base_model, &hub)?;
     ModelConfig::from_json(base.checkpoint.dir(), base.checkpoint.config())?;
-    let method = method(&recipe, &args.recipe, &base.checkpoint, args.offline)?;
+    let mut method = method(&recipe, &args.recipe, &base.checkpoint, args.offline)?;
 
     // Templates that write the date write the one of the run's first start, also after a resume.
     let now = args.resume.as_ref().and_then(|_| started_at(&output_dir)).unwrap_or_else(unix_seconds);
@@ -86,10 +86,11 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
     let base_sha256 = base.checkpoint.sha256();
     let trainable: u64 = model.parameters().iter().filter(|p| p.trainable).map(|p| p.numel() as u64).sum();
     let total: u64 = model.parameters().iter().map(|p| p.numel() as u64).sum();
+    let artifact = method.artifact();
     let stop = StopSignal::listen()?;
     let mut trainer = Trainer {
         model: &mut model,
-        method: method.as_ref(),
+        method: method.as_mut(),
         optimizer: Box::new(NamedOptimizer::new(adamw(&recipe.optimizer))),
         tokenizer: &base.tokenizer,
         train: &train,
@@ -147,7 +148,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
     write_file(&output_dir.join("recipe.yaml"), yaml::recipe(&json!(recipe)).as_bytes())?;
     render::run_plan(&recipe, &forecast, &train, &validation, (trainable, total), packing);
 
-    let users_card = card::users(&output_dir.join(method.artifact()), base.checkpoint.dir());
+    let users_card = card::users(&output_dir.join(artifact), base.checkpoint.dir());
     let every = recipe.report_to.tensorboard().then_some(recipe.logging_steps);
     let mut observers = Observers::new(&output_dir, every);
     let outcome = trainer.run(resume.as_deref(), &mut observers);
@@ -197,21 +198,17 @@ pub(super) fn method(
     base: &Checkpoint,
     offline: bool,
 ) -> Result<Box<dyn Method>, CliError> {
-    let wrong = |message: String| CliError::method(path, &message);
-    match &recipe.method {
-        MethodBlock::Lora(config) => {
-            let start = match &recipe.adapter_name_or_path {
-                Some(name) => Some(open::adapter(name, offline)?.dir),
-                None => None,
-            };
-            let lora = Lora::new(config.as_ref().clone(), &recipe.base_model, recipe.revision.clone(), start);
-            Ok(Box::new(lora.map_err(wrong)?))
-        }
-        MethodBlock::Full if recipe.adapter_name_or_path.is_some() => {
-            Err(wrong("full has no adapter to start from; remove adapter_name_or_path".to_string()))
-        }
-        MethodBlock::Full => Ok(Box::new(Full { base: Checkpoint::open(base.dir())? })),
-    }
+    let block = &recipe.method.block;
+    let start = recipe.adapter_name_or_path.as_deref();
+    block.check(start.is_some()).map_err(|message| CliError::method(path, &message))?;
+    let start = start.map(|name| open::adapter(name, offline)).transpose()?;
+    let run = RunContext {
+        base,
+        base_name: &recipe.base_model,
+        revision: recipe.revision.as_deref(),
+        start: start.as_ref().map(|adapter| adapter.folder().dir.as_path()),
+    };
+    Ok(block.method(&run)?)
 }
 
 /// What the run will need, once the base is known to have the shapes that its configuration says.

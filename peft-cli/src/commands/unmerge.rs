@@ -16,7 +16,7 @@ pub fn run(args: &MergeArgs, merged: &Path, max_shard_size: u64) -> Result<(), C
     let base = args.base_model.as_ref().map(|base| open::folder(base, &hub)).transpose()?;
     let base = base.map(|dir| Checkpoint::open(&dir)).transpose()?;
     let staged = StagedDir::new(&args.output)?;
-    let report = unfold_into(&merged, &adapter, base.as_ref(), staged.path(), max_shard_size)?;
+    let report = unfold_into(&merged, adapter.as_ref(), base.as_ref(), staged.path(), max_shard_size)?;
     staged.commit()?;
 
     let source = match report.source {

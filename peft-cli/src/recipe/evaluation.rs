@@ -100,7 +100,7 @@ impl Recipe {
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::recipe::parse_strict;
+    use peft_core::strict::parse as parse_strict;
     use serde_json::{Value, json};
 
     fn check(keys: Value) -> Result<Recipe, String> {

@@ -4,15 +4,13 @@ mod aliases;
 mod checkpointing;
 mod evaluation;
 mod schema;
-mod strict;
 
 pub use checkpointing::Checkpointing;
-pub use schema::{MethodBlock, OptimizerBlock, Recipe};
-
-pub use strict::parse as parse_strict;
+pub use schema::{OptimizerBlock, Recipe};
 
 use crate::error::CliError;
 use peft_core::checkpoint::read_bounded;
+use peft_core::strict;
 use serde_json::{Map, Value};
 use std::path::Path;
 

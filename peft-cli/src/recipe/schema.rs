@@ -1,9 +1,9 @@
 //! Every key of a recipe, with its default.
 
-use super::{Checkpointing, strict};
+use super::Checkpointing;
 use peft_core::data::{DatasetConfig, OnTruncation};
 use peft_core::train::{BestMetric, Schedule};
-use peft_methods::LoraBlock;
+use peft_methods::MethodBlock;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
@@ -109,7 +109,7 @@ impl Default for Recipe {
         Self {
             base_model: String::new(),
             revision: None,
-            method: MethodBlock::Lora(Box::default()),
+            method: MethodBlock::default(),
             adapter_name_or_path: None,
             datasets: Vec::new(),
             eval_datasets: Vec::new(),
@@ -185,15 +185,6 @@ impl From<OneOrMany> for ReportTo {
     }
 }
 
-/// The method block: its `type` chooses the keys beside it.
-#[derive(Debug, Clone)]
-pub enum MethodBlock {
-    /// Low-rank adaptation.
-    Lora(Box<LoraBlock>),
-    /// Every weight.
-    Full,
-}
-
 /// The optimizer block.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(default)]
@@ -212,47 +203,6 @@ pub struct OptimizerBlock {
 impl Default for OptimizerBlock {
     fn default() -> Self {
         Self { kind: "adamw".to_string(), betas: (0.9, 0.999), eps: 1e-8, weight_decay: 0.0 }
-    }
-}
-
-impl Serialize for MethodBlock {
-    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        let block = match self {
-            MethodBlock::Lora(config) => serde_json::to_value(config),
-            MethodBlock::Full => Ok(Value::Object(Map::new())),
-        };
-        let mut block = block.map_err(serde::ser::Error::custom)?;
-        if let Value::Object(map) = &mut block {
-            map.insert("type".to_string(), self.name().into());
-        }
-        block.serialize(serializer)
-    }
-}
-
-impl<'de> Deserialize<'de> for MethodBlock {
-    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        let mut map = Map::<String, Value>::deserialize(deserializer)?;
-        let kind = map.remove("type").unwrap_or_else(|| "lora".into());
-        match kind.as_str() {
-            Some("lora") => strict::parse(&Value::Object(map))
-                .map(|config| MethodBlock::Lora(Box::new(config)))
-                .map_err(serde::de::Error::custom),
-            Some("full") => match map.keys().next() {
-                None => Ok(MethodBlock::Full),
-                Some(key) => Err(serde::de::Error::custom(format!("method full has no key `{key}`"))),
-            },
-            _ => Err(serde::de::Error::custom(format!("unknown method type {kind}; known: lora, full"))),
-        }
-    }
-}
-
-impl MethodBlock {
-    /// The method's name.
-    pub fn name(&self) -> &'static str {
-        match self {
-            MethodBlock::Lora(_) => "lora",
-            MethodBlock::Full => "full",
-        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use super::{bytes, command_with, count, program, table, warning};
 use crate::forecast::Forecast;
-use crate::recipe::{MethodBlock, Recipe};
+use crate::recipe::Recipe;
 use peft_core::data::{Example, PackingReport};
 use peft_core::train::{EvalMetrics, RunSummary, Stopped};
 use std::path::Path;
@@ -20,7 +20,7 @@ pub fn run_plan(
     let supervised: u64 = train.iter().map(|example| example.supervised_tokens() as u64).sum();
     let mut rows = vec![
         vec!["base".to_string(), recipe.base_model.clone()],
-        vec!["method".to_string(), recipe.method.name().to_string()],
+        vec!["method".to_string(), recipe.method.kind.name.to_string()],
         vec![
             "trainable".to_string(),
             format!(
@@ -146,8 +146,8 @@ pub fn run_summary(recipe: &Recipe, recipe_path: &Path, summary: &RunSummary) {
     let artifact = summary.artifact.display();
     let peft = program();
     println!("\nnext:");
-    match recipe.method {
-        MethodBlock::Lora(_) => {
+    match recipe.method.kind.file {
+        Some(_) => {
             let base = &recipe.base_model;
             println!("  {peft} generate --base-model {base} --adapter {artifact} --prompt '…'");
             println!(
@@ -155,7 +155,7 @@ pub fn run_summary(recipe: &Recipe, recipe_path: &Path, summary: &RunSummary) {
                 recipe.output_dir
             );
         }
-        MethodBlock::Full => println!("  {peft} generate --base-model {artifact} --prompt '…'"),
+        None => println!("  {peft} generate --base-model {artifact} --prompt '…'"),
     }
     println!("  {peft} train    {} --override learning_rate=… --output-dir …", recipe_path.display());
 }

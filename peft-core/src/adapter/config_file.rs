@@ -2,16 +2,11 @@
 
 use super::config::AdapterConfig;
 use super::error::AdapterError;
+use super::folder::{AdapterFolder, PEFT_VERSION};
 use super::init::InitLoraWeights;
-use crate::checkpoint::{ADAPTER_CONFIG_FILE, read_bounded, write_file};
+use crate::checkpoint::{ADAPTER_CONFIG_FILE, write_file};
 use serde_json::{Map, Value, json};
 use std::path::Path;
-
-/// The version of the format written, as PEFT numbers it.
-const PEFT_VERSION: &str = "0.21.2";
-
-/// Bytes of the largest configuration read.
-const MAX_CONFIG_BYTES: u64 = 16 << 20;
 
 /// Keys that are carried for other programs and change nothing here, with the value that PEFT writes by default.
 fn inert_keys() -> Map<String, Value> {
@@ -43,10 +38,8 @@ impl AdapterConfig {
     /// A file that is no LoRA's configuration, or asks for a forward that is not supported.
     pub fn read(dir: &Path) -> Result<(Self, Vec<String>), AdapterError> {
         let path = dir.join(ADAPTER_CONFIG_FILE);
-        let bytes = read_bounded(&path, MAX_CONFIG_BYTES)?;
         let wrong = |message: String| AdapterError::Config { path: path.clone(), message };
-        let json: Map<String, Value> =
-            serde_json::from_slice(&bytes).map_err(|error| wrong(format!("not a JSON object: {error}")))?;
+        let json = AdapterFolder::read_config(dir)?;
         match json.get("peft_type").and_then(Value::as_str) {
             Some("LORA") => {}
             other => return Err(wrong(format!("peft_type is {other:?}, expected \"LORA\""))),

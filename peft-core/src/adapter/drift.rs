@@ -2,7 +2,7 @@
 //! compared. The two sides share the forward alone: one attaches the factors, the other loads the files as written.
 
 use super::error::AdapterError;
-use super::file::Adapter;
+use super::saved::SavedAdapter;
 use crate::checkpoint::{Checkpoint, Dtype, from_f32};
 use crate::model::{ComputeType, Decoder, ModelConfig, Sampling, generate, load};
 use burn::tensor::Device;
@@ -98,7 +98,7 @@ pub fn default_max_drift(dtype: Dtype) -> f64 {
 /// A checkpoint that does not load, or an adapter that does not fit.
 pub fn check_fold(
     base: &Checkpoint,
-    adapter: &Adapter,
+    adapter: &dyn SavedAdapter,
     folded: &Path,
     prompts: &[Vec<u32>],
 ) -> Result<FoldCheck, AdapterError> {

@@ -183,6 +183,20 @@ pub enum AdapterError {
         /// The first tensor that differs.
         tensor: String,
     },
+    /// The adapter was made on other weights.
+    #[error(
+        "{adapter}: made for another base: the weights that it changes have the hash {expected}, those of {base} {found}"
+    )]
+    WrongBase {
+        /// The adapter's folder.
+        adapter: PathBuf,
+        /// The base at hand.
+        base: PathBuf,
+        /// The hash in the adapter's configuration.
+        expected: String,
+        /// That of the base.
+        found: String,
+    },
     /// A tensor was changed in a way that subtraction does not undo, and its original is nowhere.
     #[error(
         "tensor `{tensor}` was replaced or rescaled, so nothing here tells what it was; give --base-model, or merge with \

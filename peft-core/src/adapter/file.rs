@@ -6,20 +6,12 @@
 
 use super::config::AdapterConfig;
 use super::error::AdapterError;
+use super::folder::{AdapterFolder, FileFormat, Layout, PREFIX, key};
 use super::placement::{Placement, SharedWeight};
-use crate::checkpoint::{ADAPTER_CONFIG_FILE, CheckpointError, Fence, SafetensorsFile};
 use crate::model::{BaseShapes, EMBEDDING, HEAD};
-use crate::nearest::did_you_mean;
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-/// The name of the weights' file.
-pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
-
-/// What older programs wrote in its place.
-const PICKLED_WEIGHTS: &str = "adapter_model.bin";
-
-pub(super) const PREFIX: &str = "base_model.model.";
 pub(super) const BASE_WEIGHT: &str = ".base_layer.weight";
 pub(super) const BASE_BIAS: &str = ".base_layer.bias";
 pub(super) const TOKEN_ROWS: &str = ".token_adapter.trainable_tokens_delta";
@@ -52,15 +44,11 @@ pub struct RowsModule {
     pub values: Vec<f32>,
 }
 
-/// An adapter folder, opened and checked for consistency in itself.
+/// A LoRA's folder, opened and checked for consistency in itself.
 pub struct Adapter {
-    /// The folder.
-    pub dir: PathBuf,
     /// Its configuration.
     pub config: AdapterConfig,
-    /// Things worth telling the user.
-    pub warnings: Vec<String>,
-    file: SafetensorsFile,
+    pub(super) folder: AdapterFolder,
 }
 
 /// An adapter's tensors, matched with its base.
@@ -77,31 +65,20 @@ pub struct Resolved {
     pub shared: SharedWeight,
 }
 
+/// The files of a LoRA.
+pub static LORA_FORMAT: FileFormat =
+    FileFormat { peft_type: "LORA", open: |dir| Ok(Box::new(Adapter::open(dir)?)) };
+
 impl Adapter {
-    /// Opens an adapter folder.
+    /// Opens a LoRA's folder.
     ///
     /// # Errors
     /// Either file missing, damaged, or a link that leads out of the folder and its hub cache; weights that are there
     /// only as pickle.
     pub fn open(dir: &Path) -> Result<Self, AdapterError> {
-        let fence = Fence::around(dir)?;
-        if dir.join(ADAPTER_CONFIG_FILE).exists() {
-            fence.check(&dir.join(ADAPTER_CONFIG_FILE))?;
-        }
         let (config, warnings) = AdapterConfig::read(dir)?;
-        if dir.join(WEIGHTS_FILE).exists() {
-            fence.check(&dir.join(WEIGHTS_FILE))?;
-        } else if dir.join(PICKLED_WEIGHTS).exists() {
-            let file = PICKLED_WEIGHTS.to_string();
-            return Err(CheckpointError::PickleOnly { dir: dir.to_path_buf(), file }.into());
-        }
-        let file = SafetensorsFile::open(dir.join(WEIGHTS_FILE))?;
-        Ok(Self { dir: dir.to_path_buf(), config, warnings, file })
-    }
-
-    /// The file's keys.
-    pub fn file(&self) -> &SafetensorsFile {
-        &self.file
+        let folder = AdapterFolder::with_config(dir, config.to_json(), warnings)?;
+        Ok(Self { config, folder })
     }
 
     /// Reads every tensor against the base.
@@ -111,11 +88,11 @@ impl Adapter {
     pub fn resolve(&self, base: &BaseShapes) -> Result<Resolved, AdapterError> {
         let placement = self.config.lora.place(base, false)?;
         let layout = self.layout(base, &placement)?;
-        self.require_same_keys(&layout)?;
+        self.folder.require_keys(&layout)?;
         let mut tensors = BTreeMap::new();
         for (key, shape) in layout.required.iter().chain(&layout.optional) {
-            if self.file.contains(key) {
-                tensors.insert(key.clone(), self.read(key, shape)?);
+            if self.folder.file.contains(key) {
+                tensors.insert(key.clone(), self.folder.read(key, shape)?);
             }
         }
         self.require_equal_ends(&placement, &tensors)?;
@@ -216,33 +193,6 @@ impl Adapter {
         Ok(Resolved { linear, embedding, whole, rows, shared: placement.shared })
     }
 
-    fn require_same_keys(&self, layout: &Layout) -> Result<(), AdapterError> {
-        let others = |n: usize| {
-            if n > 1 { format!(" (and {} more)", n - 1) } else { String::new() }
-        };
-        let Layout { required, optional } = layout;
-        let missing: Vec<&String> = required.keys().filter(|key| !self.file.contains(key)).collect();
-        let known = |key: &str| required.contains_key(key) || optional.contains_key(key);
-        let unexpected: Vec<&str> = self.file.names().filter(|key| !known(key)).collect();
-        if let Some(key) = missing.first() {
-            return Err(AdapterError::MissingKey {
-                path: self.dir.join(WEIGHTS_FILE),
-                key: key.to_string(),
-                suggestion: did_you_mean(key, unexpected.iter().copied()),
-                others: others(missing.len()),
-            });
-        }
-        if let Some(key) = unexpected.first() {
-            return Err(AdapterError::UnexpectedKey {
-                path: self.dir.join(WEIGHTS_FILE),
-                key: key.to_string(),
-                suggestion: did_you_mean(key, required.keys().map(String::as_str)),
-                others: others(unexpected.len()),
-            });
-        }
-        Ok(())
-    }
-
     /// A shared weight that is to stay shared must have been saved with equal changes at both ends.
     fn require_equal_ends(
         &self,
@@ -277,7 +227,7 @@ impl Adapter {
         {
             None => Ok(()),
             Some((part, ..)) => Err(AdapterError::Config {
-                path: self.dir.join(WEIGHTS_FILE),
+                path: self.folder.weights_path(),
                 message: format!(
                     "`{}` differs from the embedding's, but ensure_weight_tying says that the two are one",
                     key(HEAD, part)
@@ -285,41 +235,6 @@ impl Adapter {
             }),
         }
     }
-
-    fn read(&self, key: &str, expected: &[usize]) -> Result<Vec<f32>, AdapterError> {
-        let path = self.dir.join(WEIGHTS_FILE);
-        let tensor = self.file.tensor(key)?;
-        if tensor.shape != expected {
-            let (found, expected) = (tensor.shape.to_vec(), expected.to_vec());
-            return Err(AdapterError::Shape { path, key: key.to_string(), found, expected });
-        }
-        let values = tensor.to_f32()?;
-        match values.iter().all(|value| value.is_finite()) {
-            true => Ok(values),
-            false => Err(AdapterError::NonFinite { path, key: key.to_string() }),
-        }
-    }
-}
-
-/// Keys with their shapes.
-#[derive(Default)]
-struct Layout {
-    required: BTreeMap<String, Vec<usize>>,
-    optional: BTreeMap<String, Vec<usize>>,
-}
-
-impl Layout {
-    fn require(&mut self, path: &str, part: &str, shape: &[usize]) {
-        self.required.insert(key(path, part), shape.to_vec());
-    }
-
-    fn allow(&mut self, path: &str, part: &str, shape: &[usize]) {
-        self.optional.insert(key(path, part), shape.to_vec());
-    }
-}
-
-fn key(path: &str, part: &str) -> String {
-    format!("{PREFIX}{path}{part}")
 }
 
 fn dims(shape: &[usize]) -> [usize; 2] {

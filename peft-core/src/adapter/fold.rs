@@ -6,6 +6,7 @@ use super::file::{Adapter, LowRankModule, RowsModule};
 use super::initial::{failed, recomputed};
 use super::placement::SharedWeight;
 use super::rewrite::{Rewrite, RewriteOptions, TensorChange, rewrite_into};
+use super::saved::{Folding, SavedAdapter};
 use crate::checkpoint::{Checkpoint, StagedDir};
 use crate::linalg::Matrix;
 use crate::model::{BaseShapes, EMBEDDING, HEAD, ties_embeddings};
@@ -34,7 +35,7 @@ pub struct FoldReport {
 /// An output folder that is not empty, or those of [`fold_into`].
 pub fn fold(
     base: &Checkpoint,
-    adapter: &Adapter,
+    adapter: &dyn SavedAdapter,
     output: &Path,
     options: &RewriteOptions,
 ) -> Result<FoldReport, AdapterError> {
@@ -50,10 +51,22 @@ pub fn fold(
 /// An adapter that does not fit the base or cannot be folded into it, or those of [`rewrite_into`].
 pub fn fold_into(
     base: &Checkpoint,
-    adapter: &Adapter,
+    adapter: &dyn SavedAdapter,
     dir: &Path,
     options: &RewriteOptions,
 ) -> Result<FoldReport, AdapterError> {
+    adapter.require_base(base)?;
+    let Folding { rewrite, folded, replaced, parted } = adapter.folding(base)?;
+    let files = rewrite_into(base, dir, options, &rewrite)?;
+    let changed: BTreeSet<String> = rewrite.changes.into_keys().chain(rewrite.copies.into_keys()).collect();
+    Ok(FoldReport { folded, replaced, parted, changed: changed.into_iter().collect(), files })
+}
+
+/// How a LoRA is folded into `base`.
+pub(super) fn lora_folding<'a>(
+    adapter: &'a Adapter,
+    base: &'a Checkpoint,
+) -> Result<Folding<'a>, AdapterError> {
     let shapes = base_shapes(base)?;
     let resolved = adapter.resolve(&shapes)?;
     let parted = resolved.shared == SharedWeight::Parted;
@@ -133,9 +146,7 @@ pub fn fold_into(
             false => drop(rewrite.changes.insert(name, replace())),
         }
     }
-    let files = rewrite_into(base, dir, options, &rewrite)?;
-    let changed: BTreeSet<String> = rewrite.changes.into_keys().chain(rewrite.copies.into_keys()).collect();
-    Ok(FoldReport { folded, replaced, parted, changed: changed.into_iter().collect(), files })
+    Ok(Folding { rewrite, folded, replaced, parted })
 }
 
 /// The weight that the adapter's factors belong to: without what its initialisation took out of the base.

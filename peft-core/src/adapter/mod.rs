@@ -1,29 +1,37 @@
 //! Adapters: where changes attach, the PEFT file format, folding into a checkpoint.
 
 mod attach;
+mod base_hash;
 mod config;
 mod config_file;
 mod drift;
 mod error;
 mod file;
 mod fold;
+mod folder;
 mod init;
 mod initial;
 mod placement;
 mod record;
 mod rewrite;
 mod save;
+mod saved;
 mod targets;
 mod unfold;
 
+pub use base_hash::{require_base, tensors_sha256};
 pub use config::{AdapterConfig, BiasTraining, Layers, LoraConfig, Names, Patterns, TokenIndices};
 pub use config_file::is_empty;
 pub use drift::{
     CONTINUED, Drift, FoldCheck, Rounding, available_memory, check_bytes, check_fold, default_max_drift,
 };
 pub use error::AdapterError;
-pub use file::{Adapter, LowRankModule, Resolved, RowsModule};
+pub use file::{Adapter, LORA_FORMAT, LowRankModule, Resolved, RowsModule};
 pub use fold::{FoldReport, fold, fold_into};
+pub use folder::{
+    AdapterFolder, FileFormat, Layout, PREFIX, WEIGHTS_FILE, common_config, key, open_adapter,
+    parameter_tensor, weights_bytes, write_adapter,
+};
 pub use init::{
     CordaConfig, CordaMethod, EvaConfig, GradientDirection, GradientScale, InitLoraWeights, LoraGaConfig,
 };
@@ -32,5 +40,6 @@ pub use placement::{Placement, SharedWeight};
 pub use record::{MergeRecord, Original, fingerprints, keep_original};
 pub use rewrite::{Rewrite, RewriteOptions, TensorChange, rewrite_into};
 pub use save::{adapter_bytes, save};
+pub use saved::{Folding, Parts, SavedAdapter, Unfolding};
 pub use targets::{Pattern, Selection, TargetModules, select, select_saved};
 pub use unfold::{Source, UnfoldReport, unfold_into};

@@ -1,7 +1,7 @@
 //! `merge.json`: what a folded checkpoint was before, so that unfolding can say whether it gave that back.
 
 use super::error::AdapterError;
-use super::file::{Adapter, WEIGHTS_FILE};
+use super::saved::SavedAdapter;
 use crate::checkpoint::{Checkpoint, LazyTensor, MERGE_FILE, ORIGINAL_FILE, TensorRef};
 use crate::checkpoint::{hex, read_bounded, require_free, write_file, write_safetensors};
 use rayon::prelude::*;
@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 const MAX_RECORD_BYTES: u64 = 256 << 20;
 
@@ -51,7 +51,7 @@ impl MergeRecord {
     /// A failure to read.
     pub fn new(
         base: &Checkpoint,
-        adapter: &Adapter,
+        adapter: &dyn SavedAdapter,
         changed: Vec<String>,
         verification: Value,
     ) -> Result<Self, AdapterError> {
@@ -96,8 +96,8 @@ pub fn fingerprints(checkpoint: &Checkpoint) -> Result<BTreeMap<String, Original
 }
 
 /// SHA-256 of the adapter's weight file.
-pub(super) fn adapter_sha256(adapter: &Adapter) -> String {
-    hex(adapter.file().sha256().as_ref())
+pub(super) fn adapter_sha256(adapter: &dyn SavedAdapter) -> String {
+    hex(adapter.folder().file.sha256().as_ref())
 }
 
 /// Writes the tensors of `base` that are others in `folded`, as they are, into its folder, under a name that no loader
@@ -118,9 +118,4 @@ pub fn keep_original(base: &Checkpoint, folded: &Checkpoint) -> Result<(), Adapt
     require_free(dir, bytes + (1 << 20))?;
     let tensors: Vec<LazyTensor<'_>> = tensors.into_iter().map(LazyTensor::borrowed).collect();
     Ok(write_safetensors(&dir.join(ORIGINAL_FILE), tensors, &BTreeMap::new())?)
-}
-
-/// Where an adapter's weights are, for errors.
-pub(super) fn weights_path(adapter: &Adapter) -> PathBuf {
-    adapter.dir.join(WEIGHTS_FILE)
 }

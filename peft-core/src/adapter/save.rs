@@ -2,12 +2,11 @@
 
 use super::config::AdapterConfig;
 use super::error::AdapterError;
-use super::file::{BASE_BIAS, BASE_WEIGHT, PREFIX, WEIGHTS_FILE};
+use super::file::{BASE_BIAS, BASE_WEIGHT};
+use super::folder::{PREFIX, finite_tensor, weights_bytes, write_adapter};
 use super::placement::{Placement, SharedWeight};
-use crate::checkpoint::{Dtype, LazyTensor, f32_bytes, safetensors_bytes, write_safetensors};
 use crate::model::{BaseShapes, Decoder, EMBEDDING, HEAD, ParameterShape};
 use crate::projection::{Delta, Parameter, Projection};
-use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -15,7 +14,7 @@ use std::path::Path;
 /// trainable parameter of the decoder, in f32.
 ///
 /// Where a part of the base was taken out for the factors, they are written as ones of twice the rank that belong to
-/// the base as it is in its file ([`LowRank::factors`], [`LoraConfig::converted`]).
+/// the base as it is in its file ([`LowRank::whole_factors`], [`LoraConfig::converted`]).
 ///
 /// # Errors
 /// A non-finite value, or a failure to write.
@@ -28,26 +27,16 @@ pub fn save(model: &Decoder, config: &AdapterConfig, dir: &Path) -> Result<(), A
         if transposed {
             shape.reverse();
         }
-        let bytes = {
-            let key = key.clone();
-            move || {
-                let values = match transposed {
-                    true => parameter.value.clone().transpose().into_data().iter::<f32>().collect(),
-                    false => parameter.to_host(),
-                };
-                match values.iter().all(|value| value.is_finite()) {
-                    true => Ok(Cow::Owned(f32_bytes(&values))),
-                    false => Err(AdapterError::NonFinite { path: dir.join(WEIGHTS_FILE), key: key.clone() }),
-                }
-            }
-        };
-        tensors.push(LazyTensor::new(key, Dtype::F32, shape, bytes));
+        tensors.push(finite_tensor(key, shape, dir, move || match transposed {
+            true => parameter.value.clone().transpose().into_data().iter::<f32>().collect(),
+            false => parameter.to_host(),
+        }));
     }
-    write_safetensors(&dir.join(WEIGHTS_FILE), tensors, &metadata())?;
-    match whole.is_empty() {
-        true => config.write(dir),
-        false => AdapterConfig { lora: config.lora.converted(), ..config.clone() }.write(dir),
-    }
+    let config = match whole.is_empty() {
+        true => config.to_json(),
+        false => AdapterConfig { lora: config.lora.converted(), ..config.clone() }.to_json(),
+    };
+    write_adapter(dir, config, tensors)
 }
 
 /// By name, the factors to write in place of those whose beginning was taken out of the base.
@@ -55,7 +44,7 @@ fn whole_factors(model: &Decoder) -> BTreeMap<&str, Parameter> {
     let mut factors = BTreeMap::new();
     for projection in model.projections() {
         if let Some(Delta::LowRank(form)) = projection.delta.as_ref().filter(|delta| delta.reduces_base()) {
-            let (a, b) = form.factors();
+            let (a, b) = form.whole_factors();
             factors.insert(form.a.name.as_str(), Parameter::matrix(form.a.name.clone(), a));
             factors.insert(form.b.name.as_str(), Parameter::matrix(form.b.name.clone(), b));
         }
@@ -103,15 +92,7 @@ pub fn adapter_bytes<'a>(
         frozen.extend((placement.embedding && tied).then_some(HEAD));
     }
     tensors.extend(frozen.into_iter().map(|path| (format!("{path}{BASE_WEIGHT}"), weight(path))));
-    let tensors = tensors.into_iter();
-    let tensors =
-        tensors.map(|(key, shape)| LazyTensor::shape_only(format!("{PREFIX}{key}"), Dtype::F32, shape));
-    Ok(safetensors_bytes(Path::new(WEIGHTS_FILE), tensors.collect(), &metadata())?)
-}
-
-/// The header's metadata, as PEFT writes it.
-fn metadata() -> BTreeMap<String, String> {
-    BTreeMap::from([("format".to_string(), "pt".to_string())])
+    weights_bytes(tensors.into_iter().map(|(key, shape)| (format!("{PREFIX}{key}"), shape)))
 }
 
 /// The tensors of the file: key, parameter, and whether it is written transposed.
@@ -137,7 +118,8 @@ fn adapter_tensors(model: &Decoder) -> Vec<(String, &Parameter, bool)> {
     // PEFT saves the frozen weight of a targeted head or embedding along with its factors, unless rows are trained too.
     let with_rows = embedding.rows.is_some() || model.head_rows.is_some();
     // Converted factors belong to the weight in the base's file, which is not the one held here.
-    let is_head = |p: &&&Projection| p.path == HEAD && !p.delta.as_ref().is_some_and(Delta::reduces_base);
+    let is_head =
+        |p: &&&Projection| p.path == HEAD && !p.delta.as_ref().is_some_and(|delta| delta.reduces_base());
     if let Some(head) = changed.iter().find(|p| is_head(p) && !with_rows) {
         tensors.push((format!("{HEAD}{BASE_WEIGHT}"), &head.weight, false));
     }

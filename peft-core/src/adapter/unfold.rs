@@ -5,10 +5,11 @@
 //! tensor whether the result is the original.
 
 use super::error::AdapterError;
-use super::file::{Adapter, LowRankModule};
+use super::file::Adapter;
 use super::fold::{add, base_shapes};
-use super::record::{MergeRecord, Original, adapter_sha256, fingerprints, weights_path};
-use super::rewrite::copy_side_files;
+use super::record::{MergeRecord, Original, adapter_sha256, fingerprints};
+use super::rewrite::{TensorChange, copy_side_files};
+use super::saved::{SavedAdapter, Unfolding};
 use crate::checkpoint::{Checkpoint, CheckpointError, Dtype, LazyTensor, ORIGINAL_FILE, SafetensorsFile};
 use crate::checkpoint::{TensorRef, from_f32, require_free, write_sharded};
 use crate::model::{EMBEDDING, HEAD};
@@ -60,7 +61,7 @@ impl UnfoldReport {
 /// whose change subtraction does not undo; a failure to write.
 pub fn unfold_into(
     merged: &Checkpoint,
-    adapter: &Adapter,
+    adapter: &dyn SavedAdapter,
     base: Option<&Checkpoint>,
     dir: &Path,
     max_shard_size: u64,
@@ -68,7 +69,7 @@ pub fn unfold_into(
     let record = MergeRecord::read(merged.dir())?;
     if record.as_ref().is_some_and(|record| record.adapter_sha256 != adapter_sha256(adapter)) {
         return Err(AdapterError::OtherAdapter {
-            adapter: weights_path(adapter),
+            adapter: adapter.folder().weights_path(),
             merged: merged.dir().to_path_buf(),
         });
     }
@@ -80,12 +81,12 @@ pub fn unfold_into(
         (None, None) => Source::Subtraction,
     };
     let changes = match (&record, source) {
-        (Some(_), Source::Kept | Source::Base) => Changes::default(),
-        _ => Changes::of(merged, adapter)?,
+        (Some(_), Source::Kept | Source::Base) => Unfolding::default(),
+        _ => adapter.unfolding(merged)?,
     };
     let changed: BTreeSet<&str> = match &record {
         Some(record) => record.changed.iter().map(String::as_str).collect(),
-        None => changes.names().collect(),
+        None => changes.undo.keys().chain(&changes.lost).map(String::as_str).collect(),
     };
     // What is known about the original: the record, else the base.
     let known = match (&record, base) {
@@ -160,76 +161,58 @@ pub fn unfold_into(
 
 const HEAD_WEIGHT: &str = "lm_head.weight";
 
-/// What undoes a change.
-enum Undo {
-    /// `W' − s·B·A`.
-    Weight(LowRankModule),
-    /// `b' − s·b_B`.
-    Bias { change: Vec<f32>, scale: f64 },
-}
-
-/// The tensors that an adapter changes in a checkpoint.
-#[derive(Default)]
-struct Changes {
-    /// Those that can be changed back.
-    undo: BTreeMap<String, Undo>,
-    /// Those that cannot: replaced whole, by rows, or brought to another length.
-    lost: BTreeSet<String>,
-}
-
-impl Changes {
-    fn of(merged: &Checkpoint, adapter: &Adapter) -> Result<Self, AdapterError> {
-        let resolved = adapter.resolve(&base_shapes(merged)?)?;
-        let weight = |path: &str| format!("{path}.weight");
-        let mut changes = Self::default();
-        changes.lost.extend(resolved.whole.into_keys());
-        changes.lost.extend(resolved.rows.keys().map(|path| weight(path)));
-        if resolved.embedding.is_some() {
-            changes.lost.extend([weight(EMBEDDING), weight(HEAD)]);
+/// How the fold of a LoRA into `merged` is undone: `W' − s·B·A` and `b' − s·b_B`; what was replaced whole, by rows, or
+/// brought to another length is lost.
+pub(super) fn lora_unfolding<'a>(
+    adapter: &Adapter,
+    merged: &Checkpoint,
+) -> Result<Unfolding<'a>, AdapterError> {
+    let resolved = adapter.resolve(&base_shapes(merged)?)?;
+    let weight = |path: &str| format!("{path}.weight");
+    let Unfolding { mut undo, mut lost } = Unfolding::default();
+    lost.extend(resolved.whole.into_keys());
+    lost.extend(resolved.rows.keys().map(|path| weight(path)));
+    if resolved.embedding.is_some() {
+        lost.extend([weight(EMBEDDING), weight(HEAD)]);
+    }
+    for (path, module) in resolved.linear {
+        if let Some(change) = module.bias.clone() {
+            let scale = module.scale as f32;
+            let back =
+                move |bias: Vec<f32>| Ok(bias.iter().zip(&change).map(|(b, c)| b - scale * c).collect());
+            undo.insert(format!("{path}.bias"), Box::new(back) as TensorChange);
         }
-        for (path, module) in resolved.linear {
-            if let Some(change) = module.bias.clone() {
-                let undo = Undo::Bias { change, scale: module.scale };
-                changes.undo.insert(format!("{path}.bias"), undo);
-            }
-            match module.magnitude {
-                Some(_) => drop(changes.lost.insert(weight(&path))),
-                // The adapter's own copy of the weight is the base's.
-                None => {
-                    changes.lost.remove(&weight(&path));
-                    changes.undo.insert(weight(&path), Undo::Weight(module));
-                }
+        match module.magnitude {
+            Some(_) => drop(lost.insert(weight(&path))),
+            // The adapter's own copy of the weight is the base's.
+            None => {
+                lost.remove(&weight(&path));
+                let back = move |mut values: Vec<f32>| {
+                    add(&mut values, &module.a, &module.b, module.rank, module.dims, -module.scale);
+                    Ok(values)
+                };
+                undo.insert(weight(&path), Box::new(back) as TensorChange);
             }
         }
-        changes.lost.retain(|name| merged.contains(name));
-        changes.undo.retain(|name, _| !changes.lost.contains(name));
-        Ok(changes)
     }
-
-    fn names(&self) -> impl Iterator<Item = &str> {
-        self.undo.keys().chain(&self.lost).map(String::as_str)
-    }
+    lost.retain(|name| merged.contains(name));
+    undo.retain(|name, _| !lost.contains(name));
+    Ok(Unfolding { undo, lost })
 }
 
 /// The tensor's bytes in `dtype`, with its change undone.
 fn undone<'a>(
     tensor: TensorRef<'a>,
     dtype: Dtype,
-    undo: Option<&Undo>,
+    undo: Option<&TensorChange>,
 ) -> Result<Cow<'a, [u8]>, AdapterError> {
     if undo.is_none() && dtype == tensor.dtype {
         return Ok(Cow::Borrowed(tensor.bytes));
     }
-    let mut values = tensor.to_f32()?;
-    match undo {
-        Some(Undo::Weight(module)) => {
-            add(&mut values, &module.a, &module.b, module.rank, module.dims, -module.scale);
-        }
-        Some(Undo::Bias { change, scale }) => {
-            values.iter_mut().zip(change).for_each(|(b, c)| *b -= *scale as f32 * c);
-        }
-        None => {}
-    }
+    let values = match undo {
+        Some(undo) => undo(tensor.to_f32()?)?,
+        None => tensor.to_f32()?,
+    };
     Ok(Cow::Owned(from_f32(&values, dtype).map_err(CheckpointError::from)?))
 }
 

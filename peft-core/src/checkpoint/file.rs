@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use sha2::{Digest, Sha256};
 
-use super::dtype::{Dtype, to_f32};
+use super::dtype::{Dtype, DtypeError, to_f32};
 use super::error::CheckpointError;
 use super::json::Entries;
 use crate::nearest::did_you_mean;
@@ -69,6 +69,16 @@ impl TensorRef<'_> {
     pub fn to_f32(&self) -> Result<Vec<f32>, CheckpointError> {
         to_f32(self.dtype, self.bytes)
             .map_err(|source| CheckpointError::TensorDtype { tensor: self.name.to_string(), source })
+    }
+
+    /// The elements of a tensor of i64. Errors where it is of another type.
+    pub fn to_i64(&self) -> Result<Vec<i64>, CheckpointError> {
+        if self.dtype != Dtype::I64 {
+            let source = DtypeError::NotConvertible(self.dtype);
+            return Err(CheckpointError::TensorDtype { tensor: self.name.to_string(), source });
+        }
+        let words = self.bytes.chunks_exact(8);
+        Ok(words.filter_map(|word| word.try_into().ok().map(i64::from_le_bytes)).collect())
     }
 }
 

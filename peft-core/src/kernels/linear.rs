@@ -45,14 +45,51 @@ impl LowRankTerm {
     }
 }
 
-/// A linear map `[out, in]` with an optional bias `[1, out]` and an optional low-rank term.
+/// What a change makes of a linear map `y = h·Wᵀ + b`.
+pub enum Term {
+    /// A low-rank product on top.
+    LowRank(LowRankTerm),
+}
+
+impl Term {
+    /// Whether the kernels have it.
+    fn is_plain(&self) -> bool {
+        match self {
+            Term::LowRank(term) => term.is_plain(),
+        }
+    }
+
+    fn into_low_rank(self) -> Option<LowRankTerm> {
+        match self {
+            Term::LowRank(term) => Some(term),
+        }
+    }
+
+    /// The map with the change. `product` is `h·Wᵀ` of an `h`.
+    fn composed(
+        self,
+        h: Tensor<2>,
+        bias: Option<Tensor<2>>,
+        product: impl Fn(Tensor<2>) -> Tensor<2>,
+    ) -> Tensor<2> {
+        let bias = bias.map(|bias| as_dtype(bias, h.dtype()));
+        match self {
+            Term::LowRank(term) => {
+                let y = product(h.clone());
+                add(with_term(h, y, term, product), bias)
+            }
+        }
+    }
+}
+
+/// A linear map `[out, in]` with an optional bias `[1, out]` and an optional change.
 pub struct AdaptedLinear {
     /// `W`.
     pub weight: Tensor<2>,
     /// `b`.
     pub bias: Option<Tensor<2>>,
     /// The change.
-    pub term: Option<LowRankTerm>,
+    pub term: Option<Term>,
 }
 
 /// What the maps are applied to.
@@ -109,7 +146,7 @@ pub fn adapted_linears(
     let Some(served) = served(&input.tensor().device(), dtype).filter(|_| maps.len() <= MOST) else {
         return plain(input, maps, residual);
     };
-    if maps.iter().all(|map| map.term.as_ref().is_none_or(LowRankTerm::is_plain)) {
+    if maps.iter().all(|map| map.term.as_ref().is_none_or(Term::is_plain)) {
         return with_backend!(served, fused(input, maps, residual, recompute));
     }
     // What such a term adds is composed on top of the bare maps, whose products cost the most.
@@ -122,14 +159,7 @@ pub fn adapted_linears(
             with_backend!(served, fused(input, maps, None, recompute))
         };
         outputs.push(match term {
-            Some(term) if !term.is_plain() => {
-                let y = bare(h.clone(), None, None);
-                let y = with_term(h.clone(), y, term, |h| bare(h, None, None));
-                match bias {
-                    Some(bias) => y + as_dtype(bias, dtype),
-                    None => y,
-                }
-            }
+            Some(term) if !term.is_plain() => term.composed(h.clone(), bias, |h| bare(h, None, None)),
             term => bare(h.clone(), term, bias),
         });
     }
@@ -140,9 +170,9 @@ fn joined(mut outputs: Vec<Tensor<2>>) -> Tensor<2> {
     if outputs.len() == 1 { outputs.remove(0) } else { Tensor::cat(outputs, 1) }
 }
 
-fn add(y: Tensor<2>, residual: Option<Tensor<2>>) -> Tensor<2> {
-    match residual {
-        Some(residual) => y + residual,
+fn add(y: Tensor<2>, other: Option<Tensor<2>>) -> Tensor<2> {
+    match other {
+        Some(other) => y + other,
         None => y,
     }
 }
@@ -193,14 +223,10 @@ pub(super) fn plain(input: LinearInput, maps: Vec<AdaptedLinear>, residual: Opti
     let dtype = h.dtype();
     let outputs = maps.into_iter().map(|AdaptedLinear { weight, bias, term }| {
         let transposed = as_dtype(weight, dtype).transpose();
-        let y = h.clone().matmul(transposed.clone());
-        let y = match term {
-            Some(term) => with_term(h.clone(), y, term, |h| h.matmul(transposed.clone())),
-            None => y,
-        };
-        match bias {
-            Some(bias) => y + as_dtype(bias, dtype),
-            None => y,
+        let product = |h: Tensor<2>| h.matmul(transposed.clone());
+        match term {
+            Some(term) => term.composed(h.clone(), bias, product),
+            None => add(product(h.clone()), bias.map(|bias| as_dtype(bias, dtype))),
         }
     });
     add(joined(outputs.collect()), residual)
@@ -292,7 +318,7 @@ fn fused<B: Kernels>(
     for (map, slots) in maps.into_iter().zip(tensors[3..].chunks_exact_mut(4)) {
         slots[0] = Some(as_dtype(map.weight, dtype));
         slots[1] = map.bias.map(|bias| as_dtype(bias, dtype));
-        scales.push(map.term.map(|term| {
+        scales.push(map.term.and_then(Term::into_low_rank).map(|term| {
             (slots[2], slots[3]) = (Some(term.a), Some(term.b));
             term.scale as f32
         }));

@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::attention::{AttentionShape, Rotation, Visibility, attention, causal_mask, joint_attention};
-use super::linear::{self, AdaptedLinear, LinearInput, LowRankTerm, adapted_linears};
+use super::linear::{self, AdaptedLinear, LinearInput, LowRankTerm, Term, adapted_linears};
 use super::*;
 use crate::random::Stream;
 use burn::tensor::{Int, TensorData};
@@ -120,13 +120,9 @@ fn assembled(
     let maps = maps.iter().map(|(_, rank, bias)| AdaptedLinear {
         weight: next(),
         bias: bias.then(&mut next),
-        term: (*rank > 0).then(|| LowRankTerm {
-            a: next(),
-            b: next(),
-            bias: None,
-            gain: None,
-            scale: 0.7,
-            mask: None,
+        term: (*rank > 0).then(|| {
+            let (a, b) = (next(), next());
+            Term::LowRank(LowRankTerm { a, b, bias: None, gain: None, scale: 0.7, mask: None })
         }),
     });
     let maps = maps.collect();
@@ -185,7 +181,7 @@ fn terms_with_gain_dropout_and_bias() {
                     scale: 1.5,
                     mask: dropped.then_some(mask),
                 };
-                vec![AdaptedLinear { weight: inputs[1].clone(), bias: None, term: Some(term) }]
+                vec![AdaptedLinear { weight: inputs[1].clone(), bias: None, term: Some(Term::LowRank(term)) }]
             };
             let input = |inputs: &[Tensor<2>]| LinearInput::Plain(inputs[0].clone());
             compare(
@@ -207,14 +203,14 @@ fn a_low_rank_term_by_hand() {
     let map = AdaptedLinear {
         weight: matrix(vec![0.; 6], [2, 3]),
         bias: Some(matrix(vec![0.5, -0.5], [1, 2])),
-        term: Some(LowRankTerm {
+        term: Some(Term::LowRank(LowRankTerm {
             a: matrix(vec![3., 4., 5.], [1, 3]),
             b: matrix(vec![1., 2.], [2, 1]),
             bias: None,
             gain: None,
             scale: 2.0,
             mask: None,
-        }),
+        })),
     };
     let residual = Some(matrix(vec![10., 20.], [1, 2]));
     let x = LinearInput::Plain(matrix(vec![1., 2., 3.], [1, 3]));
@@ -231,14 +227,14 @@ fn a_gain_and_a_bias_by_hand() {
         let map = AdaptedLinear {
             weight: matrix(vec![1., 0., 0., 1.], [2, 2]),
             bias: Some(matrix(vec![10., 20.], [1, 2])),
-            term: Some(LowRankTerm {
+            term: Some(Term::LowRank(LowRankTerm {
                 a: matrix(vec![1., 1.], [1, 2]),
                 b: matrix(vec![1., 2.], [2, 1]),
                 bias: Some(matrix(vec![0.5, 0.25], [1, 2])),
                 gain: gain.map(|gain| matrix(gain, [1, 2])),
                 scale: 2.0,
                 mask: mask.map(|mask| matrix(mask, [1, 2])),
-            }),
+            })),
         };
         let x = LinearInput::Plain(matrix(vec![1., 2.], [1, 2]));
         adapted_linears(x, vec![map], None, false).try_into_vec_as::<f32>().unwrap()

@@ -3,8 +3,8 @@
 //! The change is `ΔW = s·(B·A)ᵀ` with `A` `[r, vocab]` and `B` `[hidden, r]`, the layout of PEFT's files. With DoRA the
 //! columns of `W + ΔW` have trained lengths.
 
-use super::{LowRank, Parameter, Tape};
-use crate::kernels::{LowRankTerm, as_dtype};
+use super::{Form, LowRank, Parameter, Tape};
+use crate::kernels::{LowRankTerm, Term, as_dtype};
 use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData};
 
 /// An embedding with at most one change of all rows, or some rows replaced.
@@ -40,15 +40,16 @@ impl Embedding {
     }
 
     /// What the change adds to a head that shares the weight: there it is `s·Aᵀ·Bᵀ`, `[vocab, hidden]`.
-    pub fn head_term(&self, tape: &Tape, x: &Tensor<2>) -> Option<LowRankTerm> {
-        self.delta.as_ref().map(|form| LowRankTerm {
+    pub fn head_term(&self, tape: &Tape, x: &Tensor<2>) -> Option<Term> {
+        let term = |form: &LowRank| LowRankTerm {
             a: tape.read(&form.b).transpose(),
             b: tape.read(&form.a).transpose(),
             bias: None,
             gain: None,
             scale: form.scale,
             mask: tape.dropout_mask("lm_head", form.dropout, x.dims(), &x.device().without_autodiff()),
-        })
+        };
+        self.delta.as_ref().map(|form| Term::LowRank(term(form)))
     }
 
     /// Every parameter: weight, change, rows.

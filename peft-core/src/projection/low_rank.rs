@@ -1,9 +1,9 @@
 //! The change `ΔW = s·B·A` of rank `r` (LoRA, Hu et al., arXiv 2106.09685, equation 3), with the parts that PEFT lets it
 //! have: a bias beside `B`, and the magnitudes of DoRA.
 
-use super::{Magnitude, Parameter, Tape};
-use crate::kernels::LowRankTerm;
-use burn::tensor::Tensor;
+use super::{Form, Magnitude, Parameter, Tape};
+use crate::kernels::{LowRankTerm, Term, as_dtype};
+use burn::tensor::{DType, Tensor};
 
 /// Two factors and a scale.
 #[derive(Debug, Clone)]
@@ -42,7 +42,7 @@ impl LowRank {
 
     /// `(A, B)` of the change relative to the weight in the base's file, with the same `s`: the factors themselves, or
     /// with something removed `[A; A₀]` and `[B, −B₀]` of rank `2·r`.
-    pub fn factors(&self) -> (Tensor<2>, Tensor<2>) {
+    pub fn whole_factors(&self) -> (Tensor<2>, Tensor<2>) {
         let (a, b) = (self.a.value.clone(), self.b.value.clone());
         match &self.removed {
             None => (a, b),
@@ -52,20 +52,8 @@ impl LowRank {
         }
     }
 
-    /// Its parameters, in a fixed order.
-    pub fn parameters(&self) -> impl Iterator<Item = &Parameter> {
-        let magnitude = self.magnitude.as_ref().map(|magnitude| &magnitude.lengths);
-        [&self.a, &self.b].into_iter().chain(&self.bias).chain(magnitude)
-    }
-
-    /// Its parameters, to be changed.
-    pub fn parameters_mut(&mut self) -> impl Iterator<Item = &mut Parameter> {
-        let magnitude = self.magnitude.as_mut().map(|magnitude| &mut magnitude.lengths);
-        [&mut self.a, &mut self.b].into_iter().chain(&mut self.bias).chain(magnitude)
-    }
-
     /// What the change adds to a linear map with the weight `weight` `[out, in]` on the input `x` `[tokens, in]`.
-    pub(super) fn term(&self, tape: &Tape, path: &str, x: &Tensor<2>, weight: &Tensor<2>) -> LowRankTerm {
+    fn low_rank_term(&self, tape: &Tape, path: &str, x: &Tensor<2>, weight: &Tensor<2>) -> LowRankTerm {
         let (a, b) = (&self.a.value, &self.b.value);
         LowRankTerm {
             a: tape.read(&self.a),
@@ -75,5 +63,55 @@ impl LowRank {
             scale: self.scale,
             mask: tape.dropout_mask(path, self.dropout, x.dims(), &x.device().without_autodiff()),
         }
+    }
+}
+
+impl Form for LowRank {
+    fn parameters(&self) -> Vec<&Parameter> {
+        let magnitude = self.magnitude.as_ref().map(|magnitude| &magnitude.lengths);
+        [&self.a, &self.b].into_iter().chain(&self.bias).chain(magnitude).collect()
+    }
+
+    fn parameters_mut(&mut self) -> Vec<&mut Parameter> {
+        let magnitude = self.magnitude.as_mut().map(|magnitude| &mut magnitude.lengths);
+        [&mut self.a, &mut self.b].into_iter().chain(&mut self.bias).chain(magnitude).collect()
+    }
+
+    fn term(&self, tape: &Tape, path: &str, x: &Tensor<2>, weight: &Tensor<2>) -> Term {
+        Term::LowRank(self.low_rank_term(tape, path, x, weight))
+    }
+
+    fn dense(&self, weight: &Tensor<2>) -> Tensor<2> {
+        let (a, b) = self.whole_factors();
+        let product = b.matmul(a).mul_scalar(self.scale);
+        let Some(magnitude) = &self.magnitude else { return product };
+        // m/n ∘ (W + s·B·A) − W.
+        let (a, b) = (&self.a.value, &self.b.value);
+        let gain = magnitude.gain(&Tape::inference(), weight, a, b, self.scale).transpose();
+        let weight = as_dtype(weight.clone(), DType::F32);
+        (weight.clone() + product) * gain - weight
+    }
+
+    fn bias_change(&self, _bias: Option<&Tensor<2>>) -> Option<Tensor<2>> {
+        self.bias.as_ref().map(|bias| bias.value.clone().mul_scalar(self.scale))
+    }
+
+    fn factors(&self) -> Option<(Tensor<2>, Tensor<2>)> {
+        let (a, b) = self.whole_factors();
+        let is_plain = self.magnitude.is_none() && self.bias.is_none();
+        is_plain.then(|| (b.mul_scalar(self.scale), a))
+    }
+
+    fn is_additive(&self) -> bool {
+        self.magnitude.is_none()
+    }
+
+    /// The mask of the dropout has its shape.
+    fn reads_input(&self) -> bool {
+        self.dropout > 0.0
+    }
+
+    fn reduces_base(&self) -> bool {
+        self.removed.is_some()
     }
 }

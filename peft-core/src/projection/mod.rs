@@ -4,12 +4,14 @@
 //! algebraic forms, one file each; methods decide where it attaches and with which initial values.
 
 mod embedding;
+mod form;
 mod low_rank;
 mod magnitude;
 mod parameter;
 mod tape;
 
 pub use embedding::{Embedding, TokenRows};
+pub use form::Form;
 pub use low_rank::{LowRank, Removed};
 pub use magnitude::Magnitude;
 pub use parameter::Parameter;
@@ -17,6 +19,7 @@ pub use tape::{DropoutKey, InputObserver, Tape};
 
 use crate::kernels::{AdaptedLinear, LinearInput, adapted_linears};
 use burn::tensor::Tensor;
+use std::ops::{Deref, DerefMut};
 
 /// The forms that a change of a weight can take.
 #[derive(Debug, Clone)]
@@ -25,24 +28,20 @@ pub enum Delta {
     LowRank(LowRank),
 }
 
-impl Delta {
-    /// Whether a part of the base weight was taken out for the change to start from.
-    pub fn reduces_base(&self) -> bool {
-        let Delta::LowRank(form) = self;
-        form.removed.is_some()
-    }
+impl Deref for Delta {
+    type Target = dyn Form;
 
-    /// The trainable parameters, in a fixed order.
-    pub fn parameters(&self) -> Vec<&Parameter> {
+    fn deref(&self) -> &Self::Target {
         match self {
-            Delta::LowRank(form) => form.parameters().collect(),
+            Delta::LowRank(form) => form,
         }
     }
+}
 
-    /// The trainable parameters, to be changed.
-    pub fn parameters_mut(&mut self) -> Vec<&mut Parameter> {
+impl DerefMut for Delta {
+    fn deref_mut(&mut self) -> &mut Self::Target {
         match self {
-            Delta::LowRank(form) => form.parameters_mut().collect(),
+            Delta::LowRank(form) => form,
         }
     }
 }
@@ -89,21 +88,18 @@ pub fn project(
     input: LinearInput,
     residual: Option<Tensor<2>>,
 ) -> Tensor<2> {
-    // Dropout and observers look at the value that the projections get.
-    let drops = projections.iter().any(|projection| match &projection.delta {
-        Some(Delta::LowRank(form)) => form.dropout > 0.0,
-        None => false,
-    });
-    let input = if tape.observes() || drops { LinearInput::Plain(input.value()) } else { input };
+    // Some changes and observers look at the value that the projections get.
+    let is_read =
+        projections.iter().flat_map(|projection| &projection.delta).any(|delta| delta.reads_input());
+    let input = if tape.observes() || is_read { LinearInput::Plain(input.value()) } else { input };
     let maps = projections.iter().map(|projection| {
         if let LinearInput::Plain(x) = &input {
             tape.observe(&projection.path, x);
         }
-        let term = projection.delta.as_ref().map(|delta| match delta {
-            Delta::LowRank(form) => {
-                form.term(tape, &projection.path, input.tensor(), &projection.weight.value)
-            }
-        });
+        let term = projection
+            .delta
+            .as_ref()
+            .map(|delta| delta.term(tape, &projection.path, input.tensor(), &projection.weight.value));
         let bias = projection.bias.as_ref().map(|bias| tape.read(bias));
         AdaptedLinear { weight: tape.read(&projection.weight), bias, term }
     });

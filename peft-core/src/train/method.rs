@@ -1,10 +1,12 @@
 //! What a fine-tuning method is to the training loop.
 
 use super::error::TrainError;
+use super::optimizer::ParameterOptimizer;
 use super::step::StepSettings;
 use crate::data::Example;
 use crate::model::{Decoder, ModelConfig, ParameterShape};
-use burn::tensor::Tensor;
+use burn::tensor::{Tensor, TensorData};
+use serde_json::Value;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -23,7 +25,25 @@ pub struct Preparation<'a> {
     pub resume: Option<&'a Path>,
 }
 
-/// A way to adapt a model: it chooses what trains, and writes the result.
+/// Where a run stands.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress {
+    /// Steps whose update is done.
+    pub step: u64,
+    /// Steps of the whole run.
+    pub total_steps: u64,
+}
+
+/// What a method must remember, beyond the trained values and the optimizer's memory, to go on from a checkpoint.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct MethodState {
+    /// Tensors of f32 or i64 by name.
+    pub tensors: BTreeMap<String, TensorData>,
+    /// Everything else; null where there is nothing.
+    pub json: Value,
+}
+
+/// A way to adapt a model: it chooses what trains, acts between steps, and writes the result.
 pub trait Method {
     /// The method's name in recipes.
     fn name(&self) -> &'static str;
@@ -32,17 +52,66 @@ pub trait Method {
     fn artifact(&self) -> &'static str;
 
     /// Attaches the method's parameters to the model and marks what trains.
-    fn prepare(&self, model: &mut Decoder, preparation: &Preparation) -> crate::Result<()>;
+    ///
+    /// # Errors
+    /// What stands in the way of it.
+    fn prepare(&mut self, model: &mut Decoder, preparation: &Preparation) -> crate::Result<()>;
 
-    /// Acts on the step's gradients, by parameter name, after clipping and before the update.
-    fn before_update(&self, _model: &Decoder, _gradients: &mut BTreeMap<String, Tensor<2>>) {}
+    /// Names of frozen weights whose dense gradients the step after `progress` is to show, micro-batch by micro-batch, to
+    /// [`weight_gradient`](Self::weight_gradient).
+    fn watched_weights(&self, _progress: Progress) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Is shown the gradient `[out, in]` of a watched weight for one micro-batch, of the step's mean loss: the sum over
+    /// the micro-batches is the gradient of the step.
+    fn weight_gradient(&mut self, _name: &str, _gradient: Tensor<2>) {}
+
+    /// Acts on the gradients of the step after `progress`, by parameter name, after clipping and before the update.
+    fn before_update(
+        &mut self,
+        _model: &Decoder,
+        _gradients: &mut BTreeMap<String, Tensor<2>>,
+        _progress: Progress,
+    ) {
+    }
+
+    /// Acts on model and optimizer after a step, which `progress` counts.
+    ///
+    /// # Errors
+    /// What keeps the run from going on.
+    fn after_update(
+        &mut self,
+        _model: &mut Decoder,
+        _optimizer: &mut dyn ParameterOptimizer,
+        _progress: Progress,
+    ) -> Result<(), TrainError> {
+        Ok(())
+    }
 
     /// Peak learning rate of the parameter `name` in a run whose own is `learning_rate`.
     fn peak_rate(&self, _name: &str, learning_rate: f64) -> f64 {
         learning_rate
     }
 
+    /// What the method must remember at this moment.
+    fn state(&self) -> MethodState {
+        MethodState::default()
+    }
+
+    /// Takes up what [`state`](Self::state) gave, on a model that [`prepare`](Self::prepare) has seen: afterwards
+    /// parameters have the shapes and train or not as they did then. Their trained values are read next.
+    ///
+    /// # Errors
+    /// A message about what is missing from the state or does not fit the model.
+    fn restore(&mut self, _model: &mut Decoder, _state: MethodState) -> Result<(), String> {
+        Ok(())
+    }
+
     /// Writes the trained result as files into the existing folder `dir`.
+    ///
+    /// # Errors
+    /// A failure to write.
     fn export(&self, model: &Decoder, dir: &Path) -> Result<(), TrainError>;
 }
 

@@ -19,10 +19,11 @@ mod trainer;
 pub use error::TrainError;
 pub use evaluate::{Evaluation, Generation, evaluate, exact_match};
 pub use memory::{DeviceMemory, device_memory, peak_memory_bytes, resident_bytes};
-pub use method::{Method, MethodPlan, ParameterRole, PlannedParameter, Preparation};
+pub use method::{Method, MethodPlan, MethodState, ParameterRole, PlannedParameter, Preparation, Progress};
 pub use metrics::{EvalMetrics, StepMetrics};
 pub use optimizer::{
-    ManyOptimizer, NamedOptimizer, OptimizerStep, ParameterOptimizer, ParameterStep, update_parameters,
+    ManyOptimizer, MemoryChange, NamedOptimizer, OptimizerStep, ParameterOptimizer, ParameterStep,
+    update_parameters,
 };
 pub use schedule::{Schedule, Warmup};
 pub use selection::{BestMetric, EarlyStopping, Every, Selection};

@@ -19,10 +19,23 @@ pub struct ParameterStep<'a> {
     pub gradient: Tensor<2>,
 }
 
+/// Gives the new value of a tensor of an optimizer's memory from its name there and its old one.
+pub type MemoryChange<'a> = dyn FnMut(&str, Tensor<2>) -> Tensor<2> + 'a;
+
 /// An optimizer with its memory of every parameter, by name.
 pub trait ParameterOptimizer: Send {
     /// One update of each of the parameters; returns their new values, in order.
     fn step(&mut self, parameters: Vec<ParameterStep>) -> Vec<Tensor<2>>;
+
+    /// Whether it has a memory of the parameter `name`.
+    fn remembers(&self, name: &str) -> bool;
+
+    /// Drops the memory of the parameter `name`: its next update is like its first.
+    fn forget(&mut self, name: &str);
+
+    /// Changes the tensors of its memory of the parameter `name`, each shown with the name it has there (`moment_1`), on
+    /// the device given. Counts of steps stay.
+    fn edit(&mut self, name: &str, device: &Device, change: &mut MemoryChange);
 
     /// The memory as named tensors and whole numbers.
     fn save(&self) -> (Vec<(String, TensorData)>, BTreeMap<String, i64>);
@@ -121,6 +134,29 @@ impl<O: ManyOptimizer> ParameterOptimizer for NamedOptimizer<O> {
             values.push(value);
         }
         values
+    }
+
+    fn remembers(&self, name: &str) -> bool {
+        self.states.contains_key(name)
+    }
+
+    fn forget(&mut self, name: &str) {
+        self.states.remove(name);
+    }
+
+    fn edit(&mut self, name: &str, device: &Device, change: &mut MemoryChange) {
+        let Some(state) = self.states.get(name) else { return };
+        let mut sink = StateSink::default();
+        state.state_flatten(name, &mut sink);
+        let mut source = StateSource::new(sink.scalars.into_iter().collect());
+        for (full, data) in sink.tensors {
+            let leaf = full.strip_prefix(name).map_or(full.as_str(), |leaf| leaf.trim_start_matches('.'));
+            let changed = change(leaf, Tensor::from_data(data, device));
+            source.insert_tensor(full, changed.into_data());
+        }
+        if let Some(state) = O::State::<2>::state_unflatten(name, &mut source, device) {
+            self.states.insert(name.to_string(), state);
+        }
     }
 
     fn save(&self) -> (Vec<(String, TensorData)>, BTreeMap<String, i64>) {

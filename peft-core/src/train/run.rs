@@ -7,16 +7,18 @@ use super::course::{Course, Window};
 use super::error::TrainError;
 use super::evaluate::{Generation, evaluate, exact_match};
 use super::memory::peak_memory_bytes;
+use super::method::Progress;
 use super::metrics::{EvalMetrics, JsonLines, StepMetrics};
 use super::selection::{BestMetric, Every};
 use super::state;
-use super::step::{StepGradients, accumulate, global_norm};
+use super::step::{StepGradients, accumulate, add_gradients, backward, global_norm};
 use super::trainer::{Observer, Outcome, RunSummary, Stopped, Trainer};
 use crate::data::{Batch, Epoch, Epochs, Example, Rows, collate, collate_packs};
 use crate::kernels::{fault, trim_memory};
+use crate::model::Decoder;
 use crate::projection::DropoutKey;
 use serde::Serialize;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -160,9 +162,7 @@ impl<'r, 'a> Run<'r, 'a> {
             if self.is_stopping() {
                 return Ok(false);
             }
-            let Trainer { model, config, .. } = &self.trainer;
-            let key = DropoutKey { seed: config.seed, step, micro_batch: micro_batch as u64 };
-            accumulate(model, batch, scale, key, config.step, &mut self.sums);
+            self.accumulate(batch, scale, step, micro_batch as u64);
             let (loss_sum, correct) = (self.sums.loss_sum, self.sums.correct);
             self.course.window = Some(Window { micro_batches: micro_batch + 1, loss_sum, correct });
         }
@@ -179,7 +179,8 @@ impl<'r, 'a> Run<'r, 'a> {
                 return Err(self.not_finite(what, value).into());
             }
         }
-        let rate = self.trainer.update(step, self.total, sums.gradients, grad_norm);
+        let progress = Progress { step, total_steps: self.total };
+        let rate = self.trainer.update(progress, sums.gradients, grad_norm)?;
         self.course.step = step + 1;
 
         let elapsed = start.elapsed().as_secs_f64();
@@ -202,6 +203,34 @@ impl<'r, 'a> Run<'r, 'a> {
         }
         self.observer.step(&metrics);
         Ok(true)
+    }
+
+    /// Adds loss and gradients of a micro-batch to the sums, and shows the method those of the weights that it watches.
+    fn accumulate(&mut self, batch: &Batch, scale: f64, step: u64, micro_batch: u64) {
+        let Trainer { model, method, config, .. } = &mut self.trainer;
+        let key = DropoutKey { seed: config.seed, step, micro_batch };
+        let watched = method.watched_weights(Progress { step, total_steps: self.total });
+        if watched.is_empty() {
+            return accumulate(model, batch, scale, key, config.step, &mut self.sums);
+        }
+        let watched: BTreeSet<String> = watched.into_iter().collect();
+        let set_trainable = |model: &mut Decoder, trainable| {
+            let weights = model.parameters_mut().into_iter().filter(|p| watched.contains(&p.name));
+            weights.for_each(|weight| weight.trainable = trainable);
+        };
+        set_trainable(model, true);
+        let StepGradients { gradients, loss_sum, correct } = &mut self.sums;
+        let loss = backward(model, batch, scale, key, config.step, &mut |mut new| {
+            for name in &watched {
+                if let Some(gradient) = new.remove(name) {
+                    method.weight_gradient(name, gradient);
+                }
+            }
+            add_gradients(gradients, new);
+        });
+        *loss_sum += loss.loss_sum;
+        *correct += loss.correct;
+        set_trainable(model, false);
     }
 
     /// The error of a step without a usable gradient, which has not been applied: the weights are still those of the
@@ -323,7 +352,8 @@ impl<'r, 'a> Run<'r, 'a> {
         let exported_step = self.course.exported_step(selection.as_ref());
         let mut after = self.course.latest.clone();
         if exported_step != self.course.step {
-            state::load_parameters(&state::folder(&output_dir, exported_step), self.trainer.model)?;
+            let Trainer { model, method, .. } = &mut self.trainer;
+            state::load_values(&state::folder(&output_dir, exported_step), model, *method)?;
             after = self.course.best.clone();
         }
         let unanswered = |metrics: &&mut EvalMetrics| metrics.eval_exact_match.is_none();

@@ -1,12 +1,12 @@
 //! The state of a run on disk: everything a later process needs to go on.
 //!
 //! `checkpoints/step-NNNNNNNN/` holds the method's artifact for use elsewhere, `state.safetensors` (every trainable
-//! parameter, the optimizer's memory and the gradients of a step in progress, f32) and `state.json`. A folder under its
-//! final name is complete.
+//! parameter, the optimizer's memory and the gradients of a step in progress, f32; what the method remembers) and
+//! `state.json`. A folder under its final name is complete.
 
 use super::course::Course;
 use super::error::TrainError;
-use super::method::{Method, PlannedParameter};
+use super::method::{Method, MethodState, PlannedParameter};
 use super::optimizer::ParameterOptimizer;
 use crate::checkpoint::{
     Dtype, LazyTensor, SafetensorsFile, StagedDir, f32_bytes, read_bounded, remove_dir, safetensors_bytes,
@@ -15,6 +15,7 @@ use crate::checkpoint::{
 use crate::model::{Decoder, ParameterShape};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -36,6 +37,11 @@ struct StateFile {
     course: Course,
     identity: Identity,
     optimizer: BTreeMap<String, i64>,
+    /// Trained parameters that the optimizer has no memory of.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    unremembered: Vec<String>,
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    method: Value,
 }
 
 const TENSORS: &str = "state.safetensors";
@@ -45,6 +51,7 @@ const MAX_STATE_BYTES: u64 = 256 << 20;
 const PARAMETER: &str = "parameter/";
 const OPTIMIZER: &str = "optimizer/";
 const GRADIENT: &str = "gradient/";
+const METHOD: &str = "method/";
 
 /// The folder of the checkpoint after `step`.
 pub(super) fn folder(output_dir: &Path, step: u64) -> PathBuf {
@@ -106,7 +113,9 @@ pub(super) fn stage(output_dir: &Path, snapshot: &Snapshot) -> Result<StagedDir,
     let memory = memory.into_iter().map(|(name, data)| (format!("{OPTIMIZER}{name}"), data));
     let gradients = snapshot.gradients.iter();
     let gradients = gradients.map(|(name, sum)| (format!("{GRADIENT}{name}"), sum.to_data()));
-    let host: Vec<(String, TensorData)> = memory.chain(gradients).collect();
+    let MethodState { tensors: remembered, json } = snapshot.method.state();
+    let remembered = remembered.into_iter().map(|(name, data)| (format!("{METHOD}{name}"), data));
+    let host: Vec<(String, TensorData)> = memory.chain(gradients).chain(remembered).collect();
     let parameters = model.parameters().into_iter().filter(|parameter| parameter.trainable);
     let mut tensors: Vec<LazyTensor<TrainError>> = parameters
         .map(|parameter| {
@@ -116,11 +125,26 @@ pub(super) fn stage(output_dir: &Path, snapshot: &Snapshot) -> Result<StagedDir,
         })
         .collect();
     for (name, data) in &host {
-        let bytes = || Ok(Cow::Owned(f32_bytes(&data.iter::<f32>().collect::<Vec<_>>())));
-        tensors.push(LazyTensor::new(name, Dtype::F32, data.shape().to_vec(), bytes));
+        let (dtype, bytes): (Dtype, fn(&TensorData) -> Vec<u8>) = match data.dtype() {
+            DType::I64 => (Dtype::I64, |data| data.iter::<i64>().flat_map(i64::to_le_bytes).collect()),
+            _ => (Dtype::F32, |data| f32_bytes(&data.iter::<f32>().collect::<Vec<_>>())),
+        };
+        let bytes = move || Ok(Cow::Owned(bytes(data)));
+        tensors.push(LazyTensor::new(name, dtype, data.shape().to_vec(), bytes));
     }
     write_safetensors(&staged.path().join(TENSORS), tensors, &BTreeMap::new())?;
-    let state = StateFile { course: course.clone(), identity: snapshot.identity.clone(), optimizer: scalars };
+    let trained = model.parameters().into_iter().filter(|parameter| parameter.trainable);
+    let unremembered = trained.filter(|parameter| !snapshot.optimizer.remembers(&parameter.name));
+    let state = StateFile {
+        course: course.clone(),
+        identity: snapshot.identity.clone(),
+        optimizer: scalars,
+        unremembered: match course.step {
+            0 => Vec::new(),
+            _ => unremembered.map(|parameter| parameter.name.clone()).collect(),
+        },
+        method: json,
+    };
     write_state(&staged.path().join(STATE), &state)?;
     Ok(staged)
 }
@@ -217,11 +241,13 @@ pub(super) struct Loaded {
 pub(super) fn load(
     path: &Path,
     model: &mut Decoder,
+    method: &mut dyn Method,
     optimizer: &mut dyn ParameterOptimizer,
     identity: &Identity,
 ) -> Result<Loaded, TrainError> {
     let state = read_own(path, identity)?;
-    let names = load_parameters(path, model)?;
+    let mut names = load_values(path, model, method)?;
+    names.retain(|name| !state.unremembered.contains(name));
     let file = SafetensorsFile::open(path.join(TENSORS))?;
     let wrong = |message: String| TrainError::State { path: file.path().to_path_buf(), message };
     let device = model.device.clone();
@@ -255,12 +281,32 @@ pub(super) fn load(
     Ok(Loaded { course: state.course, gradients, warnings: warnings.collect() })
 }
 
-/// Gives the model the trainable parameters of the checkpoint folder `path`; returns their names.
+/// Gives method and model what they had at the checkpoint in the folder `path`; returns the names of the parameters that
+/// train.
 ///
 /// # Errors
 /// A file that is damaged or of another set of parameters.
-pub(super) fn load_parameters(path: &Path, model: &mut Decoder) -> Result<Vec<String>, TrainError> {
+pub(super) fn load_values(
+    path: &Path,
+    model: &mut Decoder,
+    method: &mut dyn Method,
+) -> Result<Vec<String>, TrainError> {
     let file = SafetensorsFile::open(path.join(TENSORS))?;
+    let json = read_state(&path.join(STATE))?.method;
+    let mut tensors = BTreeMap::new();
+    for key in file.names() {
+        if let Some(name) = key.strip_prefix(METHOD) {
+            let tensor = file.tensor(key)?;
+            let data = match tensor.dtype {
+                Dtype::I64 => TensorData::new(tensor.to_i64()?, tensor.shape.to_vec()),
+                _ => TensorData::new(tensor.to_f32()?, tensor.shape.to_vec()),
+            };
+            tensors.insert(name.to_string(), data);
+        }
+    }
+    let wrong = |message| TrainError::State { path: path.join(STATE), message };
+    method.restore(model, MethodState { tensors, json }).map_err(wrong)?;
+
     let device = model.device.clone();
     let mut names = Vec::new();
     for parameter in model.parameters_mut().into_iter().filter(|parameter| parameter.trainable) {

@@ -2,7 +2,7 @@
 
 use super::course::Course;
 use super::error::TrainError;
-use super::method::Method;
+use super::method::{Method, Progress};
 use super::metrics::{EvalMetrics, StepMetrics};
 use super::optimizer::{ParameterOptimizer, update_parameters};
 use super::run::Run;
@@ -156,7 +156,7 @@ pub struct Trainer<'a> {
     /// The model, prepared by the method.
     pub model: &'a mut Decoder,
     /// The method.
-    pub method: &'a dyn Method,
+    pub method: &'a mut dyn Method,
     /// The optimizer.
     pub optimizer: Box<dyn ParameterOptimizer>,
     /// The tokenizer, for generations.
@@ -204,7 +204,8 @@ impl Trainer<'_> {
         require_vocabulary(self.model, "validation data", self.validation)?;
         let (mut course, mut gradients) = (Course::default(), BTreeMap::new());
         if let Some(path) = resume {
-            let loaded = state::load(path, self.model, self.optimizer.as_mut(), &self.config.identity)?;
+            let (optimizer, identity) = (self.optimizer.as_mut(), &self.config.identity);
+            let loaded = state::load(path, self.model, self.method, optimizer, identity)?;
             loaded.warnings.iter().for_each(|warning| observer.warning(warning));
             (course, gradients) = (loaded.course, loaded.gradients);
             self.require_best(&course, path)?;
@@ -263,14 +264,14 @@ impl Trainer<'_> {
         }
     }
 
-    /// Updates the parameters after `step` steps of `total`; returns the rate.
+    /// Updates the parameters at `progress`; returns the rate.
     pub(super) fn update(
         &mut self,
-        step: u64,
-        total: u64,
+        progress: Progress,
         mut gradients: BTreeMap<String, Tensor<2>>,
         grad_norm: f64,
-    ) -> f64 {
+    ) -> Result<f64, TrainError> {
+        let Progress { step, total_steps: total } = progress;
         let config = &self.config;
         let factor = config.schedule.factor(step, config.warmup.steps(total), total);
         let clip = config.max_grad_norm.map_or(1.0, |max| (max / (grad_norm + 1e-6)).min(1.0));
@@ -279,13 +280,15 @@ impl Trainer<'_> {
                 *gradient = gradient.clone().mul_scalar(clip);
             }
         }
-        self.method.before_update(self.model, &mut gradients);
-        let (method, peak) = (self.method, config.learning_rate);
+        self.method.before_update(self.model, &mut gradients, progress);
+        let (method, peak) = (&*self.method, config.learning_rate);
         update_parameters(self.model, self.optimizer.as_mut(), gradients, |name| {
             method.peak_rate(name, peak) * factor
         });
+        let done = Progress { step: step + 1, ..progress };
+        self.method.after_update(self.model, self.optimizer.as_mut(), done)?;
         trim_memory();
-        config.learning_rate * factor
+        Ok(self.config.learning_rate * factor)
     }
 
     /// Puts the method's result in its place; returns its folder.

@@ -1,6 +1,6 @@
 //! The method block of a recipe.
 
-use peft_core::adapter::LoraConfig;
+use peft_core::adapter::{InitLoraWeights, LoraConfig};
 use serde::{Deserialize, Serialize};
 
 /// PEFT's keys of a LoRA, and those that only training knows.
@@ -21,6 +21,21 @@ pub struct LoraBlock {
 }
 
 impl LoraBlock {
+    /// As [`check`](Self::check), for a run whose first values come from an adapter or are drawn.
+    ///
+    /// # Errors
+    /// A message about the first key that is out of range or does not go with the adapter.
+    pub(super) fn check_start(&self, starts_from_adapter: bool) -> Result<(), String> {
+        self.check()?;
+        let drawn = [InitLoraWeights::KaimingUniform, InitLoraWeights::Gaussian];
+        if starts_from_adapter && !drawn.contains(&self.lora.init_lora_weights) {
+            return Err(
+                "init_lora_weights and adapter_name_or_path both give first values; remove one".to_string()
+            );
+        }
+        Ok(())
+    }
+
     /// Checks that values are in range and go together.
     ///
     /// # Errors

@@ -12,21 +12,101 @@ pub use config::LoraBlock;
 
 use fa::{Preconditioners, preconditioners};
 
+use crate::registry::{Block, Kind, RunContext, Scaffold, ScaffoldKey, keys_of};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use peft_core::adapter::{
-    Adapter, AdapterConfig, AdapterError, InitLoraWeights, LoraConfig, Pattern, Placement, SharedWeight,
-    TargetModules, adapter_bytes, save, select,
+    Adapter, AdapterConfig, AdapterError, InitLoraWeights, LORA_FORMAT, LoraConfig, Pattern, Placement,
+    SavedAdapter, SharedWeight, TargetModules, adapter_bytes, save, select,
 };
+use peft_core::checkpoint::Headers;
 use peft_core::model::{BaseShapes, Decoder, EMBEDDING, HEAD, ModelConfig, ParameterShape, ProjectionShape};
 use peft_core::projection::{Delta, LowRank, Magnitude, Parameter};
 use peft_core::random::Stream;
-use peft_core::train::{Method, MethodPlan, ParameterRole, PlannedParameter, Preparation, TrainError};
+use peft_core::strict;
+use peft_core::train::{
+    Method, MethodPlan, ParameterRole, PlannedParameter, Preparation, Progress, TrainError,
+};
+use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
 
 /// Samples of data-driven first values where the recipe does not say: what CorDA's authors use.
 const DEFAULT_SAMPLES: usize = 256;
+
+/// A LoRA to begin with.
+const fn scaffold(name: &'static str, about: &'static str, keys: &'static [ScaffoldKey]) -> Scaffold {
+    Scaffold { name, about, keys, learning_rates: ("2e-4", "5e-3") }
+}
+
+const R: ScaffoldKey = ("r", "16", "rank of the update of each weight");
+const ALPHA: ScaffoldKey = ("lora_alpha", "32", "scale of the update: alpha / r");
+const DROPOUT: ScaffoldKey = ("lora_dropout", "0.0", "dropout before the update; 0.05 for little data");
+const TARGETS: ScaffoldKey =
+    ("target_modules", "all-linear", "every projection of the layers, or a list like [q_proj, v_proj]");
+
+/// LoRA as recipes name it.
+pub static LORA: Kind = Kind {
+    name: "lora",
+    title: "LoRA",
+    about: "low-rank adaptation",
+    parse: |keys| Ok(Box::new(strict::parse::<LoraBlock>(keys)?)),
+    file: Some(&LORA_FORMAT),
+    in_peft: true,
+    scaffolds: &[
+        scaffold("lora", "low-rank adaptation", &[R, ALPHA, DROPOUT, TARGETS]),
+        scaffold(
+            "rslora",
+            "LoRA whose scale suits high ranks",
+            &[R, ALPHA, DROPOUT, TARGETS, ("use_rslora", "true", "scale alpha / √r in place of alpha / r")],
+        ),
+        scaffold(
+            "dora",
+            "LoRA that trains the rows' lengths apart",
+            &[
+                R,
+                ALPHA,
+                DROPOUT,
+                TARGETS,
+                ("use_dora", "true", "lengths of the rows apart from their directions"),
+            ],
+        ),
+        scaffold(
+            "lora+",
+            "LoRA whose B learns faster",
+            &[R, ALPHA, DROPOUT, TARGETS, ("loraplus_lr_ratio", "16", "how much faster B learns than A")],
+        ),
+        scaffold(
+            "lora-fa",
+            "LoRA that trains B alone",
+            &[R, ALPHA, DROPOUT, TARGETS, ("lora_fa", "true", "A stays as it was drawn")],
+        ),
+    ],
+};
+
+impl Block for LoraBlock {
+    fn keys(&self) -> Map<String, Value> {
+        keys_of(self)
+    }
+
+    fn check(&self, starts_from_adapter: bool) -> Result<(), String> {
+        self.check_start(starts_from_adapter)
+    }
+
+    fn plan(&self, model: &ModelConfig, _base: &Headers) -> peft_core::Result<MethodPlan> {
+        let lora = Lora::new(self.clone(), "", None, None).map_err(TrainError::Preparation)?;
+        Ok(lora.plan(model)?)
+    }
+
+    fn method(&self, run: &RunContext) -> peft_core::Result<Box<dyn Method>> {
+        let (revision, start) = (run.revision.map(str::to_string), run.start.map(Path::to_path_buf));
+        let lora = Lora::new(self.clone(), run.base_name, revision, start);
+        Ok(Box::new(lora.map_err(TrainError::Preparation)?))
+    }
+
+    fn boxed(&self) -> Box<dyn Block> {
+        Box::new(self.clone())
+    }
+}
 
 /// LoRA on a model.
 pub struct Lora {
@@ -35,7 +115,7 @@ pub struct Lora {
     revision: Option<String>,
     start: Option<PathBuf>,
     /// With LoRA-FA, what the gradients of `B` are multiplied by.
-    preconditioners: OnceLock<Preconditioners>,
+    preconditioners: Preconditioners,
 }
 
 impl Lora {
@@ -50,14 +130,8 @@ impl Lora {
         revision: Option<String>,
         start: Option<PathBuf>,
     ) -> Result<Self, String> {
-        block.check()?;
-        let init = block.lora.init_lora_weights;
-        if start.is_some() && ![InitLoraWeights::KaimingUniform, InitLoraWeights::Gaussian].contains(&init) {
-            return Err(
-                "init_lora_weights and adapter_name_or_path both give first values; remove one".to_string()
-            );
-        }
-        Ok(Self { block, base: base.to_string(), revision, start, preconditioners: OnceLock::new() })
+        block.check_start(start.is_some())?;
+        Ok(Self { block, base: base.to_string(), revision, start, preconditioners: Preconditioners::new() })
     }
 
     fn config(&self) -> &LoraConfig {
@@ -330,7 +404,11 @@ fn zeros(dims: [usize; 2], device: &Device) -> Tensor<2> {
 /// Lets the parts of the adapter train.
 fn set_trainable(model: &mut Decoder, placement: &Placement) {
     for projection in model.projections_mut() {
-        projection.delta.iter_mut().flat_map(Delta::parameters_mut).for_each(Parameter::set_trainable);
+        projection
+            .delta
+            .iter_mut()
+            .flat_map(|delta| delta.parameters_mut())
+            .for_each(Parameter::set_trainable);
     }
     model.embed_tokens.parameters_mut().skip(1).for_each(Parameter::set_trainable);
     if let Some(rows) = &mut model.head_rows {
@@ -359,7 +437,7 @@ impl Method for Lora {
         "adapter"
     }
 
-    fn prepare(&self, model: &mut Decoder, preparation: &Preparation) -> peft_core::Result<()> {
+    fn prepare(&mut self, model: &mut Decoder, preparation: &Preparation) -> peft_core::Result<()> {
         let shapes = model.base_shapes();
         let placement = self.config().place(&shapes, true)?;
         if placement.shared == SharedWeight::Parted {
@@ -376,7 +454,7 @@ impl Method for Lora {
                     form.a.trainable = false;
                 }
             }
-            let _ = self.preconditioners.set(preconditioners(model)?);
+            self.preconditioners = preconditioners(model)?;
         }
         Ok(())
     }
@@ -393,8 +471,13 @@ impl Method for Lora {
         }
     }
 
-    fn before_update(&self, _model: &Decoder, gradients: &mut BTreeMap<String, Tensor<2>>) {
-        for (name, inverse) in self.preconditioners.get().into_iter().flatten() {
+    fn before_update(
+        &mut self,
+        _model: &Decoder,
+        gradients: &mut BTreeMap<String, Tensor<2>>,
+        _progress: Progress,
+    ) {
+        for (name, inverse) in &self.preconditioners {
             if let Some(gradient) = gradients.get_mut(name) {
                 *gradient = gradient.clone().matmul(inverse.clone());
             }

@@ -4,7 +4,7 @@ use super::{ends, refused, text};
 use crate::faults::{base, copy};
 use crate::program::{BASE, HELD_OUT, SHORT};
 use burn::tensor::Device;
-use peft_core::adapter::{Adapter, AdapterError, save};
+use peft_core::adapter::{Adapter, AdapterError, SavedAdapter, save};
 use peft_core::checkpoint::Checkpoint;
 use peft_core::model::{ComputeType, load};
 use peft_tests::golden;

@@ -26,7 +26,7 @@ pub fn run(args: InitArgs) -> Result<(), CliError> {
     if args.output.symlink_metadata().is_ok() {
         return Err(CliError::flag(&out, "is there already and is not overwritten; choose another name"));
     }
-    let method = methods::method(&args.method)?;
+    let (kind, method) = methods::method(&args.method)?;
     let dataset = match &args.data {
         Some(path) => guess::dataset(path)?,
         None => DatasetConfig::new("my-data.jsonl", DatasetType::Alpaca),
@@ -37,6 +37,7 @@ pub fn run(args: InitArgs) -> Result<(), CliError> {
     };
     let read = base.as_ref().filter(|_| args.data.is_some());
     let draft = Draft {
+        kind,
         method,
         base: args.base_model.as_deref().unwrap_or(BASE),
         tiny: base.as_ref().is_some_and(|base| base.parameters < TINY_PARAMETERS),

@@ -1,9 +1,9 @@
 //! The recipe's text.
 
-use super::methods::Scaffold;
 use crate::render::count;
 use crate::yaml;
 use peft_core::data::{DatasetConfig, DatasetType};
+use peft_methods::{Kind, Scaffold};
 use serde_json::Value;
 
 /// Longest example where nothing better is known, in tokens.
@@ -15,6 +15,8 @@ const HOLD_OUT_FROM: usize = 40;
 /// What is known of a recipe to be.
 pub struct Draft<'a> {
     /// The method.
+    pub kind: &'static Kind,
+    /// What of it.
     pub method: &'a Scaffold,
     /// The base as it was named.
     pub base: &'a str,
@@ -68,29 +70,18 @@ pub fn text(draft: &Draft<'_>) -> String {
     sequence(draft, &mut line);
 
     line("\nmethod", "", draft.method.about);
-    if draft.method.full {
-        line("  type", "full", "all weights; the result is a checkpoint of the base's size");
-    } else {
-        line("  type", "lora", "the result is an adapter that PEFT loads too");
-        line("  r", "16", "rank of the update of each weight");
-        line("  lora_alpha", "32", "scale of the update: alpha / r");
-        line("  lora_dropout", "0.0", "dropout before the update; 0.05 for little data");
-        line(
-            "  target_modules",
-            "all-linear",
-            "every projection of the layers, or a list like [q_proj, v_proj]",
-        );
-    }
+    let of_type = match (draft.kind.file, draft.kind.in_peft) {
+        (None, _) => "all weights; the result is a checkpoint of the base's size",
+        (Some(_), true) => "the result is an adapter that PEFT loads too",
+        (Some(_), false) => "the result is an adapter",
+    };
+    line("  type", draft.kind.name, of_type);
     for (key, value, comment) in draft.method.keys {
         line(&format!("  {key}"), value, comment);
     }
 
-    let rate = match (draft.method.full, draft.tiny) {
-        (false, false) => "2e-4",
-        (false, true) => "5e-3",
-        (true, false) => "2e-5",
-        (true, true) => "1e-3",
-    };
+    let (usual, of_tiny) = draft.method.learning_rates;
+    let rate = if draft.tiny { of_tiny } else { usual };
     let about = if draft.tiny { "peak rate; a tiny model takes a large one" } else { "peak rate" };
     line("\nlearning_rate", rate, about);
     line("lr_scheduler", "cosine", "constant, linear or cosine");
@@ -154,12 +145,16 @@ fn scalar(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
-    use super::super::methods::METHODS;
+    use super::super::methods::{method, scaffolds};
     use super::*;
     use crate::recipe::read;
 
-    fn draft<'a>(method: &'a Scaffold, dataset: &'a DatasetConfig) -> Draft<'a> {
+    fn draft<'a>(
+        (kind, method): (&'static Kind, &'static Scaffold),
+        dataset: &'a DatasetConfig,
+    ) -> Draft<'a> {
         Draft {
+            kind,
             method,
             base: "yes: # no",
             tiny: false,
@@ -168,6 +163,10 @@ mod tests {
             length: None,
             name: "1e3".to_string(),
         }
+    }
+
+    fn lora() -> (&'static Kind, &'static Scaffold) {
+        method("lora").unwrap()
     }
 
     /// Writes the text and reads it as a recipe.
@@ -182,8 +181,8 @@ mod tests {
     fn every_method_gives_a_recipe_with_a_comment_a_key() {
         let mut dataset = DatasetConfig::new("my data.jsonl", DatasetType::PromptCompletion);
         dataset.field_prompt = Some("null".to_string());
-        for method in &METHODS {
-            let draft = draft(method, &dataset);
+        for (kind, method) in scaffolds() {
+            let draft = draft((kind, method), &dataset);
             let recipe = parsed(&draft);
             assert_eq!((recipe.base_model.as_str(), recipe.output_dir.as_str()), ("yes: # no", "out/1e3"));
             assert_eq!(recipe.datasets, [dataset.clone()]);
@@ -207,7 +206,7 @@ mod tests {
         let dataset = DatasetConfig::new("d.jsonl", DatasetType::Alpaca);
         let with = |longest, positions| Draft {
             length: Some(Length { longest, positions }),
-            ..draft(&METHODS[0], &dataset)
+            ..draft(lora(), &dataset)
         };
         assert_eq!(parsed(&with(65, 1000)).sequence_len, 128);
         assert_eq!(parsed(&with(65, 1000)).on_truncation, None);
@@ -219,8 +218,7 @@ mod tests {
     #[test]
     fn few_records_are_all_trained_on() {
         let dataset = DatasetConfig::new("d.jsonl", DatasetType::Alpaca);
-        let of =
-            |records| parsed(&Draft { records: Some(records), ..draft(&METHODS[0], &dataset) }).val_set_size;
+        let of = |records| parsed(&Draft { records: Some(records), ..draft(lora(), &dataset) }).val_set_size;
         assert_eq!((of(39), of(40)), (0.0, 0.05));
     }
 }

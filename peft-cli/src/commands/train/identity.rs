@@ -167,9 +167,7 @@ mod tests {
         assert_eq!(changed(|recipe, _| recipe.loss_chunk_rows = Some(2)), ["loss_chunk_rows"]);
         assert_eq!(changed(|recipe, _| recipe.warmup_steps = Some(2)), ["warmup_steps"]);
         assert_eq!(
-            changed(|recipe, _| if let crate::recipe::MethodBlock::Lora(lora) = &mut recipe.method {
-                lora.lora.r = 9
-            }),
+            changed(|recipe, _| recipe.method = serde_json::from_value(json!({"r": 9})).unwrap_or_default()),
             ["method.r"]
         );
         assert_eq!(changed(|_, inputs| inputs.base_sha256 = "c"), ["base"]);

@@ -2,7 +2,7 @@
 //!
 //! The schema is asked by example: what was parsed is serialised again, and every key of the input must have come back.
 
-use peft_core::nearest::did_you_mean;
+use crate::nearest::did_you_mean;
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
