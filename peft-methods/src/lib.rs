@@ -2,11 +2,16 @@
 //! in [`peft_core`].
 
 mod full;
+mod ia3;
 mod lora;
 mod registry;
+mod selected;
+mod vera;
 
 pub use full::Full;
+pub use ia3::Ia3Config;
 pub use lora::{Lora, LoraBlock, init};
 pub use registry::{
     Block, Kind, METHODS, MethodBlock, RunContext, Scaffold, ScaffoldKey, file_formats, open_adapter,
 };
+pub use vera::VeraConfig;

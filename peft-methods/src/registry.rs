@@ -1,10 +1,13 @@
 //! The methods there are, by name: how a recipe's block becomes a method, and how its files are read again.
 
 use crate::full::FULL;
+use crate::ia3::IA3;
 use crate::lora::LORA;
+use crate::selected::{BITFIT, NORM_ONLY, TRAIN_ONLY};
+use crate::vera::VERA;
 use peft_core::adapter::{AdapterError, FileFormat, SavedAdapter};
 use peft_core::checkpoint::{Checkpoint, Headers};
-use peft_core::model::ModelConfig;
+use peft_core::model::{ModelConfig, ties_embeddings};
 use peft_core::nearest::did_you_mean;
 use peft_core::train::{Method, MethodPlan};
 use serde::de::Error as _;
@@ -14,7 +17,7 @@ use std::fmt::Debug;
 use std::path::Path;
 
 /// Every method, as they are listed.
-pub static METHODS: &[&Kind] = &[&LORA, &FULL];
+pub static METHODS: &[&Kind] = &[&LORA, &VERA, &IA3, &NORM_ONLY, &BITFIT, &TRAIN_ONLY, &FULL];
 
 /// A method as the program knows it before a recipe names it.
 #[derive(Debug)]
@@ -75,6 +78,18 @@ pub struct RunContext<'a> {
     pub revision: Option<&'a str>,
     /// The adapter's folder that first values come from, where the recipe names one.
     pub start: Option<&'a Path>,
+}
+
+impl RunContext<'_> {
+    /// The base's shape.
+    ///
+    /// # Errors
+    /// An unsupported configuration.
+    pub fn model(&self) -> peft_core::Result<ModelConfig> {
+        let mut model = ModelConfig::from_json(self.base.dir(), self.base.config())?;
+        model.tie_word_embeddings = ties_embeddings(self.base)?;
+        Ok(model)
+    }
 }
 
 /// A method's keys in a recipe.
@@ -165,7 +180,12 @@ pub(crate) fn keys_of(block: &impl Serialize) -> Map<String, Value> {
 
 /// The formats of adapter files that are known, each once.
 pub fn file_formats() -> impl Iterator<Item = &'static FileFormat> {
-    METHODS.iter().filter_map(|kind| kind.file)
+    let formats = METHODS.iter().filter_map(|kind| kind.file).enumerate();
+    let first = |(index, format): &(usize, &FileFormat)| {
+        let mut before = METHODS.iter().filter_map(|kind| kind.file).take(*index);
+        before.all(|other| other.peft_type != format.peft_type)
+    };
+    formats.filter(first).map(|(_, format)| format)
 }
 
 /// Opens an adapter's folder, of whichever method.

@@ -69,19 +69,20 @@ fn written_again_the_files_are_pefts() {
         let bytes = |file: PathBuf| std::fs::read(file).unwrap();
         let written = bytes(out.path().join("adapter_model.safetensors"));
         assert_eq!(written, bytes(dir.join("adapter_model.safetensors")), "{name}: weights");
-        // Lists of names are sets to PEFT, written in no particular order.
-        let sorted = |bytes: &[u8]| {
-            let mut json: serde_json::Value = serde_json::from_slice(bytes).unwrap();
-            for key in ["target_modules", "exclude_modules"] {
-                if let Some(list) = json[key].as_array_mut() {
-                    list.sort_by_key(|name| name.to_string());
-                }
-            }
-            format!("{json:#}")
-        };
         let written = sorted(&bytes(out.path().join("adapter_config.json")));
         assert_eq!(written, sorted(&bytes(dir.join("adapter_config.json"))), "{name}: configuration");
     }
+}
+
+/// A configuration with the lists of names, which PEFT writes in no particular order, sorted.
+pub fn sorted(bytes: &[u8]) -> String {
+    let mut json: serde_json::Value = serde_json::from_slice(bytes).unwrap();
+    for key in ["target_modules", "exclude_modules", "feedforward_modules"] {
+        if let Some(list) = json.get_mut(key).and_then(|list| list.as_array_mut()) {
+            list.sort_by_key(|name| name.to_string());
+        }
+    }
+    format!("{json:#}")
 }
 
 #[test]

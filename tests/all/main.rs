@@ -3,6 +3,7 @@
 
 mod adapters;
 mod card;
+mod contract;
 mod doctor;
 mod families;
 mod faults;
@@ -10,6 +11,7 @@ mod generation;
 mod gradients;
 mod init;
 mod inits;
+mod kin;
 mod merging;
 mod packing;
 mod plan;

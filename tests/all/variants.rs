@@ -21,9 +21,9 @@ const RATE: f64 = 1e-2;
 const STEP: StepSettings =
     StepSettings { gradient_checkpointing: GradientCheckpointing::Off, loss_chunk_rows: None };
 
-/// The batches of all variants, one a step.
-fn batches() -> Vec<Vec<Example>> {
-    let file = SafetensorsFile::open(golden("variants/batches.safetensors")).unwrap();
+/// The batches in the file, one a step.
+pub fn batches(path: &Path) -> Vec<Vec<Example>> {
+    let file = SafetensorsFile::open(path).unwrap();
     let (ids, shape) = integers(&file, "input_ids");
     let example = |ids: &[i64]| Example {
         ids: ids.iter().map(|id| *id as u32).collect(),
@@ -45,14 +45,20 @@ fn train(dir: &Path) -> (PathBuf, Lora, Decoder, Vec<f64>) {
     let preparation = Preparation { seed: 0, examples: &[], micro_batch_size: 2, step: STEP, resume: None };
     method.prepare(&mut model, &preparation).unwrap();
     let adamw = AdamW { beta_1: 0.9, beta_2: 0.999, epsilon, weight_decay: 0.0 };
-    let losses = steps(&mut model, &mut method, adamw);
+    let losses = steps(&mut model, &mut method, adamw, &batches(&golden("variants/batches.safetensors")));
     (base, method, model, losses)
 }
 
-fn steps(model: &mut Decoder, method: &mut dyn Method, optimizer: impl ManyOptimizer + 'static) -> Vec<f64> {
+/// A step a batch; returns the losses before each.
+pub fn steps(
+    model: &mut Decoder,
+    method: &mut dyn Method,
+    optimizer: impl ManyOptimizer + 'static,
+    batches: &[Vec<Example>],
+) -> Vec<f64> {
     let mut optimizer = NamedOptimizer::new(optimizer);
     let mut losses = Vec::new();
-    for (step, examples) in batches().iter().enumerate() {
+    for (step, examples) in batches.iter().enumerate() {
         let batch = collate(&examples.iter().collect::<Vec<_>>(), 0);
         let scale = 1.0 / batch.targets.len() as f64;
         let key = DropoutKey { seed: 0, step: step as u64, micro_batch: 0 };
@@ -60,7 +66,7 @@ fn steps(model: &mut Decoder, method: &mut dyn Method, optimizer: impl ManyOptim
         accumulate(model, &batch, scale, key, STEP, &mut sums);
         losses.push(sums.loss_sum * scale);
         let mut gradients: BTreeMap<_, _> = sums.gradients;
-        let progress = Progress { step: step as u64, total_steps: 20 };
+        let progress = Progress { step: step as u64, total_steps: batches.len() as u64 };
         method.before_update(model, &mut gradients, progress);
         update_parameters(model, &mut optimizer, gradients, |name| method.peak_rate(name, RATE));
     }

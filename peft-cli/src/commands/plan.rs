@@ -252,7 +252,8 @@ fn modules(method: &MethodPlan) -> (Vec<ModuleReport>, Vec<String>) {
         module.ranks.extend(here().filter_map(|parameter| match parameter.role {
             ParameterRole::Factor { rank, .. } => Some(rank),
             ParameterRole::Own => Some(0),
-            ParameterRole::Gain | ParameterRole::Part => None,
+            ParameterRole::Scaling { rank, .. } => Some(rank),
+            ParameterRole::Gain | ParameterRole::InputGain | ParameterRole::Part => None,
         }));
     }
     (found, excluded)

@@ -1,5 +1,6 @@
 //! An adapter's folder: `adapter_config.json` and `adapter_model.safetensors`, whatever the method.
 
+use super::config_file::is_empty;
 use super::error::AdapterError;
 use super::saved::SavedAdapter;
 use crate::checkpoint::{
@@ -8,6 +9,8 @@ use crate::checkpoint::{
 };
 use crate::nearest::did_you_mean;
 use crate::projection::Parameter;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -118,6 +121,41 @@ impl AdapterFolder {
             .map_err(|error| AdapterError::Config { path, message: format!("not a JSON object: {error}") })
     }
 
+    /// The keys of the configuration that a format of type `peft_type` has beside the common ones and the `neutral` ones.
+    /// Keys that nobody knows become warnings.
+    ///
+    /// # Errors
+    /// Another type, a value that does not parse, a neutral key with another value than the only one that is known.
+    pub fn parse<T: Serialize + DeserializeOwned>(
+        &mut self,
+        peft_type: &str,
+        neutral: Value,
+    ) -> Result<T, AdapterError> {
+        let found = self.config.get("peft_type").and_then(Value::as_str);
+        if found != Some(peft_type) {
+            return Err(self.wrong(format!("peft_type is {found:?}, expected \"{peft_type}\"")));
+        }
+        let neutral: Map<String, Value> = serde_json::from_value(neutral).unwrap_or_default();
+        for (key, only) in &neutral {
+            let value = self.config.get(key).unwrap_or(only);
+            if value != only && !(is_empty(value) && is_empty(only)) {
+                let (path, value) = (self.config_path(), value.to_string());
+                return Err(AdapterError::Unsupported { path, key: key.clone(), value });
+            }
+        }
+        let mut own = self.config.clone();
+        let common = common_config(peft_type, None, None);
+        own.retain(|key, _| !common.contains_key(key) && !neutral.contains_key(key));
+        let parsed: T = serde_json::from_value(Value::Object(own.clone()))
+            .map_err(|error| self.wrong(error.to_string()))?;
+        let known = serde_json::to_value(&parsed).map_err(|error| self.wrong(error.to_string()))?;
+        for key in own.keys().filter(|key| known.get(key.as_str()).is_none()) {
+            let path = self.config_path();
+            self.warnings.push(format!("{}: key `{key}` is unknown and was ignored", path.display()));
+        }
+        Ok(parsed)
+    }
+
     /// An error about the configuration.
     pub fn wrong(&self, message: impl Into<String>) -> AdapterError {
         AdapterError::Config { path: self.config_path(), message: message.into() }
@@ -220,7 +258,7 @@ pub fn parameter_tensor<'a>(
 }
 
 /// A tensor of the weights' file whose `values` must be finite when they are written.
-pub(super) fn finite_tensor<'a>(
+pub fn finite_tensor<'a>(
     key: String,
     shape: Vec<usize>,
     dir: &'a Path,

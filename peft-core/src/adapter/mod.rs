@@ -11,6 +11,7 @@ mod fold;
 mod folder;
 mod init;
 mod initial;
+mod linear;
 mod placement;
 mod record;
 mod rewrite;
@@ -29,17 +30,18 @@ pub use error::AdapterError;
 pub use file::{Adapter, LORA_FORMAT, LowRankModule, Resolved, RowsModule};
 pub use fold::{FoldReport, fold, fold_into};
 pub use folder::{
-    AdapterFolder, FileFormat, Layout, PREFIX, WEIGHTS_FILE, common_config, key, open_adapter,
+    AdapterFolder, FileFormat, Layout, PREFIX, WEIGHTS_FILE, common_config, finite_tensor, key, open_adapter,
     parameter_tensor, weights_bytes, write_adapter,
 };
 pub use init::{
     CordaConfig, CordaMethod, EvaConfig, GradientDirection, GradientScale, InitLoraWeights, LoraGaConfig,
 };
 pub use initial::{InitialFactors, Place, attach_factors, olora, pissa};
+pub use linear::{matrices, select_linear, spelled_out};
 pub use placement::{Placement, SharedWeight};
 pub use record::{MergeRecord, Original, fingerprints, keep_original};
 pub use rewrite::{Rewrite, RewriteOptions, TensorChange, rewrite_into};
 pub use save::{adapter_bytes, save};
-pub use saved::{Folding, Parts, SavedAdapter, Unfolding};
-pub use targets::{Pattern, Selection, TargetModules, select, select_saved};
+pub use saved::{Folding, Parts, SavedAdapter, Unfolding, take_values};
+pub use targets::{Pattern, Selection, TargetModules, matching, select, select_saved};
 pub use unfold::{Source, UnfoldReport, unfold_into};

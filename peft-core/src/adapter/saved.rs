@@ -166,6 +166,47 @@ pub trait SavedAdapter: Send + Sync {
     }
 }
 
+/// Gives the changes and trained parameters of `model` the values that `start` has for them; both must have the same.
+///
+/// # Errors
+/// Those of reading `start`, or something that one has and the other has not, or in another shape.
+pub fn take_values(start: &dyn SavedAdapter, model: &mut Decoder) -> Result<(), AdapterError> {
+    let folder = start.folder();
+    let differs = |what: String| folder.wrong(format!("adapter_name_or_path: {what}"));
+    let device = model.device.clone();
+    let Parts { mut changes, mut whole } = start.parts(&model.base_shapes(), &device)?;
+    let own = model.parameters().into_iter().filter(|p| p.trainable).map(|p| p.name.clone());
+    let own: BTreeSet<String> = own.collect();
+    for parameter in model.parameters_mut().into_iter().filter(|p| own.contains(&p.name)) {
+        let name = &parameter.name;
+        let values = whole.remove(name).ok_or_else(|| differs(format!("that adapter has no `{name}`")))?;
+        let data = TensorData::new(values, parameter.value.dims());
+        parameter.value = Tensor::from_data(data, (&device, DType::F32));
+    }
+    if let Some(name) = whole.into_keys().next() {
+        return Err(differs(format!("`{name}` of that adapter does not train in this recipe")));
+    }
+    for projection in model.projections_mut() {
+        let path = &projection.path;
+        let Some(delta) = &mut projection.delta else { continue };
+        let missing = || differs(format!("that adapter does not change `{path}`"));
+        let given = changes.remove(path).ok_or_else(missing)?;
+        for parameter in delta.parameters_mut() {
+            let (name, shape) = (&parameter.name, &parameter.shape);
+            let same = given.parameters().into_iter().find(|p| p.name == *name && p.shape == *shape);
+            let same =
+                same.ok_or_else(|| differs(format!("that adapter has no `{name}` of shape {shape:?}")))?;
+            parameter.value = same.value.clone();
+        }
+    }
+    match changes.into_keys().next() {
+        None => Ok(()),
+        Some(path) => {
+            Err(differs(format!("`{path}`, which that adapter changes, is no target of this recipe")))
+        }
+    }
+}
+
 fn no_projection(module: String) -> AdapterError {
     AdapterError::Target { module, reason: "is no linear module with a weight of its own".to_string() }
 }

@@ -209,6 +209,19 @@ fn no_match(pattern: String, wanted: &str, modules: &[&str]) -> AdapterError {
     }
 }
 
+/// The names among `names` that the pattern, which stands under `key`, selects.
+///
+/// # Errors
+/// An expression that does not parse.
+pub fn matching(
+    pattern: &Pattern,
+    key: &'static str,
+    names: &[&str],
+) -> Result<BTreeSet<String>, AdapterError> {
+    let matcher = pattern.compile(key)?;
+    Ok(names.iter().filter(|name| matcher.matches(name)).map(|name| name.to_string()).collect())
+}
+
 /// The modules among `paths` that `modules_to_save` names.
 ///
 /// # Errors

@@ -49,6 +49,43 @@ impl LowRankTerm {
 pub enum Term {
     /// A low-rank product on top.
     LowRank(LowRankTerm),
+    /// Factors: `y = ((h ∘ l_in)·Wᵀ + b) ∘ l_out`.
+    Gains {
+        /// `l_in`, `[1, in]`.
+        input: Option<Tensor<2>>,
+        /// `l_out`, `[1, out]`.
+        output: Option<Tensor<2>>,
+    },
+    /// A frozen pair between two vectors on top.
+    ScaledPair(ScaledPairTerm),
+}
+
+/// The term `((x ∘ mask)·Aᵀ ∘ d)·Bᵀ ∘ b` of an adapted linear map, of which the vectors alone have gradients.
+pub struct ScaledPairTerm {
+    /// `A`, `[rank, in]`.
+    pub a: Tensor<2>,
+    /// `B`, `[out, rank]`.
+    pub b: Tensor<2>,
+    /// `d`, `[1, rank]`.
+    pub inner: Tensor<2>,
+    /// `b`, `[1, out]`.
+    pub outer: Tensor<2>,
+    /// Dropout mask of the term's input, already divided by the keep probability, `[tokens, in]`.
+    pub mask: Option<Tensor<2>>,
+}
+
+impl ScaledPairTerm {
+    /// The term on `x` `[tokens, in]`.
+    fn of(self, x: Tensor<2>) -> Tensor<2> {
+        let dtype = x.dtype();
+        let ScaledPairTerm { a, b, inner, outer, mask } = self;
+        let x = match mask {
+            Some(mask) => x * as_dtype(mask, dtype),
+            None => x,
+        };
+        let down = x.matmul(as_dtype(a, dtype).transpose()) * as_dtype(inner, dtype);
+        down.matmul(as_dtype(b, dtype).transpose()) * as_dtype(outer, dtype)
+    }
 }
 
 impl Term {
@@ -56,12 +93,14 @@ impl Term {
     fn is_plain(&self) -> bool {
         match self {
             Term::LowRank(term) => term.is_plain(),
+            Term::Gains { .. } | Term::ScaledPair(_) => false,
         }
     }
 
     fn into_low_rank(self) -> Option<LowRankTerm> {
         match self {
             Term::LowRank(term) => Some(term),
+            Term::Gains { .. } | Term::ScaledPair(_) => None,
         }
     }
 
@@ -77,6 +116,18 @@ impl Term {
             Term::LowRank(term) => {
                 let y = product(h.clone());
                 add(with_term(h, y, term, product), bias)
+            }
+            Term::Gains { input, output } => {
+                let dtype = h.dtype();
+                let scaled = |x: Tensor<2>, gain: Option<Tensor<2>>| match gain {
+                    Some(gain) => x * as_dtype(gain, dtype),
+                    None => x,
+                };
+                scaled(add(product(scaled(h, input)), bias), output)
+            }
+            Term::ScaledPair(term) => {
+                let y = product(h.clone());
+                add(y + term.of(h), bias)
             }
         }
     }

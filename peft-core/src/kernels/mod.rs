@@ -31,7 +31,7 @@ pub use cross_entropy::{CrossEntropy, cross_entropy, head_loss};
 #[cfg(feature = "cuda")]
 pub use cuda::{fault, profile};
 pub use gated::silu_gate;
-pub use linear::{AdaptedLinear, LinearInput, LowRankTerm, Term, adapted_linears};
+pub use linear::{AdaptedLinear, LinearInput, LowRankTerm, ScaledPairTerm, Term, adapted_linears};
 pub use norm::sum_of_squares;
 pub use rms_norm::rms_norm;
 pub use rotary::rotate;

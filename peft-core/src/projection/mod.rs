@@ -5,16 +5,20 @@
 
 mod embedding;
 mod form;
+mod gains;
 mod low_rank;
 mod magnitude;
 mod parameter;
+mod random_pair;
 mod tape;
 
 pub use embedding::{Embedding, TokenRows};
 pub use form::Form;
+pub use gains::Gains;
 pub use low_rank::{LowRank, Removed};
 pub use magnitude::Magnitude;
 pub use parameter::Parameter;
+pub use random_pair::RandomPair;
 pub use tape::{DropoutKey, InputObserver, Tape};
 
 use crate::kernels::{AdaptedLinear, LinearInput, adapted_linears};
@@ -26,6 +30,10 @@ use std::ops::{Deref, DerefMut};
 pub enum Delta {
     /// `s·B·A`.
     LowRank(LowRank),
+    /// Factors on inputs and results.
+    Gains(Gains),
+    /// Two vectors around a shared random pair.
+    RandomPair(RandomPair),
 }
 
 impl Deref for Delta {
@@ -34,6 +42,8 @@ impl Deref for Delta {
     fn deref(&self) -> &Self::Target {
         match self {
             Delta::LowRank(form) => form,
+            Delta::Gains(form) => form,
+            Delta::RandomPair(form) => form,
         }
     }
 }
@@ -42,6 +52,8 @@ impl DerefMut for Delta {
     fn deref_mut(&mut self) -> &mut Self::Target {
         match self {
             Delta::LowRank(form) => form,
+            Delta::Gains(form) => form,
+            Delta::RandomPair(form) => form,
         }
     }
 }

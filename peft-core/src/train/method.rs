@@ -153,6 +153,15 @@ pub enum ParameterRole {
     },
     /// A factor on the module's whole result.
     Gain,
+    /// A factor on what goes into the module.
+    InputGain,
+    /// A vector around a frozen low-rank pair that stands beside the frozen weight.
+    Scaling {
+        /// `r`.
+        rank: usize,
+        /// Whether features of the pair's input are dropped in training.
+        dropout: bool,
+    },
     /// Another part that the method adds: a bias, rows of an embedding.
     Part,
 }

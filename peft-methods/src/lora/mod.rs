@@ -15,8 +15,8 @@ use fa::{Preconditioners, preconditioners};
 use crate::registry::{Block, Kind, RunContext, Scaffold, ScaffoldKey, keys_of};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use peft_core::adapter::{
-    Adapter, AdapterConfig, AdapterError, InitLoraWeights, LORA_FORMAT, LoraConfig, Pattern, Placement,
-    SavedAdapter, SharedWeight, TargetModules, adapter_bytes, save, select,
+    Adapter, AdapterConfig, AdapterError, InitLoraWeights, LORA_FORMAT, LoraConfig, Placement, SavedAdapter,
+    SharedWeight, adapter_bytes, save, spelled_out,
 };
 use peft_core::checkpoint::Headers;
 use peft_core::model::{BaseShapes, Decoder, EMBEDDING, HEAD, ModelConfig, ParameterShape, ProjectionShape};
@@ -144,18 +144,8 @@ impl Lora {
         if lora.init_lora_weights == InitLoraWeights::Eva {
             init::write_eva(&mut lora, model)?;
         }
-        if !matches!(lora.target_modules, Some(TargetModules::Matching(_))) {
-            let shapes = model.base_shapes();
-            let matrices: Vec<&str> = matrices(&shapes);
-            let chosen = select(&lora.selection(true), &matrices)?;
-            let suffixes: BTreeSet<&str> = chosen.iter().filter_map(|path| path.rsplit('.').next()).collect();
-            let suffixes = Pattern::Names(suffixes.into_iter().map(str::to_string).collect());
-            lora.target_modules = Some(TargetModules::Matching(suffixes));
-            if select(&lora.selection(true), &matrices)? != chosen {
-                let paths = chosen.iter().map(|path| path.to_string()).collect();
-                lora.target_modules = Some(TargetModules::Matching(Pattern::Names(paths)));
-            }
-        }
+        let targets = spelled_out(&lora.selection(true), &model.base_shapes())?;
+        lora.target_modules = Some(targets);
         Ok(AdapterConfig {
             lora,
             base_model_name_or_path: Some(self.base.clone()),
@@ -382,11 +372,6 @@ impl Lora {
 
 fn set<'a>(items: impl IntoIterator<Item = &'a String>) -> BTreeSet<String> {
     items.into_iter().cloned().collect()
-}
-
-/// Paths of the modules that a low-rank change can attach to.
-fn matrices(shapes: &BaseShapes) -> Vec<&str> {
-    shapes.weights.iter().filter(|(_, shape)| shape.len() == 2).map(|(path, _)| path.as_str()).collect()
 }
 
 fn magnitude(path: &str, weight: &Tensor<2>, a: &Tensor<2>, b: &Tensor<2>, scale: f64) -> Magnitude {

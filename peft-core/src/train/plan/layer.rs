@@ -75,6 +75,10 @@ struct Module {
     gain: bool,
     /// The change has a further part, a bias.
     part: bool,
+    /// A factor on the input trains.
+    input_gain: bool,
+    /// Rank of a frozen pair between trained vectors.
+    scaled_rank: u64,
 }
 
 impl Module {
@@ -85,18 +89,26 @@ impl Module {
 
     /// Whether its change is more than the kernels have, and is composed on top of them.
     fn is_composed(self) -> bool {
-        self.rank > 0 && (self.dropout || self.gain || self.part)
+        let is_low_rank = self.rank > 0 && (self.dropout || self.part);
+        is_low_rank || self.gain || self.input_gain || self.scaled_rank > 0
     }
 
     /// What the low-rank path keeps for itself, by token: the product with `A`; under dropout mask and masked input;
-    /// under a gain the two products that it scales.
+    /// under a gain the two products that it scales. A gain alone keeps what it scales and, in front of the weight, what
+    /// it makes of that; vectors around a frozen pair keep the two products that they scale.
     fn keeps(self, rows: u64, columns: u64) -> u64 {
         let masked = match (self.dropout, self.frozen_factor && !self.gain) {
             (false, _) => 0,
             (true, false) => 2 * columns,
             (true, true) => columns,
         };
-        self.rank + masked + if self.gain { 2 * rows } else { 0 }
+        let gained = match (self.gain, self.rank) {
+            (false, _) => 0,
+            (true, 0) => rows,
+            (true, _) => 2 * rows,
+        };
+        let scaled = if self.scaled_rank > 0 { self.scaled_rank + rows } else { 0 };
+        self.rank + masked + gained + scaled + if self.input_gain { columns } else { 0 }
     }
 }
 
@@ -148,6 +160,13 @@ impl LayerShape {
                         modules[at].frozen_factor |= !parameter.trainable;
                     }
                     ParameterRole::Gain => modules[at].gain = true,
+                    ParameterRole::InputGain => modules[at].input_gain = true,
+                    ParameterRole::Scaling { rank, dropout } => {
+                        modules[at].scaled_rank = rank as u64;
+                        modules[at].dropout |= dropout;
+                        // The mask is kept, and no masked input beside it.
+                        modules[at].frozen_factor = true;
+                    }
                     ParameterRole::Part => modules[at].part = true,
                 },
                 None if parameter.module.ends_with("layernorm") => norms += 1,
