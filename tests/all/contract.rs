@@ -519,9 +519,13 @@ impl Observer for Silent {
 }
 
 /// Trains for eight steps with a checkpoint after every second, from `resume` if given; returns the result's files.
-fn train(case: &Case, output_dir: &Path, resume: Option<&Path>) -> BTreeMap<String, Vec<u8>> {
+pub fn train(
+    method: &mut dyn Method,
+    mut model: Decoder,
+    output_dir: &Path,
+    resume: Option<&Path>,
+) -> BTreeMap<String, Vec<u8>> {
     let examples = examples();
-    let (mut method, mut model) = (case.method(), open(&case.base_dir()));
     let preparation = Preparation { seed: 7, examples: &examples, micro_batch_size: 2, step: STEP, resume };
     method.prepare(&mut model, &preparation).unwrap();
     let artifact = output_dir.join(method.artifact());
@@ -530,7 +534,7 @@ fn train(case: &Case, output_dir: &Path, resume: Option<&Path>) -> BTreeMap<Stri
     std::fs::create_dir_all(output_dir).unwrap();
     let trainer = Trainer {
         model: &mut model,
-        method: method.as_mut(),
+        method,
         optimizer: Box::new(NamedOptimizer::new(adamw)),
         tokenizer: &tokenizer,
         train: &examples,
@@ -563,20 +567,24 @@ fn train(case: &Case, output_dir: &Path, resume: Option<&Path>) -> BTreeMap<Stri
     };
     assert!(matches!(trainer.run(resume, &mut Silent).unwrap(), Outcome::Finished(_)));
     let files = std::fs::read_dir(&artifact).unwrap().map(|entry| entry.unwrap().path());
-    files
-        .map(|path| (path.file_name().unwrap().display().to_string(), std::fs::read(&path).unwrap()))
-        .collect()
+    let file = |path: PathBuf| {
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        (name, std::fs::read(&path).unwrap())
+    };
+    files.map(file).collect()
 }
 
 #[test]
 fn a_run_goes_on_from_any_checkpoint_to_the_same_bytes() {
     for case in CASES {
         let dir = tempfile::tempdir().unwrap();
-        let whole = dir.path().join("whole");
-        let expected = train(case, &whole, None);
+        let run = |name: String, resume: Option<&Path>| {
+            train(case.method().as_mut(), open(&case.base_dir()), &dir.path().join(name), resume)
+        };
+        let expected = run("whole".to_string(), None);
         for step in [2, 4, 6] {
-            let checkpoint = whole.join(format!("checkpoints/step-{step:08}"));
-            let again = train(case, &dir.path().join(format!("from {step}")), Some(&checkpoint));
+            let checkpoint = dir.path().join(format!("whole/checkpoints/step-{step:08}"));
+            let again = run(format!("from {step}"), Some(&checkpoint));
             assert!(again == expected, "{}: from step {step}", case.block);
         }
     }

@@ -1,0 +1,117 @@
+//! Every recipe runs, and everything that the program does with its result works.
+
+use crate::program::{BASE, HELD_OUT};
+use peft_core::checkpoint::{Checkpoint, Dtype, LazyTensor, write_safetensors};
+use peft_core::model::ModelConfig;
+use peft_tests::{peft_ok, peft_refuses, root};
+use serde_json::Value;
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+fn recipes() -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(root().join("recipes")).unwrap().map(|entry| entry.unwrap().path());
+    let mut recipes: Vec<PathBuf> =
+        entries.filter(|path| path.extension().is_some_and(|e| e == "yaml")).collect();
+    recipes.sort();
+    recipes
+}
+
+/// The quickstart's base with biases of 0 on every projection, in `dir`.
+fn base_with_biases(dir: &Path) -> PathBuf {
+    let out = dir.join("biased");
+    std::fs::create_dir(&out).unwrap();
+    let base = Checkpoint::open(&root().join(BASE)).unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(base.dir().join(name), out.join(name)).unwrap();
+    }
+    let mut config = base.config().clone();
+    (config["attention_bias"], config["mlp_bias"]) = (true.into(), true.into());
+    std::fs::write(out.join("config.json"), config.to_string()).unwrap();
+    let names: Vec<&str> = base.names().collect();
+    let mut tensors: Vec<LazyTensor> =
+        names.iter().map(|name| LazyTensor::borrowed(base.tensor(name).unwrap())).collect();
+    let model = ModelConfig::from_json(base.dir(), base.config()).unwrap();
+    for projection in model.projections() {
+        let rows = projection.dims[0];
+        let zeros = move || Ok(Cow::Owned(vec![0u8; 4 * rows]));
+        tensors.push(LazyTensor::new(format!("{}.bias", projection.path), Dtype::F32, vec![rows], zeros));
+    }
+    write_safetensors(&out.join("model.safetensors"), tensors, &BTreeMap::new()).unwrap();
+    out
+}
+
+#[test]
+fn every_recipe_is_planned_trained_inspected_evaluated_and_merged() {
+    let dir = tempfile::tempdir().unwrap();
+    let biased = base_with_biases(dir.path()).display().to_string();
+    assert!(recipes().len() >= 7, "recipes are missing");
+    for recipe in recipes() {
+        let name = recipe.file_stem().unwrap().to_string_lossy().into_owned();
+        let recipe = recipe.display().to_string();
+        let text = std::fs::read_to_string(&recipe).unwrap();
+        // A base of the hub is not at hand.
+        let base = if text.contains("base_model: recipes/") { BASE } else { biased.as_str() };
+        let named = format!("base_model={base}");
+        let short = ["max_steps=2", "datasets.0.limit=40", "eval_datasets.0.limit=8", "eval_generations=0"];
+        let overrides = [&short[..], &[&named, "method.init_num_samples=8"][..]].concat();
+        let overrides = &overrides[..overrides.len() - usize::from(name != "lora_ga")];
+
+        let mut plan = vec!["plan", &recipe, "--json", "--override"];
+        plan.extend(overrides);
+        let plan: Value = serde_json::from_str(&peft_ok(&plan)).unwrap();
+        let run = dir.path().join(&name);
+        let run_dir = run.display().to_string();
+        let mut train = vec!["train", &recipe, "--output-dir", &run_dir, "--override"];
+        train.extend(overrides);
+        let said = peft_ok(&train);
+        let info: Value = serde_json::from_slice(&std::fs::read(run.join("run.json")).unwrap()).unwrap();
+        assert_eq!(plan["trainable_parameters"], info["trainable_parameters"], "{name}");
+        let adapter = run.join("adapter");
+        let file = adapter.join("adapter_model.safetensors").metadata().unwrap().len();
+        // What LoRA-GA took out of the base doubles the rank of what is saved.
+        if name != "lora_ga" {
+            assert_eq!(plan["artifact_bytes"].as_u64(), Some(file), "{name}");
+        }
+        assert!(said.contains("peft merge") || said.contains("merge "), "{name}: {said}");
+
+        let adapter = adapter.display().to_string();
+        let inspected: Value = serde_json::from_str(&peft_ok(&["inspect", &adapter, "--json"])).unwrap();
+        assert_eq!(inspected["kind"], "adapter");
+        assert!(inspected["config"]["peft_type"].is_string(), "{inspected}");
+        let merged = dir.path().join(format!("{name}-merged")).display().to_string();
+        let merge =
+            ["merge", "--base-model", base, "--adapter", &adapter, "--output", &merged, "--json"];
+        let merge: Value = serde_json::from_str(&peft_ok(&merge)).unwrap();
+        assert!(merge["verification"]["drift"]["mean_relative"].as_f64().unwrap() < 1e-4, "{name}: {merge}");
+        let loss = |model: &[&str]| -> f64 {
+            let data = ["evaluate", "--data", HELD_OUT, "--type", "prompt_completion", "--json", "--dataset"];
+            let args = [&data[..], &["limit=8"], model].concat();
+            let value: Value = serde_json::from_str(&peft_ok(&args)).unwrap();
+            value["loss"].as_f64().unwrap()
+        };
+        let attached = loss(&["--base-model", base, "--adapter", &adapter]);
+        let folded = loss(&["--base-model", &merged]);
+        assert!((attached - folded).abs() < 1e-4, "{name}: {attached} attached, {folded} folded");
+
+        // A second run from the first one's adapter goes on from its values; LoRA-GA's are of another rank.
+        if name != "lora_ga" {
+            let again = dir.path().join(format!("{name}-again")).display().to_string();
+            let start = format!("adapter_name_or_path={adapter}");
+            let mut train = vec!["train", &recipe, "--output-dir", &again, "--override", &start];
+            train.extend(["eval_on_start=true"].iter().chain(overrides));
+            peft_ok(&train);
+            let info: Value =
+                serde_json::from_slice(&std::fs::read(Path::new(&again).join("run.json")).unwrap()).unwrap();
+            let before = info["result"]["before"]["eval_loss"].as_f64().unwrap();
+            assert!((before - attached).abs() < 1e-4, "{name}: starts at {before}, not at {attached}");
+        }
+    }
+}
+
+#[test]
+fn a_base_without_biases_has_nothing_for_bitfit() {
+    let base = format!("base_model={BASE}");
+    let said = peft_refuses(&["plan", "recipes/bitfit.yaml", "--override", &base]);
+    assert!(said.contains("biases") && said.contains("none"), "{said}");
+}
