@@ -1,6 +1,6 @@
 //! The command line.
 
-use clap::{ArgGroup, Args, Parser, Subcommand};
+use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
 use std::path::PathBuf;
 
 /// Parameter-efficient fine-tuning of Hugging Face checkpoints, without Python.
@@ -19,6 +19,8 @@ pub enum Command {
     Plan(PlanArgs),
     /// Write a commented recipe to begin with.
     Init(InitArgs),
+    /// The methods that a recipe can name.
+    Methods(MethodsArgs),
     /// Run a recipe: adapt a base model to data.
     Train(TrainArgs),
     /// Loss, perplexity, token accuracy and exact match on a data file.
@@ -30,6 +32,8 @@ pub enum Command {
     /// Fold one adapter into its base and write an ordinary checkpoint.
     #[command(aliases = ["fuse", "fold"])]
     Merge(MergeArgs),
+    /// Write an adapter in another form.
+    Export(ExportArgs),
     /// Upload an adapter or checkpoint to the hub.
     Push(PushArgs),
     /// Show what is in a checkpoint, an adapter or a data file.
@@ -46,7 +50,7 @@ pub struct InitArgs {
     /// The recipe to write; a file that is there is never overwritten.
     #[arg(value_name = "OUT.yaml")]
     pub output: PathBuf,
-    /// lora, rslora, dora, lora+, lora-fa or full.
+    /// A method of `peft methods`, or a kind of LoRA: rslora, dora, lora+, lora-fa.
     #[arg(long, value_name = "M", default_value = "lora")]
     pub method: String,
     /// A checkpoint folder or a hub id (`org/name`). If it is on this machine, lengths are measured with it.
@@ -55,6 +59,58 @@ pub struct InitArgs {
     /// The data file; its fields tell its type.
     #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
+}
+
+/// `peft methods`.
+#[derive(Args)]
+pub struct MethodsArgs {
+    /// Print one JSON list.
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// `peft export`.
+#[derive(Args)]
+#[command(group(ArgGroup::new("source").required(true).args(["path", "adapter"])))]
+pub struct ExportArgs {
+    /// The adapter's folder or hub id.
+    #[arg(value_name = "ADAPTER")]
+    path: Option<String>,
+    /// The same.
+    #[arg(long, value_name = "A")]
+    adapter: Option<String>,
+    /// The base, a folder or hub id; without it, the one that the adapter names. Its weights are not read.
+    #[arg(long, value_name = "B")]
+    pub base_model: Option<String>,
+    /// Branch, tag or commit of a hub base.
+    #[arg(long, value_name = "REV")]
+    pub revision: Option<String>,
+    /// The form to write.
+    #[arg(long, value_enum)]
+    pub format: ExportFormat,
+    /// The folder to write; it must be empty or not there.
+    #[arg(short, long, value_name = "DIR")]
+    pub output: PathBuf,
+    /// Make no network connection at all.
+    #[arg(long)]
+    pub offline: bool,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub json: bool,
+}
+
+impl ExportArgs {
+    /// The adapter, however it was named.
+    pub fn source(&self) -> &str {
+        self.path.as_deref().or(self.adapter.as_deref()).unwrap_or_default()
+    }
+}
+
+/// What an adapter can be exported as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum ExportFormat {
+    /// A plain LoRA that Hugging Face PEFT loads, where the changes have exact low-rank factors.
+    PeftLora,
 }
 
 /// `peft doctor`.

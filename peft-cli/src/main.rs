@@ -26,10 +26,12 @@ fn main() -> ExitCode {
     let result = match cli.command {
         args::Command::Plan(args) => commands::plan::run(args).map(done),
         args::Command::Init(args) => commands::init::run(args).map(done),
+        args::Command::Methods(args) => commands::methods::run(args).map(done),
         args::Command::Train(args) => commands::train::run(args),
         args::Command::Evaluate(args) => commands::evaluate::run(args).map(done),
         args::Command::Generate(args) => commands::generate::run(args).map(done),
         args::Command::Merge(args) => commands::merge::run(args).map(done),
+        args::Command::Export(args) => commands::export::run(args).map(done),
         args::Command::Push(args) => commands::push::run(args).map(done),
         args::Command::Inspect(args) => commands::inspect::run(args).map(done),
         args::Command::Report(args) => commands::report::run(&args).map(done),

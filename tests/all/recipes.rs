@@ -80,8 +80,7 @@ fn every_recipe_is_planned_trained_inspected_evaluated_and_merged() {
         assert_eq!(inspected["kind"], "adapter");
         assert!(inspected["config"]["peft_type"].is_string(), "{inspected}");
         let merged = dir.path().join(format!("{name}-merged")).display().to_string();
-        let merge =
-            ["merge", "--base-model", base, "--adapter", &adapter, "--output", &merged, "--json"];
+        let merge = ["merge", "--base-model", base, "--adapter", &adapter, "--output", &merged, "--json"];
         let merge: Value = serde_json::from_str(&peft_ok(&merge)).unwrap();
         assert!(merge["verification"]["drift"]["mean_relative"].as_f64().unwrap() < 1e-4, "{name}: {merge}");
         let loss = |model: &[&str]| -> f64 {
@@ -107,6 +106,51 @@ fn every_recipe_is_planned_trained_inspected_evaluated_and_merged() {
             assert!((before - attached).abs() < 1e-4, "{name}: starts at {before}, not at {attached}");
         }
     }
+}
+
+#[test]
+fn a_vera_is_exported_as_the_lora_that_it_is() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |name: &str| dir.path().join(name).display().to_string();
+    let (run, lora) = (path("run"), path("lora"));
+    let mut train = vec!["train", "recipes/vera.yaml", "--output-dir", &run, "--override", "max_steps=3"];
+    // A pattern of ranks that differ is not to be had here; that the pair is drawn again is.
+    train.extend(["method.save_projection=false", "method.r=8", "eval_on_start=false"]);
+    peft_ok(&train);
+    let adapter = format!("{run}/adapter");
+    // The base is the one that the adapter names.
+    let said = peft_ok(&["export", &adapter, "--format", "peft-lora", "-o", &lora, "--json"]);
+    let said: Value = serde_json::from_str(&said).unwrap();
+    assert_eq!(said["modules_by_rank"]["8"], 28, "{said}");
+    let loss = |adapter: &str| -> f64 {
+        let data = ["evaluate", "--data", HELD_OUT, "--type", "prompt_completion", "--json", "--dataset"];
+        let args = [&data[..], &["limit=8", "--base-model", BASE, "--adapter", adapter]].concat();
+        serde_json::from_str::<Value>(&peft_ok(&args)).unwrap()["loss"].as_f64().unwrap()
+    };
+    assert!((loss(&adapter) - loss(&lora)).abs() < 1e-5);
+    let config: Value =
+        serde_json::from_slice(&std::fs::read(Path::new(&lora).join("adapter_config.json")).unwrap())
+            .unwrap();
+    assert_eq!(
+        (&config["peft_type"], &config["r"], &config["lora_alpha"]),
+        (&"LORA".into(), &8.into(), &8.into())
+    );
+
+    // A change that is no product is refused, and nothing is left.
+    let (run, out) = (path("ia3"), path("none"));
+    peft_ok(&["train", "recipes/ia3.yaml", "--output-dir", &run, "--override", "max_steps=1"]);
+    let said = peft_refuses(&["export", &format!("{run}/adapter"), "--format", "peft-lora", "-o", &out]);
+    assert!(said.contains("no product of two factors") && !Path::new(&out).exists(), "{said}");
+    assert!(peft_refuses(&["export", &adapter, "--format", "peft-lora", "-o", &lora]).contains("lora"));
+}
+
+#[test]
+fn methods_are_listed() {
+    let listed: Value = serde_json::from_str(&peft_ok(&["methods", "--json"])).unwrap();
+    let types: Vec<&str> = listed.as_array().unwrap().iter().map(|m| m["type"].as_str().unwrap()).collect();
+    assert!(["lora", "vera", "ia3", "full"].iter().all(|name| types.contains(name)), "{types:?}");
+    let shown = peft_ok(&["methods"]);
+    assert!(types.iter().all(|name| shown.contains(name)), "{shown}");
 }
 
 #[test]

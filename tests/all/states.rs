@@ -114,8 +114,7 @@ impl Method for Changing {
     fn state(&self) -> MethodState {
         let steps = TensorData::new(self.steps.clone(), [self.steps.len()]);
         let watched = TensorData::new(vec![self.watched], [1]);
-        let mut tensors =
-            BTreeMap::from([("steps".to_string(), steps), ("watched".to_string(), watched)]);
+        let mut tensors = BTreeMap::from([("steps".to_string(), steps), ("watched".to_string(), watched)]);
         let frozen = self.frozen.as_ref().map(|values| TensorData::new(values.clone(), [values.len()]));
         tensors.extend(frozen.map(|values| ("frozen".to_string(), values)));
         MethodState { tensors, json: json!({"frozen": self.frozen.is_some()}) }

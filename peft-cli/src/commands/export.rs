@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 /// Runs the command.
 pub fn run(args: ExportArgs) -> Result<(), CliError> {
-    let adapter = open::adapter(&args.adapter, args.offline)?;
+    let adapter = open::adapter(args.source(), args.offline)?;
     let folder = adapter.folder();
     let named = |key: &str| folder.config.get(key).and_then(Value::as_str);
     // The revision in the adapter belongs to the base that it names.
@@ -29,12 +29,8 @@ pub fn run(args: ExportArgs) -> Result<(), CliError> {
 
     let staged = StagedDir::new(&args.output)?;
     let ExportFormat::PeftLora = args.format;
-    let written = write_plain_lora(
-        adapter.as_ref(),
-        &model.base_shapes(),
-        (Some(base), revision),
-        staged.path(),
-    )?;
+    let written =
+        write_plain_lora(adapter.as_ref(), &model.base_shapes(), (Some(base), revision), staged.path())?;
     staged.commit()?;
     let output = args.output.display().to_string();
     if args.json {

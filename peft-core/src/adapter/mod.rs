@@ -13,6 +13,7 @@ mod init;
 mod initial;
 mod linear;
 mod placement;
+mod plain_lora;
 mod record;
 mod rewrite;
 mod save;
@@ -39,6 +40,7 @@ pub use init::{
 pub use initial::{InitialFactors, Place, attach_factors, olora, pissa};
 pub use linear::{matrices, select_linear, spelled_out};
 pub use placement::{Placement, SharedWeight};
+pub use plain_lora::{PlainLora, write_plain_lora};
 pub use record::{MergeRecord, Original, fingerprints, keep_original};
 pub use rewrite::{Rewrite, RewriteOptions, TensorChange, rewrite_into};
 pub use save::{adapter_bytes, save};

@@ -43,8 +43,8 @@ pub fn write_plain_lora(
             let reason = "has a change that is no product of two factors".to_string();
             return Err(AdapterError::Target { module: path.clone(), reason });
         };
-        let parameters =
-            [("lora_A", a), ("lora_B", b)].map(|(part, value)| Parameter::matrix(format!("{path}.{part}.weight"), value));
+        let parameters = [("lora_A", a), ("lora_B", b)]
+            .map(|(part, value)| Parameter::matrix(format!("{path}.{part}.weight"), value));
         factors.insert(path.clone(), parameters);
     }
     let rank = |[a, _]: &[Parameter; 2]| a.shape[0];

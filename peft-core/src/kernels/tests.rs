@@ -3,7 +3,7 @@
 #![allow(clippy::unwrap_used)]
 
 use super::attention::{AttentionShape, Rotation, Visibility, attention, causal_mask, joint_attention};
-use super::linear::{self, AdaptedLinear, LinearInput, LowRankTerm, Term, adapted_linears};
+use super::linear::{self, AdaptedLinear, LinearInput, LowRankTerm, ScaledPairTerm, Term, adapted_linears};
 use super::*;
 use crate::random::Stream;
 use burn::tensor::{Int, TensorData};
@@ -193,6 +193,78 @@ fn terms_with_gain_dropout_and_bias() {
             );
         }
     }
+}
+
+#[test]
+fn gains_and_scaled_pairs() {
+    let (rows, width, out, rank) = (6, 20, 14, 3);
+    for place in &places() {
+        let own = (place.0.clone(), DType::F32, place.2);
+        let pair = [random("a", [rank, width], &own), random("b", [out, rank], &own)];
+        let gains = |vectors: &[Tensor<2>]| Term::Gains {
+            input: Some(vectors[1].clone()),
+            output: Some(vectors[0].clone()),
+        };
+        let scaled = |vectors: &[Tensor<2>]| {
+            let ([a, b], (outer, inner)) = (pair.clone(), (vectors[0].clone(), vectors[1].clone()));
+            Term::ScaledPair(ScaledPairTerm { a, b, inner, outer, mask: None })
+        };
+        type MakesTerm<'a> = &'a dyn Fn(&[Tensor<2>]) -> Term;
+        let terms: [(&str, usize, MakesTerm); 2] = [("gains", width, &gains), ("scaled pair", rank, &scaled)];
+        for (what, length, term) in terms {
+            let inputs = [
+                random("x", [rows, width], place),
+                random("w", [out, width], place),
+                random("bias", [1, out], place),
+                random("outer", [1, out], &own),
+                random("inner", [1, length], &own),
+            ];
+            let parts = |inputs: &[Tensor<2>]| {
+                let (weight, bias) = (inputs[1].clone(), Some(inputs[2].clone()));
+                let map = AdaptedLinear { weight, bias, term: Some(term(&inputs[3..])) };
+                (LinearInput::Plain(inputs[0].clone()), vec![map])
+            };
+            let fused = |inputs: Vec<Tensor<2>>| {
+                let (input, maps) = parts(&inputs);
+                adapted_linears(input, maps, None, false)
+            };
+            let plain = |inputs: Vec<Tensor<2>>| {
+                let (input, maps) = parts(&inputs);
+                linear::plain(input, maps, None)
+            };
+            compare(what, place, &inputs, fused, plain);
+        }
+    }
+}
+
+/// W = [[1, 2], [3, 4]], b = [1, 1], x = [1, 1].
+/// With l_in = [2, 1] and l_out = [1, −1]: ((2 + 2, 6 + 4) + 1) ∘ [1, −1].
+/// With A = [1 1], B = [1; 2], d = 3, b = [1, 2]: x·Aᵀ = 2, so y = [3, 7] + 1 + 2·3·[1, 2] ∘ [1, 2].
+#[test]
+fn gains_and_a_scaled_pair_by_hand() {
+    let device = Device::flex();
+    let matrix = |v: Vec<f32>, dims: [usize; 2]| Tensor::<2>::from_data(TensorData::new(v, dims), &device);
+    let run = |term| {
+        let weight = matrix(vec![1., 2., 3., 4.], [2, 2]);
+        let map = AdaptedLinear { weight, bias: Some(matrix(vec![1., 1.], [1, 2])), term: Some(term) };
+        let x = LinearInput::Plain(matrix(vec![1., 1.], [1, 2]));
+        adapted_linears(x, vec![map], None, false).try_into_vec_as::<f32>().unwrap()
+    };
+    let gain = |v: Vec<f32>| Some(matrix(v, [1, 2]));
+    assert_eq!(run(Term::Gains { input: gain(vec![2., 1.]), output: gain(vec![1., -1.]) }), [5., -11.]);
+    assert_eq!(run(Term::Gains { input: None, output: gain(vec![2., 1.]) }), [8., 8.]);
+    let pair = |mask| {
+        Term::ScaledPair(ScaledPairTerm {
+            a: matrix(vec![1., 1.], [1, 2]),
+            b: matrix(vec![1., 2.], [2, 1]),
+            inner: matrix(vec![3.], [1, 1]),
+            outer: matrix(vec![1., 2.], [1, 2]),
+            mask,
+        })
+    };
+    assert_eq!(run(pair(None)), [10., 32.]);
+    // Under the mask [2, 0] the pair alone sees [2, 0].
+    assert_eq!(run(pair(gain(vec![2., 0.]))), [10., 32.]);
 }
 
 /// x = [1, 2, 3]; W = 0; A = [[3, 4, 5]], B = [[1], [2]], s = 2: x·Aᵀ = 26, so y = 2·26·[1, 2] + b + residual.

@@ -27,6 +27,7 @@ use std::ops::{Deref, DerefMut};
 
 /// The forms that a change of a weight can take.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)] // There is one a module, and boxes would spread over everything that makes one.
 pub enum Delta {
     /// `s·B·A`.
     LowRank(LowRank),
