@@ -13,8 +13,8 @@ use peft_core::model::{ComputeType, ModelConfig, ProjectionShape};
 use peft_core::text::Tokenizer;
 use peft_core::train::plan::{BatchShape, Calibration, calibrate, evaluation_batches};
 use peft_core::train::{
-    Every, MethodPlan, NamedOptimizer, ParameterRole, Preparation, TrainConfig, require_vocabulary,
-    state_bytes,
+    Every, MethodPlan, NamedOptimizer, ParameterRole, PlannedParameter, Preparation, TrainConfig,
+    require_vocabulary, state_bytes,
 };
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -27,7 +27,7 @@ pub struct Report {
     pub base: BaseReport,
     /// The method's name.
     pub method: &'static str,
-    /// Linear modules with a change or trained whole, by kind.
+    /// Linear modules with a change or trained, by kind; then norms that train.
     pub modules: Vec<ModuleReport>,
     /// Kinds of linear modules that stay as they are.
     pub excluded: Vec<String>,
@@ -83,7 +83,7 @@ pub struct ModuleReport {
     pub kind: String,
     /// How many there are.
     pub count: usize,
-    /// Their different shapes, `[out, in]`.
+    /// Their different shapes, `[out, in]`; `[features, 1]` of norms.
     pub shapes: BTreeSet<[usize; 2]>,
     /// Their different ranks; 0 where the module trains whole.
     pub ranks: BTreeSet<usize>,
@@ -251,12 +251,34 @@ fn modules(method: &MethodPlan) -> (Vec<ModuleReport>, Vec<String>) {
         module.trainable += here().filter(|p| p.trainable).map(|p| p.shape.numel()).sum::<u64>();
         module.ranks.extend(here().filter_map(|parameter| match parameter.role {
             ParameterRole::Factor { rank, .. } => Some(rank),
-            ParameterRole::Own => Some(0),
+            ParameterRole::Own => (parameter.shape.shape.len() == 2).then_some(0),
             ParameterRole::Scaling { rank, .. } => Some(rank),
             ParameterRole::Gain | ParameterRole::InputGain | ParameterRole::Part => None,
         }));
     }
+    found.extend(norms(method));
     (found, excluded)
+}
+
+/// Norms that train, by kind.
+fn norms(method: &MethodPlan) -> Vec<ModuleReport> {
+    let mut found: Vec<ModuleReport> = Vec::new();
+    let is_norm = |parameter: &&PlannedParameter| {
+        parameter.role == ParameterRole::Own && parameter.shape.name.ends_with("norm.weight")
+    };
+    for parameter in method.parameters.iter().filter(is_norm) {
+        let kind = parameter.module.rsplit('.').next().unwrap_or_default();
+        let at = found.iter().position(|module| module.kind == kind).unwrap_or_else(|| {
+            let (shapes, ranks) = Default::default();
+            found.push(ModuleReport { kind: kind.to_string(), count: 0, shapes, ranks, trainable: 0 });
+            found.len() - 1
+        });
+        let (module, features) = (&mut found[at], parameter.shape.numel());
+        module.count += 1;
+        module.shapes.insert([features as usize, 1]);
+        module.trainable += features;
+    }
+    found
 }
 
 /// Examples, and what is to be said about them.

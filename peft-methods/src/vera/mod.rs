@@ -248,7 +248,7 @@ struct Vera {
     base: String,
     revision: Option<String>,
     start: Option<PathBuf>,
-    /// The shared pair, once the model is prepared.
+    /// The shared pair, once the model is prepared, where the file is to hold it.
     pair: Option<Pair>,
 }
 
@@ -288,7 +288,7 @@ impl Method for Vera {
         }
         let changes = model.projections_mut().filter_map(|projection| projection.delta.as_mut());
         changes.flat_map(|delta| delta.parameters_mut()).for_each(Parameter::set_trainable);
-        self.pair = Some(pair);
+        self.pair = self.config.save_projection.then_some(pair);
         Ok(())
     }
 
@@ -302,7 +302,7 @@ impl Method for Vera {
         let parameters = changes.flat_map(|delta| delta.parameters());
         let mut tensors: Vec<_> =
             parameters.map(|vector| parameter_tensor(key(&vector.name, ""), vector, dir)).collect();
-        if let Some(pair) = self.pair.as_ref().filter(|_| self.config.save_projection) {
+        if let Some(pair) = &self.pair {
             let (rank, [rows, columns]) = (pair.rank, pair.largest);
             let [a, b] = PAIR.map(str::to_string);
             tensors.push(finite_tensor(a, vec![rank, columns], dir, || pair.a.clone()));
@@ -369,18 +369,20 @@ impl SavedAdapter for VeraAdapter {
             layout.required.insert(PAIR[1].to_string(), vec![rows, rank]);
         }
         self.folder.require_keys(&layout)?;
-        let pairs = self.own_pair(&targets)?.on_device(&targets, device);
-        let mut parts = Parts::default();
+        let mut vectors = BTreeMap::new();
         for (path, dims) in &targets.modules {
             let read = |part: &str, length: usize| {
                 let values = self.folder.read(&key(path, part), &[length])?;
                 Ok::<_, AdapterError>(vector(format!("{path}{part}"), values, device))
             };
-            let (a, b) = pairs[dims].clone();
-            let (lambda_d, lambda_b) = (read(LAMBDA_D, rank)?, read(LAMBDA_B, dims[0])?);
-            let form = RandomPair { a, b, lambda_d, lambda_b, dropout: 0.0 };
-            parts.changes.insert(path.clone(), Delta::RandomPair(form));
+            vectors.insert(path, (read(LAMBDA_D, rank)?, read(LAMBDA_B, dims[0])?));
         }
-        Ok(parts)
+        // Drawn once the file has shown that it is of this rank.
+        let pairs = self.own_pair(&targets)?.on_device(&targets, device);
+        let changes = vectors.into_iter().map(|(path, (lambda_d, lambda_b))| {
+            let (a, b) = pairs[&targets.modules[path]].clone();
+            (path.clone(), Delta::RandomPair(RandomPair { a, b, lambda_d, lambda_b, dropout: 0.0 }))
+        });
+        Ok(Parts { changes: changes.collect(), ..Parts::default() })
     }
 }
