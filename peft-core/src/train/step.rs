@@ -5,7 +5,7 @@
 //! segment is recorded on the way forward already, so the whole graph is the case of one segment and nothing of it is
 //! computed twice. Peak memory is one segment's activations, however deep the model.
 
-use super::loss::head_loss;
+use super::loss::{HeadLoss, head_loss};
 use crate::data::Batch;
 use crate::kernels::{backward_from, sum_of_squares};
 use crate::model::{Context, Decoder};
@@ -125,35 +125,14 @@ pub fn backward(
     };
     let recorded = record(&segments[last], x, below[last]);
 
-    let rows = model.ids(&batch.positions);
-    let targets = model.ids(&batch.targets);
-    let output = recorded.output.clone().inner();
-    let norm_tape = Tape::recording(key);
-    let leaf = output.clone().select(0, rows.clone()).autodiff().require_grad();
-    let normed = model.final_norm(&norm_tape, leaf.clone());
-    let mut head_gradients = BTreeMap::new();
-    let loss = head_loss(
-        model,
-        normed.clone().inner(),
-        targets,
-        settings.loss_chunk_rows,
-        Some((scale, key)),
-        &mut head_gradients,
-    );
+    let (loss, dy) = head_backward(model, batch, recorded.output.clone().inner(), scale, key, settings, sink);
     // Read last: reading waits for the device, which should have the whole backward to do until then.
     let (loss_sum, correct) = (loss.loss_sum, loss.correct);
     let micro_batch = || MicroBatchLoss {
         loss_sum: f64::from(loss_sum.clone().into_scalar::<f32>()),
         correct: correct.clone().into_scalar::<i64>() as u64,
     };
-    let Some(gradient) = loss.gradient else { return micro_batch() };
-    sink(head_gradients);
-
-    let mut grads = backward_from(normed, gradient);
-    let row_gradient = leaf.grad_remove(&mut grads);
-    sink(norm_tape.gradients(&mut grads));
-    let Some(row_gradient) = row_gradient else { return micro_batch() };
-    let mut dy = spread(row_gradient, &batch.positions, batch.ids.len(), model);
+    let Some(mut dy) = dy else { return micro_batch() };
 
     let mut recorded = Some(recorded);
     for index in (0..segments.len()).rev() {
@@ -180,6 +159,40 @@ pub fn backward(
     micro_batch()
 }
 
+/// The loss of a micro-batch from the last layer's `output` `[tokens, hidden]`, and the gradient of `scale · loss` there;
+/// gradients of head and final norm go to `sink`.
+pub(super) fn head_backward(
+    model: &Decoder,
+    batch: &MicroBatch,
+    output: Tensor<2>,
+    scale: f64,
+    key: DropoutKey,
+    settings: StepSettings,
+    sink: GradientSink,
+) -> (HeadLoss, Option<Tensor<2>>) {
+    let rows = model.ids(&batch.positions);
+    let targets = model.ids(&batch.targets);
+    let norm_tape = Tape::recording(key);
+    let leaf = output.select(0, rows).autodiff().require_grad();
+    let normed = model.final_norm(&norm_tape, leaf.clone());
+    let mut head_gradients = BTreeMap::new();
+    let mut loss = head_loss(
+        model,
+        normed.clone().inner(),
+        targets,
+        settings.loss_chunk_rows,
+        Some((scale, key)),
+        &mut head_gradients,
+    );
+    let Some(gradient) = loss.gradient.take() else { return (loss, None) };
+    sink(head_gradients);
+    let mut grads = backward_from(normed, gradient);
+    let row_gradient = leaf.grad_remove(&mut grads);
+    sink(norm_tape.gradients(&mut grads));
+    let dy = row_gradient.map(|rows| spread(rows, &batch.positions, batch.ids.len(), model));
+    (loss, dy)
+}
+
 fn segments(layers: usize, checkpointing: GradientCheckpointing) -> Vec<Range<usize>> {
     match checkpointing {
         GradientCheckpointing::Layers => (0..layers).map(|layer| layer..layer + 1).collect(),
@@ -203,13 +216,17 @@ fn spread(rows: Tensor<2>, positions: &[i64], tokens: usize, model: &Decoder) ->
 }
 
 /// A segment's forward with its graph.
-struct Recorded {
-    output: Tensor<2>,
-    leaf: Tensor<2>,
-    tape: Tape<'static>,
+pub(super) struct Recorded {
+    /// What left the segment.
+    pub(super) output: Tensor<2>,
+    /// What entered it.
+    pub(super) leaf: Tensor<2>,
+    /// The parameters read on the way.
+    pub(super) tape: Tape<'static>,
 }
 
-fn record(
+/// Runs a segment from a fresh leaf.
+pub(super) fn record(
     model: &Decoder,
     segment: &Range<usize>,
     tape: Tape<'static>,

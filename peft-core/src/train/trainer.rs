@@ -2,7 +2,7 @@
 
 use super::course::Course;
 use super::error::TrainError;
-use super::method::{Method, Progress};
+use super::method::{Method, Preparation, Progress, RunLength};
 use super::metrics::{EvalMetrics, StepMetrics};
 use super::optimizer::{ParameterOptimizer, update_parameters};
 use super::run::Run;
@@ -85,6 +85,20 @@ impl TrainConfig {
     /// Steps of a whole run.
     pub fn total_steps(&self, epochs: &Epochs) -> u64 {
         self.max_steps.unwrap_or_else(|| epochs.total_steps(self.num_epochs))
+    }
+
+    /// What a method is shown of a run over these examples, from the checkpoint folder `resume` if given.
+    pub fn preparation<'a>(&self, examples: &'a [Example], resume: Option<&'a Path>) -> Preparation<'a> {
+        let epochs = self.epochs(examples);
+        let total_steps = self.total_steps(&epochs);
+        let length = RunLength {
+            learning_rate: self.learning_rate,
+            warmup: self.warmup,
+            total_steps,
+            epochs: total_steps as f64 / epochs.steps(0).max(1) as f64,
+        };
+        let (seed, micro_batch_size, step) = (self.seed, self.micro_batch_size, self.step);
+        Preparation { seed, examples, micro_batch_size, step, length, resume }
     }
 }
 
