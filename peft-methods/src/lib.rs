@@ -4,6 +4,7 @@
 mod full;
 mod ia3;
 mod lora;
+pub mod lora_sb;
 mod registry;
 mod selected;
 mod vera;

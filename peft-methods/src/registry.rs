@@ -5,6 +5,7 @@ use crate::ia3::IA3;
 use crate::lora::LORA;
 use crate::selected::{BITFIT, NORM_ONLY, TRAIN_ONLY};
 use crate::vera::VERA;
+use crate::lora_sb::{LORA_SB, LORA_XS};
 use peft_core::adapter::{AdapterError, FileFormat, SavedAdapter};
 use peft_core::checkpoint::{Checkpoint, Headers};
 use peft_core::model::{ModelConfig, ties_embeddings};
@@ -17,7 +18,7 @@ use std::fmt::Debug;
 use std::path::Path;
 
 /// Every method, as they are listed.
-pub static METHODS: &[&Kind] = &[&LORA, &VERA, &IA3, &NORM_ONLY, &BITFIT, &TRAIN_ONLY, &FULL];
+pub static METHODS: &[&Kind] = &[&LORA, &LORA_XS, &LORA_SB, &VERA, &IA3, &NORM_ONLY, &BITFIT, &TRAIN_ONLY, &FULL];
 
 /// A method as the program knows it before a recipe names it.
 #[derive(Debug)]

@@ -10,7 +10,8 @@ use peft_core::model::{ComputeType, Decoder, load};
 use peft_core::projection::DropoutKey;
 use peft_core::train::plan::{BatchShape, Phase, Workload, predict};
 use peft_core::train::{
-    GradientCheckpointing, Method, MethodPlan, Preparation, StepGradients, StepSettings, accumulate, evaluate,
+    GradientCheckpointing, Method, MethodPlan, Preparation, RunLength, StepGradients, StepSettings, Warmup,
+    accumulate, evaluate,
 };
 use peft_methods::{Full, Lora};
 use peft_tests::root;
@@ -121,6 +122,7 @@ const PREPARATION: Preparation = Preparation {
     examples: &[],
     micro_batch_size: 1,
     step: StepSettings { gradient_checkpointing: GradientCheckpointing::Off, loss_chunk_rows: None },
+    length: RunLength { learning_rate: 1e-3, warmup: Warmup::Steps(0), total_steps: 1, epochs: 1.0 },
     resume: None,
 };
 
