@@ -15,7 +15,7 @@ use peft_core::random::Stream;
 use peft_core::text::Tokenizer;
 use peft_core::train::{
     EvalMetrics, Every, GradientCheckpointing, Identity, Method, NamedOptimizer, Observer, Outcome,
-    Preparation, Schedule, StepGradients, StepMetrics, StepSettings, TrainConfig, Trainer, Warmup,
+    Preparation, RunLength, Schedule, StepGradients, StepMetrics, StepSettings, TrainConfig, Trainer, Warmup,
     accumulate,
 };
 use peft_methods::{METHODS, MethodBlock, RunContext, open_adapter};
@@ -68,6 +68,38 @@ const CASES: &[Case] = &[
         knows_base: false,
         is_low_rank: false,
         refused: &[(r#"{"type": "lora", "use_dora": true, "lora_bias": true}"#, "exclude each other")],
+    },
+    Case {
+        block: r#"{"type": "lora_xs", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}"#,
+        base: "llama_bias",
+        // r² a module.
+        trained: 2 * 2 * 3 * 3,
+        starts_at_base: true,
+        knows_base: false,
+        is_low_rank: true,
+        refused: &[
+            (r#"{"type": "lora_xs", "r": 0}"#, "r is 0"),
+            (r#"{"type": "lora_xs", "r": 13, "target_modules": "all-linear"}"#, "too small for r: 13"),
+            (r#"{"type": "lora_xs", "r": 4, "scale": 0}"#, "scale is 0"),
+            (r#"{"type": "lora_xs", "r": 4, "scale": 1, "lora_alpha": 8}"#, "keep one"),
+            (r#"{"type": "lora_xs", "r": 2, "target_modules": ["embed_tokens"]}"#, "embed_tokens"),
+        ],
+    },
+    Case {
+        block: r#"{"type": "lora_sb", "r": 3, "target_modules": "all-linear", "init_num_samples": 4}"#,
+        base: "llama_gqa_tied",
+        trained: 2 * 7 * 3 * 3,
+        starts_at_base: false,
+        knows_base: false,
+        is_low_rank: true,
+        refused: &[
+            (r#"{"type": "lora_sb", "r": 8, "lora_alpha": 16}"#, "no scale to tune"),
+            (r#"{"type": "lora_sb", "r": 13, "target_modules": ["k_proj"]}"#, "too small for r: 13"),
+            (r#"{"type": "lora_sb", "eta": 0.0}"#, "eta is 0"),
+            (r#"{"type": "lora_sb", "eta": 1e-4, "paper_compat": true}"#, "keep one"),
+            (r#"{"type": "lora_sb", "init_num_samples": 0}"#, "init_num_samples is 0"),
+            (r#"{"type": "lora_sb", "init_samples": 5}"#, "init_num_samples"),
+        ],
     },
     Case {
         block: r#"{"type": "full"}"#,
@@ -143,6 +175,9 @@ const CASES: &[Case] = &[
 const STEP: StepSettings =
     StepSettings { gradient_checkpointing: GradientCheckpointing::Off, loss_chunk_rows: None };
 
+const LENGTH: RunLength =
+    RunLength { learning_rate: 1e-3, warmup: Warmup::Steps(0), total_steps: 1, epochs: 1.0 };
+
 impl Case {
     fn base_dir(&self) -> PathBuf {
         golden("families").join(self.base)
@@ -165,8 +200,14 @@ impl Case {
     /// The method with the model that it has prepared.
     fn prepared(&self) -> (Box<dyn Method>, Decoder) {
         let (mut method, mut model, examples) = (self.method(), open(&self.base_dir()), examples());
-        let preparation =
-            Preparation { seed: 7, examples: &examples, micro_batch_size: 2, step: STEP, resume: None };
+        let preparation = Preparation {
+            seed: 7,
+            examples: &examples,
+            micro_batch_size: 2,
+            step: STEP,
+            length: LENGTH,
+            resume: None,
+        };
         method.prepare(&mut model, &preparation).unwrap();
         (method, model)
     }
@@ -556,7 +597,8 @@ pub fn train(
     resume: Option<&Path>,
 ) -> BTreeMap<String, Vec<u8>> {
     let examples = examples();
-    let preparation = Preparation { seed: 7, examples: &examples, micro_batch_size: 2, step: STEP, resume };
+    let preparation =
+        Preparation { seed: 7, examples: &examples, micro_batch_size: 2, step: STEP, length: LENGTH, resume };
     method.prepare(&mut model, &preparation).unwrap();
     let artifact = output_dir.join(method.artifact());
     let adamw = AdamW { beta_1: 0.9, beta_2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };

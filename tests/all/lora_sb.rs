@@ -2,13 +2,12 @@
 
 use crate::families::{integers, open, relative_difference};
 use crate::program::{BASE, losses};
-use burn::tensor::Device;
 use peft_core::checkpoint::SafetensorsFile;
 use peft_core::linalg::Matrix;
 use peft_core::model::Decoder;
 use peft_core::projection::{Core, Delta};
 use peft_methods::open_adapter;
-use peft_tests::{golden, peft_ok, peft_refuses, root};
+use peft_tests::{golden, peft_ok, root};
 use serde_json::{Value, json};
 use std::path::{Path, PathBuf};
 

@@ -1,10 +1,11 @@
 //! The method blocks of a recipe, and what both have in common.
 
-use peft_core::adapter::{AdapterError, Layers, Names, Pattern, Selection, TargetModules, select};
+use peft_core::adapter::{AdapterError, Layers, Names, Pattern, Selection, TargetModules, select_linear};
 use peft_core::linalg::Sketch;
-use peft_core::model::{BaseShapes, EMBEDDING, HEAD};
+use peft_core::model::BaseShapes;
 use serde::{Deserialize, Serialize};
-use std::collections::BTreeSet;
+use serde_json::Value;
+use std::collections::BTreeMap;
 
 /// Ranks above this are no adapter.
 const MAX_RANK: usize = 1 << 16;
@@ -36,6 +37,9 @@ pub struct CoreConfig {
     /// Where they attach.
     #[serde(flatten)]
     pub targets: Targets,
+    /// Where the factors came from; null where that is not said.
+    #[serde(default)]
+    pub init: Value,
 }
 
 impl CoreConfig {
@@ -64,39 +68,38 @@ impl CoreConfig {
         Ok(())
     }
 
-    /// Paths of the modules of a base that change. With `strict` (a recipe's configuration, not a file's) every name must
-    /// match something.
+    /// The modules of a base that change, with `[out, in]`. With `strict` (a recipe's configuration, not a file's) every
+    /// name must match something.
     ///
     /// # Errors
     /// A name, layer or expression that matches nothing; an end of the model that is no linear module of its own; a rank
     /// above a weight's dimensions.
-    pub fn place(&self, base: &BaseShapes, strict: bool) -> Result<BTreeSet<String>, AdapterError> {
+    pub fn place(
+        &self,
+        base: &BaseShapes,
+        strict: bool,
+    ) -> Result<BTreeMap<String, [usize; 2]>, AdapterError> {
+        let modules = select_linear(&self.selection(strict), base)?;
+        match modules.iter().find(|(_, dims)| dims.iter().any(|size| *size < self.r)) {
+            None => Ok(modules),
+            Some((path, dims)) => Err(AdapterError::Target {
+                module: path.clone(),
+                reason: format!("has a weight of shape {dims:?}, too small for r: {}", self.r),
+            }),
+        }
+    }
+
+    /// The selection of modules that the configuration means.
+    pub fn selection(&self, strict: bool) -> Selection<'_> {
         let Targets { target_modules, exclude_modules, layers_to_transform, layers_pattern } = &self.targets;
-        let selection = Selection {
+        Selection {
             targets: target_modules.as_ref(),
             exclude: exclude_modules.as_ref(),
             saved: &[],
             layers: layers_to_transform.as_ref(),
             layers_pattern: layers_pattern.as_ref().map_or(&[], Names::as_slice),
             strict,
-        };
-        let matrices = base.weights.iter().filter(|(_, shape)| shape.len() == 2);
-        let matrices: Vec<&str> = matrices.map(|(path, _)| path.as_str()).collect();
-        let chosen = select(&selection, &matrices)?;
-        for path in &chosen {
-            let shape = &base.weights[*path];
-            let reason = if *path == EMBEDDING {
-                "is an embedding, and these changes are of linear modules".to_string()
-            } else if *path == HEAD && base.tied {
-                "shares the embedding's weight, and these changes are of a module's own weight".to_string()
-            } else if shape.iter().any(|size| *size < self.r) {
-                format!("has a weight of shape {shape:?}, too small for r: {}", self.r)
-            } else {
-                continue;
-            };
-            return Err(AdapterError::Target { module: path.to_string(), reason });
         }
-        Ok(chosen.into_iter().map(str::to_string).collect())
     }
 }
 
@@ -147,7 +150,7 @@ impl CoreBlock {
     /// What the file will say, with the scale `scale`.
     fn config(&self, scale: f64) -> Result<CoreConfig, String> {
         let Self { r, lora_dropout, ref targets, .. } = *self;
-        let config = CoreConfig { r, scale, lora_dropout, targets: targets.clone() };
+        let config = CoreConfig { r, scale, lora_dropout, targets: targets.clone(), init: Value::Null };
         config.check()?;
         Ok(config)
     }

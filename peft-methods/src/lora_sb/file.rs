@@ -1,24 +1,25 @@
 //! The files of changes `s·B·R·A`: `lora_A`, `lora_B` and `lora_R` of every module. All three are kept, because neither the
 //! factors of a gradient nor the signs of a decomposition can be had again elsewhere.
 
-use super::config::CoreConfig;
+use super::config::{CoreConfig, Targets};
+use crate::registry::keys_of;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use peft_core::adapter::{
     AdapterConfig, AdapterError, AdapterFolder, BiasTraining, FileFormat, Layout, LoraConfig, Parts,
-    SavedAdapter, common_config, key, parameter_tensor, write_adapter,
+    SavedAdapter, common_config, key, parameter_tensor, spelled_out, write_adapter,
 };
 use peft_core::model::{BaseShapes, Decoder};
 use peft_core::projection::{Core, Delta, Parameter};
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 use std::path::Path;
 
 /// Files of LoRA-XS.
 pub static LORA_XS_FORMAT: FileFormat =
-    FileFormat { peft_type: "LORA_XS", open: |dir| Ok(Box::new(CoreAdapter::open(dir)?)) };
+    FileFormat { peft_type: "LORA_XS", open: |dir| Ok(Box::new(CoreAdapter::open(dir, &LORA_XS_FORMAT)?)) };
 
 /// Files of LoRA-SB.
 pub static LORA_SB_FORMAT: FileFormat =
-    FileFormat { peft_type: "LORA_SB", open: |dir| Ok(Box::new(CoreAdapter::open(dir)?)) };
+    FileFormat { peft_type: "LORA_SB", open: |dir| Ok(Box::new(CoreAdapter::open(dir, &LORA_SB_FORMAT)?)) };
 
 const FACTOR_A: &str = ".lora_A.weight";
 const FACTOR_B: &str = ".lora_B.weight";
@@ -37,26 +38,22 @@ pub struct CoreAdapter {
 }
 
 impl CoreAdapter {
-    /// Opens an adapter's folder.
+    /// Opens a folder of one of the two formats.
     ///
     /// # Errors
-    /// Either file missing or damaged, a configuration that is out of range.
-    pub fn open(dir: &Path) -> Result<Self, AdapterError> {
+    /// Either file missing or damaged, another format, a configuration that is out of range.
+    pub fn open(dir: &Path, format: &FileFormat) -> Result<Self, AdapterError> {
         let mut folder = AdapterFolder::open(dir)?;
-        let config: Result<CoreConfig, _> = serde_json::from_value(Value::Object(folder.config.clone()));
-        let config = config.map_err(|error| folder.wrong(error.to_string()))?;
+        let config: CoreConfig = folder.parse(format.peft_type, Value::Null)?;
         config.check().map_err(|message| folder.wrong(message))?;
-        let known = written(&config, "", None, None, &Value::Null);
-        let unknown = folder.config.keys().filter(|key| !known.contains_key(*key));
-        let path = folder.config_path().display().to_string();
-        let warnings = unknown.map(|key| format!("{path}: key `{key}` is unknown and was ignored"));
-        folder.warnings = warnings.collect();
         Ok(Self { folder, config, core: CORE })
     }
 
-    /// Whether the folder of a LoRA holds one that the authors' programs wrote, with an `R` beside `A` and `B`.
-    pub fn is_released(folder: &AdapterFolder) -> bool {
-        folder.file.names().any(|key| key.ends_with(RELEASED_CORE))
+    /// Whether the folder is one that the authors' programs wrote: a LoRA's by its configuration, with an `R` beside `A` and
+    /// `B`. What cannot be read is none.
+    pub fn is_released(dir: &Path) -> bool {
+        let is_core = |folder: AdapterFolder| folder.file.names().any(|key| key.ends_with(RELEASED_CORE));
+        AdapterFolder::open(dir).is_ok_and(is_core)
     }
 
     /// Opens a folder that the authors' programs wrote.
@@ -89,12 +86,13 @@ impl CoreAdapter {
             r: lora.r,
             scale: lora.scale(lora.lora_alpha, lora.r),
             lora_dropout: lora.lora_dropout,
-            targets: super::config::Targets {
+            targets: Targets {
                 target_modules: lora.target_modules,
                 exclude_modules: lora.exclude_modules,
                 layers_to_transform: lora.layers_to_transform,
                 layers_pattern: lora.layers_pattern,
             },
+            init: Value::Null,
         };
         Ok(Self { folder, config, core: RELEASED_CORE })
     }
@@ -107,23 +105,22 @@ impl SavedAdapter for CoreAdapter {
 
     fn parts(&self, base: &BaseShapes, device: &Device) -> Result<Parts, AdapterError> {
         let CoreConfig { r, scale, lora_dropout, .. } = self.config;
-        let paths = self.config.place(base, false)?;
-        let shapes = |path: &str| {
-            let weight = &base.weights[path];
-            [(FACTOR_A, [r, weight[1]]), (FACTOR_B, [weight[0], r]), (self.core, [r, r])]
+        let modules = self.config.place(base, false)?;
+        let shapes = |[rows, columns]: [usize; 2]| {
+            [(FACTOR_A, [r, columns]), (FACTOR_B, [rows, r]), (self.core, [r, r])]
         };
         let mut layout = Layout::default();
-        for path in &paths {
-            shapes(path).iter().for_each(|(part, shape)| layout.require(path, part, shape));
+        for (path, dims) in &modules {
+            shapes(*dims).iter().for_each(|(part, shape)| layout.require(path, part, shape));
         }
         self.folder.require_keys(&layout)?;
         let mut parts = Parts::default();
-        for path in paths {
+        for (path, dims) in modules {
             let read = |(part, shape): (&str, [usize; 2])| {
                 let values = self.folder.read(&key(&path, part), &shape)?;
                 Ok::<_, AdapterError>(Tensor::from_data(TensorData::new(values, shape), (device, DType::F32)))
             };
-            let [a, b, core] = shapes(&path).map(read);
+            let [a, b, core] = shapes(dims).map(read);
             let form = form(&path, a?, b?, core?, scale, lora_dropout);
             parts.changes.insert(path, Delta::Core(form));
         }
@@ -150,22 +147,6 @@ pub(super) fn parts(path: &str, [rows, columns]: [usize; 2], r: usize) -> [(Stri
     [part(FACTOR_A, [r, columns], false), part(FACTOR_B, [rows, r], false), part(CORE, [r, r], true)]
 }
 
-/// The configuration of a file; `init` says where the first values came from.
-fn written(
-    config: &CoreConfig,
-    peft_type: &str,
-    base: Option<&str>,
-    revision: Option<&str>,
-    init: &Value,
-) -> Map<String, Value> {
-    let mut map = common_config(peft_type, base, revision);
-    if let Value::Object(mut known) = json!(config) {
-        map.append(&mut known);
-    }
-    map.insert("init".to_string(), init.clone());
-    map
-}
-
 /// Writes the changes of a decoder into the existing folder `dir`.
 ///
 /// # Errors
@@ -173,18 +154,16 @@ fn written(
 pub(super) fn save(
     model: &Decoder,
     config: &CoreConfig,
-    peft_type: &str,
+    format: &FileFormat,
     (base, revision): (&str, Option<&str>),
-    init: &Value,
     dir: &Path,
 ) -> Result<(), AdapterError> {
-    let forms = model.projections().filter_map(|projection| match &projection.delta {
-        Some(Delta::Core(form)) => Some((&projection.path, form)),
-        _ => None,
-    });
-    let tensors = forms.flat_map(|(path, form)| {
-        [(FACTOR_A, &form.a), (FACTOR_B, &form.b), (CORE, &form.core)]
-            .map(|(part, parameter)| parameter_tensor(key(path, part), parameter, dir))
-    });
-    write_adapter(dir, written(config, peft_type, Some(base), revision, init), tensors.collect())
+    let mut config = config.clone();
+    config.targets.target_modules = Some(spelled_out(&config.selection(true), &model.base_shapes())?);
+    let mut file = common_config(format.peft_type, Some(base), revision);
+    file.extend(keys_of(&config));
+    let changes = model.projections().filter_map(|projection| projection.delta.as_ref());
+    let parameters = changes.flat_map(|delta| delta.parameters());
+    let tensors = parameters.map(|parameter| parameter_tensor(key(&parameter.name, ""), parameter, dir));
+    write_adapter(dir, file, tensors.collect())
 }

@@ -20,11 +20,11 @@ pub use file::{CoreAdapter, LORA_SB_FORMAT, LORA_XS_FORMAT};
 
 use crate::registry::{Block, Kind, RunContext, Scaffold, ScaffoldKey, keys_of};
 use burn::tensor::{DType, Tensor, TensorData};
-use peft_core::adapter::{AdapterError, SavedAdapter, key, weights_bytes};
-use peft_core::checkpoint::{ADAPTER_CONFIG_FILE, Headers};
+use peft_core::adapter::{AdapterError, FileFormat, SavedAdapter, key, take_values, weights_bytes};
+use peft_core::checkpoint::Headers;
 use peft_core::data::samples;
 use peft_core::linalg::{Matrix, Sketch};
-use peft_core::model::{Decoder, ModelConfig, ParameterShape, ProjectionShape};
+use peft_core::model::{Decoder, ModelConfig, ParameterShape};
 use peft_core::projection::Delta;
 use peft_core::random::Stream;
 use peft_core::strict;
@@ -33,7 +33,7 @@ use peft_core::train::{
 };
 use rayon::prelude::*;
 use serde_json::{Map, Value, json};
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 /// Examples that LoRA-SB's gradient is taken on where the recipe does not say: a thousandth of the authors' 50 thousand.
@@ -90,7 +90,7 @@ impl Block for LoraXsBlock {
 
     fn method(&self, run: &RunContext) -> peft_core::Result<Box<dyn Method>> {
         let config = self.config().map_err(TrainError::Preparation)?;
-        Ok(Box::new(CoreMethod::new(&LORA_XS, config, Beginning::Weight(self.sketch()), run)))
+        Ok(Box::new(CoreMethod::new(config, Beginning::Weight(self.sketch()), run)))
     }
 
     fn boxed(&self) -> Box<dyn Block> {
@@ -103,8 +103,19 @@ impl Block for LoraSbBlock {
         keys_of(self)
     }
 
-    fn check(&self, _starts_from_adapter: bool) -> Result<(), String> {
-        self.config().map(drop)
+    fn check(&self, starts_from_adapter: bool) -> Result<(), String> {
+        self.config()?;
+        let keys = [
+            ("init_num_samples", self.init_num_samples.is_some()),
+            ("eta", self.eta.is_some()),
+            ("paper_compat", self.paper_compat),
+        ];
+        match keys.iter().find(|(_, given)| *given && starts_from_adapter) {
+            Some((key, _)) => {
+                Err(format!("{key} and adapter_name_or_path both give first values; remove one"))
+            }
+            None => Ok(()),
+        }
     }
 
     fn plan(&self, model: &ModelConfig, _base: &Headers) -> peft_core::Result<MethodPlan> {
@@ -113,7 +124,7 @@ impl Block for LoraSbBlock {
 
     fn method(&self, run: &RunContext) -> peft_core::Result<Box<dyn Method>> {
         let config = self.config().map_err(TrainError::Preparation)?;
-        Ok(Box::new(CoreMethod::new(&LORA_SB, config, Beginning::Gradient(self.clone()), run)))
+        Ok(Box::new(CoreMethod::new(config, Beginning::Gradient(self.clone()), run)))
     }
 
     fn boxed(&self) -> Box<dyn Block> {
@@ -123,15 +134,12 @@ impl Block for LoraSbBlock {
 
 /// What a method with this configuration would add and make trainable.
 fn plan(config: &CoreConfig, model: &ModelConfig) -> peft_core::Result<MethodPlan> {
-    let paths = config.place(&model.base_shapes(), true)?;
+    let modules = config.place(&model.base_shapes(), true)?;
     let role = ParameterRole::Factor { rank: config.r, dropout: config.lora_dropout > 0.0 };
     let mut parameters = Vec::new();
-    for ProjectionShape { path, dims, .. } in model.projections() {
-        if !paths.contains(&path) {
-            continue;
-        }
+    for (path, dims) in modules {
         for (name, shape, trainable) in file::parts(&path, dims, config.r) {
-            let shape = ParameterShape::new(name, &shape);
+            let shape = ParameterShape::new(name, shape);
             parameters.push(PlannedParameter { shape, module: path.clone(), role, trainable });
         }
     }
@@ -152,61 +160,58 @@ enum Beginning {
 
 /// Training of the cores between frozen factors.
 pub struct CoreMethod {
-    kind: &'static Kind,
     config: CoreConfig,
     beginning: Beginning,
     base: String,
     revision: Option<String>,
     start: Option<PathBuf>,
-    /// Where the first values came from, for the file.
-    init: Value,
     warnings: Vec<String>,
 }
 
 impl CoreMethod {
-    fn new(kind: &'static Kind, config: CoreConfig, beginning: Beginning, run: &RunContext) -> Self {
+    fn new(config: CoreConfig, beginning: Beginning, run: &RunContext) -> Self {
         Self {
-            kind,
             config,
             beginning,
             base: run.base_name.to_string(),
             revision: run.revision.map(str::to_string),
             start: run.start.map(Path::to_path_buf),
-            init: Value::Null,
             warnings: Vec::new(),
         }
     }
 
-    /// Takes the changes of the adapter in `dir`, which must be of the recipe's rank, scale and modules.
-    fn take_values(
+    /// The format of its files.
+    fn format(&self) -> &'static FileFormat {
+        match self.beginning {
+            Beginning::Weight(_) => &LORA_XS_FORMAT,
+            Beginning::Gradient(_) => &LORA_SB_FORMAT,
+        }
+    }
+
+    /// Takes the changes of the adapter in `dir`, which must be of the recipe's scale and modules.
+    fn begin_at(
         &mut self,
         dir: &Path,
         model: &mut Decoder,
-        paths: &BTreeSet<String>,
+        modules: &BTreeMap<String, [usize; 2]>,
     ) -> Result<(), AdapterError> {
-        let adapter = CoreAdapter::open(dir)?;
-        let (given, wanted) = (&adapter.config, &self.config);
-        let differs = |message: String| AdapterError::Config {
-            path: dir.join(ADAPTER_CONFIG_FILE),
-            message: format!("that adapter {message}"),
-        };
-        if (given.r, given.scale) != (wanted.r, wanted.scale) {
-            return Err(differs(format!(
-                "has r {} and scale {}, the recipe r {} and scale {}",
-                given.r, given.scale, wanted.r, wanted.scale
-            )));
+        let adapter = CoreAdapter::open(dir, self.format())?;
+        let (given, wanted) = (adapter.config.scale, self.config.scale);
+        if given != wanted {
+            let differs =
+                format!("adapter_name_or_path: that adapter has the scale {given}, the recipe {wanted}");
+            return Err(adapter.folder().wrong(differs));
         }
-        let there = given.place(&model.base_shapes(), false)?;
-        if let Some(path) = there.symmetric_difference(paths).next() {
-            return Err(differs(format!("and the recipe disagree on whether `{path}` changes")));
-        }
-        adapter.attach(model)?;
-        self.init = adapter.folder().config.get("init").cloned().unwrap_or_default();
+        let (device, r) = (model.device.clone(), self.config.r);
+        let zeros = |dims: [usize; 2]| Tensor::<2>::zeros(dims, (&device, DType::F32));
         for projection in model.projections_mut() {
-            if let Some(Delta::Core(form)) = &mut projection.delta {
-                form.dropout = wanted.lora_dropout;
-            }
+            let Some([rows, columns]) = modules.get(&projection.path).copied() else { continue };
+            let (a, b, core) = (zeros([r, columns]), zeros([rows, r]), zeros([r, r]));
+            let form = file::form(&projection.path, a, b, core, wanted, self.config.lora_dropout);
+            projection.delta = Some(Delta::Core(form));
         }
+        take_values(&adapter, model)?;
+        self.config.init = adapter.config.init;
         Ok(())
     }
 
@@ -220,7 +225,7 @@ impl CoreMethod {
         let seed = preparation.seed;
         match self.beginning.clone() {
             Beginning::Weight(sketch) => {
-                self.init = json!({ "seed": seed, "svd": svd_json(sketch) });
+                self.config.init = json!({ "seed": seed, "svd": svd_json(sketch) });
                 Ok(of_weights(model, paths, sketch, seed)?)
             }
             Beginning::Gradient(block) => {
@@ -238,7 +243,7 @@ impl CoreMethod {
                 let how =
                     Estimate { eta, scale: self.config.scale, sketch: block.sketch(), seed, batch_size };
                 let mut found = estimate(model, paths, &chosen, how, preparation.step)?;
-                self.init = json!({
+                self.config.init = json!({
                     "eta": eta, "n_samples": chosen.len(), "seed": seed, "svd": svd_json(how.sketch),
                 });
                 Ok(paths.iter().filter_map(|path| found.remove(path)).collect())
@@ -301,7 +306,10 @@ fn of_weights(
 
 impl Method for CoreMethod {
     fn name(&self) -> &'static str {
-        self.kind.name
+        match self.beginning {
+            Beginning::Weight(_) => LORA_XS.name,
+            Beginning::Gradient(_) => LORA_SB.name,
+        }
     }
 
     fn artifact(&self) -> &'static str {
@@ -309,23 +317,24 @@ impl Method for CoreMethod {
     }
 
     fn prepare(&mut self, model: &mut Decoder, preparation: &Preparation) -> peft_core::Result<()> {
-        let chosen = self.config.place(&model.base_shapes(), true)?;
+        let modules = self.config.place(&model.base_shapes(), true)?;
         // A run that goes on finds its frozen factors in its checkpoint's adapter.
         let earlier = preparation.resume.map(|checkpoint| checkpoint.join(self.artifact()));
         if let Some(dir) = earlier.or_else(|| self.start.clone()) {
-            self.take_values(&dir, model, &chosen)?;
+            self.begin_at(&dir, model, &modules)?;
         } else {
             let paths = model.projections().map(|projection| projection.path.clone());
-            let paths: Vec<String> = paths.filter(|path| chosen.contains(path)).collect();
+            let paths: Vec<String> = paths.filter(|path| modules.contains_key(path)).collect();
             let factors = self.first_values(model, &paths, preparation)?;
-            self.warnings.extend(rank_warning(self.kind.name, &factors, self.config.r));
+            self.warnings.extend(rank_warning(self.name(), &factors, self.config.r));
             let device = model.device.clone();
             let tensor = |matrix: &Matrix| {
                 let data = TensorData::new(matrix.to_rows(), matrix.dims());
                 Tensor::<2>::from_data(data, (&device, DType::F32))
             };
             let CoreConfig { scale, lora_dropout, .. } = self.config;
-            let projections = model.projections_mut().filter(|projection| chosen.contains(&projection.path));
+            let projections =
+                model.projections_mut().filter(|projection| modules.contains_key(&projection.path));
             for (projection, CoreFactors { a, b, core, .. }) in projections.zip(&factors) {
                 let (a, b, core) = (tensor(a), tensor(b), tensor(core));
                 let form = file::form(&projection.path, a, b, core, scale, lora_dropout);
@@ -345,9 +354,8 @@ impl Method for CoreMethod {
     }
 
     fn export(&self, model: &Decoder, dir: &Path) -> Result<(), TrainError> {
-        let peft_type = self.kind.file.map_or("", |file| file.peft_type);
         let base = (self.base.as_str(), self.revision.as_deref());
-        Ok(file::save(model, &self.config, peft_type, base, &self.init, dir)?)
+        Ok(file::save(model, &self.config, self.format(), base, dir)?)
     }
 }
 
