@@ -12,6 +12,7 @@ mod vera;
 pub use full::Full;
 pub use ia3::Ia3Config;
 pub use lora::{Lora, LoraBlock, init};
+pub use lora_sb::{LoraSbBlock, LoraXsBlock};
 pub use registry::{
     Block, Kind, METHODS, MethodBlock, RunContext, Scaffold, ScaffoldKey, file_formats, open_adapter,
 };

@@ -488,18 +488,22 @@ fn a_product_of_factors_is_a_plain_lora() {
         let dir = tempfile::tempdir().unwrap();
         let (model, saved) = case.exported(dir.path());
         let (adapter, shapes) = (open_adapter(&saved).unwrap(), open(&case.base_dir()).base_shapes());
-        let out = dir.path().join("lora");
-        std::fs::create_dir(&out).unwrap();
-        let written = write_plain_lora(adapter.as_ref(), &shapes, (Some(case.base), None), &out);
-        assert_eq!(written.is_ok(), case.is_low_rank, "{}: {written:?}", case.block);
-        let Ok(written) = written else { continue };
-        let lora = Adapter::open(&out).unwrap();
-        let modules: usize = written.ranks.values().sum();
-        assert_eq!(modules, adapter.parts(&shapes, &model.device).unwrap().changes.len(), "{}", case.block);
-        let mut attached = open(&case.base_dir());
-        lora.attach(&mut attached).unwrap();
-        let difference = relative_difference(&logits(&attached), &logits(&model));
-        assert!(difference < 1e-5, "{}: {difference:.1e}", case.block);
+        for balanced in [false, true] {
+            let out = dir.path().join(format!("lora-{balanced}"));
+            std::fs::create_dir(&out).unwrap();
+            let written =
+                write_plain_lora(adapter.as_ref(), &shapes, (Some(case.base), None), balanced, &out);
+            assert_eq!(written.is_ok(), case.is_low_rank, "{}: {written:?}", case.block);
+            let Ok(written) = written else { continue };
+            let lora = Adapter::open(&out).unwrap();
+            let modules: usize = written.ranks.values().sum();
+            let changes = adapter.parts(&shapes, &model.device).unwrap().changes;
+            assert_eq!(modules, changes.len(), "{}", case.block);
+            let mut attached = open(&case.base_dir());
+            lora.attach(&mut attached).unwrap();
+            let difference = relative_difference(&logits(&attached), &logits(&model));
+            assert!(difference < 1e-5, "{}: {difference:.1e}", case.block);
+        }
     }
 }
 

@@ -2,13 +2,18 @@
 
 use crate::families::{integers, open, relative_difference};
 use crate::program::{BASE, losses};
-use peft_core::checkpoint::SafetensorsFile;
-use peft_core::linalg::Matrix;
+use peft_core::checkpoint::{LazyTensor, SafetensorsFile, write_safetensors};
+use peft_core::data::{Example, samples};
+use peft_core::linalg::{Matrix, Sketch};
 use peft_core::model::Decoder;
 use peft_core::projection::{Core, Delta};
-use peft_methods::open_adapter;
-use peft_tests::{golden, peft_ok, root};
+use peft_core::random::Stream;
+use peft_core::train::{GradientCheckpointing, RunLength, StepSettings, TrainError, Warmup};
+use peft_methods::lora_sb::{Estimate, estimate, eta};
+use peft_methods::{LoraSbBlock, open_adapter};
+use peft_tests::{golden, peft, peft_ok, root};
 use serde_json::{Value, json};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 const NAMES: [&str; 2] = ["lora_xs", "lora_sb"];
@@ -125,5 +130,107 @@ fn first_values_are_pytorchs() {
             modules += 1;
         }
         assert_eq!(modules, 28);
+    }
+}
+
+fn config(adapter: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(adapter.join("adapter_config.json")).unwrap()).unwrap()
+}
+
+/// 60 examples, a rate of 1e-3, 5 warm-up steps of 30, two epochs.
+#[test]
+fn the_first_steps_rate_is_the_warm_ups_or_the_released_scripts() {
+    let length = RunLength { learning_rate: 1e-3, warmup: Warmup::Steps(5), total_steps: 30, epochs: 2.0 };
+    let block = |keys: Value| serde_json::from_value::<LoraSbBlock>(keys).unwrap();
+    let rate = |keys: Value| eta(&block(keys), length, 60, 3).unwrap();
+    assert!((rate(json!({})) - 2e-4).abs() < 1e-18);
+    assert_eq!(rate(json!({"eta": 0.5})), 0.5);
+    // A sixth of 20 batches in each of two epochs: 6 2/3.
+    assert!((rate(json!({"paper_compat": true})) - 1.5e-4).abs() < 1e-18);
+    let still = RunLength { warmup: Warmup::Steps(0), ..length };
+    assert_eq!(eta(&block(json!({})), still, 60, 3), Ok(1e-3));
+    let refused = eta(&block(json!({"paper_compat": true})), still, 60, 3).unwrap_err();
+    assert!(refused.contains("warmup_ratio"), "{refused}");
+}
+
+#[test]
+fn too_few_examples_are_told_and_the_file_says_where_it_came_from() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let method = json!({"type": "lora_sb", "r": 4, "target_modules": ["v_proj"], "init_num_samples": 1000});
+    let pairs = [("method", method), ("adapter_name_or_path", Value::Null), ("max_steps", json!(1))];
+    let (out_dir, overrides) = (out.display().to_string(), overrides(&pairs));
+    let mut args = vec!["train", "tests/golden/core_trajectory.yaml", "--output-dir", &out_dir];
+    args.extend(overrides.iter().map(String::as_str));
+    let ran = peft(&args);
+    let said = String::from_utf8_lossy(&ran.stderr);
+    assert!(ran.status.success() && said.contains("there are 60 examples"), "{said}");
+    let config = config(&out.join("adapter"));
+    assert_eq!(config["peft_type"], "LORA_SB");
+    assert_eq!(config["init"]["n_samples"], 60);
+    assert_eq!(config["init"]["eta"], json!(1e-3 / 5.0));
+    assert_eq!(config["init"]["svd"], json!({"oversampling": 8, "power_iterations": 10}));
+}
+
+/// A module behind a weight of zeros gets no gradient, and one behind a value that is not finite gets none that counts.
+#[test]
+fn gradients_that_say_nothing_are_refused_by_module() {
+    let example = |seed: u64| {
+        let mut stream = Stream::new(seed, "test", "", &[]);
+        let ids = (0..12).map(|_| stream.below(96) as u32).collect();
+        Example { ids, supervised: vec![true; 12] }
+    };
+    let examples: Vec<Example> = (0..4).map(example).collect();
+    let step = StepSettings { gradient_checkpointing: GradientCheckpointing::Off, loss_chunk_rows: None };
+    let sketch = Sketch { rank: 2, oversampling: 8, power_iterations: 2 };
+    let how = Estimate { eta: 1e-3, scale: 1.0, sketch, seed: 1, batch_size: 2 };
+    let refused = |value: f32| {
+        let mut model = open(&golden("families/llama"));
+        let mut projections = model.projections_mut();
+        let o_proj = projections.find(|p| p.path == "model.layers.0.self_attn.o_proj").unwrap();
+        o_proj.weight.value = o_proj.weight.value.clone().mul_scalar(value);
+        drop(projections);
+        let paths = ["model.layers.0.self_attn.v_proj", "model.layers.1.mlp.up_proj"].map(str::to_string);
+        estimate(&mut model, &paths, &samples(&examples, 3), how, step).unwrap_err().to_string()
+    };
+    let zero = refused(0.0);
+    assert!(zero.contains("layers.0.self_attn.v_proj") && zero.contains("zero on the 3 samples"), "{zero}");
+    let broken = refused(f32::NAN);
+    assert!(broken.contains("layers.1.mlp.up_proj") && broken.contains("not finite"), "{broken}");
+}
+
+/// The authors' programs save a LoRA's configuration beside `A`, `B` and an `R` whose name PEFT has mangled.
+#[test]
+fn released_files_are_read() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in NAMES {
+        let released = dir.path().join(name);
+        std::fs::create_dir(&released).unwrap();
+        let file = SafetensorsFile::open(reference(name).join("adapter_model.safetensors")).unwrap();
+        let rename = |key: &str| key.replace(".lora_R.weight", "_lora_latent_mapping.weight");
+        let tensors = file.names().map(|key| {
+            let tensor = file.tensor(key).unwrap();
+            let (dtype, shape, bytes) = (tensor.dtype, tensor.shape.to_vec(), tensor.bytes.to_vec());
+            LazyTensor::new(rename(key), dtype, shape, move || Ok(bytes.clone().into()))
+        });
+        let tensors: Vec<LazyTensor<TrainError>> = tensors.collect();
+        write_safetensors(&released.join("adapter_model.safetensors"), tensors, &BTreeMap::new()).unwrap();
+        let scale = config(&reference(name))["scale"].as_f64().unwrap();
+        let lora = json!({
+            "peft_type": "LORA", "r": 4, "lora_alpha": 4.0 * scale, "target_modules": ["q_proj", "k_proj", "v_proj",
+            "o_proj", "gate_proj", "up_proj", "down_proj"], "base_model_name_or_path": "base",
+        });
+        std::fs::write(released.join("adapter_config.json"), lora.to_string()).unwrap();
+        let ids: Vec<i64> = (3..20).collect();
+        assert_eq!(
+            logits(&with_adapter(&released), &ids),
+            logits(&with_adapter(&reference(name)), &ids),
+            "{name}"
+        );
+
+        let beyond = lora.to_string().replace("\"r\":4", "\"r\":4,\"use_dora\":true");
+        std::fs::write(released.join("adapter_config.json"), beyond).unwrap();
+        let error = open_adapter(&released).err().unwrap().to_string();
+        assert!(error.contains("use_dora"), "{error}");
     }
 }

@@ -261,7 +261,12 @@ fn svd_json(sketch: Sketch) -> Value {
 ///
 /// # Errors
 /// The released scripts' rate without a warm-up.
-fn eta(block: &LoraSbBlock, length: RunLength, examples: usize, batch_size: usize) -> Result<f64, String> {
+pub fn eta(
+    block: &LoraSbBlock,
+    length: RunLength,
+    examples: usize,
+    batch_size: usize,
+) -> Result<f64, String> {
     let RunLength { learning_rate, warmup, total_steps, epochs } = length;
     if let Some(eta) = block.eta {
         return Ok(eta);
