@@ -74,7 +74,8 @@ const CASES: &[Case] = &[
         base: "llama_bias",
         // r² a module.
         trained: 2 * 2 * 3 * 3,
-        starts_at_base: true,
+        // All but: the first R is normal with deviation 1e-5.
+        starts_at_base: false,
         knows_base: false,
         is_low_rank: true,
         refused: &[
@@ -94,11 +95,11 @@ const CASES: &[Case] = &[
         is_low_rank: true,
         refused: &[
             (r#"{"type": "lora_sb", "r": 8, "lora_alpha": 16}"#, "no scale to tune"),
-            (r#"{"type": "lora_sb", "r": 13, "target_modules": ["k_proj"]}"#, "too small for r: 13"),
+            (r#"{"type": "lora_sb", "r": 19, "target_modules": ["k_proj"]}"#, "too small for r: 19"),
             (r#"{"type": "lora_sb", "eta": 0.0}"#, "eta is 0"),
             (r#"{"type": "lora_sb", "eta": 1e-4, "paper_compat": true}"#, "keep one"),
             (r#"{"type": "lora_sb", "init_num_samples": 0}"#, "init_num_samples is 0"),
-            (r#"{"type": "lora_sb", "init_samples": 5}"#, "init_num_samples"),
+            (r#"{"type": "lora_sb", "init_samples": 5}"#, "unknown key `init_samples`"),
         ],
     },
     Case {

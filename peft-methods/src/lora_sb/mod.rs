@@ -124,7 +124,7 @@ impl Block for LoraSbBlock {
 
     fn method(&self, run: &RunContext) -> peft_core::Result<Box<dyn Method>> {
         let config = self.config().map_err(TrainError::Preparation)?;
-        Ok(Box::new(CoreMethod::new(config, Beginning::Gradient(self.clone()), run)))
+        Ok(Box::new(CoreMethod::new(config, Beginning::Gradient(Box::new(self.clone())), run)))
     }
 
     fn boxed(&self) -> Box<dyn Block> {
@@ -155,7 +155,7 @@ enum Beginning {
     /// The weight.
     Weight(Sketch),
     /// The gradient of the weight.
-    Gradient(LoraSbBlock),
+    Gradient(Box<LoraSbBlock>),
 }
 
 /// Training of the cores between frozen factors.
