@@ -20,6 +20,7 @@ use peft_core::train::{
 };
 use peft_methods::{METHODS, MethodBlock, RunContext, open_adapter};
 use peft_tests::{golden, root};
+use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -533,6 +534,48 @@ fn a_damaged_file_is_refused_by_name() {
         assert!(open_adapter(&saved).is_err(), "{}: a cut file is taken", case.block);
         std::fs::remove_file(&file).unwrap();
         assert!(open_adapter(&saved).is_err(), "{}: no weights are taken", case.block);
+    }
+}
+
+/// Whatever a stranger's configuration says, it is understood or refused as bad input.
+#[test]
+fn a_configuration_may_say_anything() {
+    let strange = [
+        json!(null),
+        json!(true),
+        json!(-1),
+        json!(0),
+        json!(65_536),
+        json!(1_u64 << 62),
+        json!(1e300),
+        json!(""),
+        json!("(("),
+        json!("q_proj"),
+        json!([]),
+        json!(["q_proj", "nothing"]),
+        json!({"a": 1}),
+    ];
+    for case in CASES.iter().filter(|case| case.has_adapter()) {
+        let dir = tempfile::tempdir().unwrap();
+        let (_, saved) = case.exported(dir.path());
+        let path = saved.join("adapter_config.json");
+        let written: Map<String, Value> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let (base, checkpoint) = (open(&case.base_dir()), case.checkpoint());
+        let mut refused = 0;
+        for (key, value) in written.keys().flat_map(|key| strange.iter().map(move |value| (key, value))) {
+            let mut config = written.clone();
+            config.insert(key.clone(), value.clone());
+            std::fs::write(&path, Value::Object(config).to_string()).unwrap();
+            let used = open_adapter(&saved).and_then(|adapter| {
+                adapter.require_base(&checkpoint)?;
+                adapter.attach(&mut base.clone())
+            });
+            if let Err(error) = used {
+                refused += 1;
+                assert!(error.is_bad_input(), "{}: {key}: {value}: {error}", case.block);
+            }
+        }
+        assert!(refused > 0, "{}", case.block);
     }
 }
 
