@@ -13,7 +13,7 @@ mod table;
 use super::train::signals::StopSignal;
 use crate::args::CompareArgs;
 use crate::error::CliError;
-use crate::render::{self, ComparisonProgress};
+use crate::render::ComparisonProgress;
 use crate::report::comparison as page;
 use child::Ended;
 use peft_core::checkpoint::write_file;

@@ -45,8 +45,6 @@ pub struct Wanted {
     pub label: String,
     /// Peak rate.
     pub rate: f64,
-    /// Seed.
-    pub seed: u64,
     /// `LABEL-rate-seed`, the name of its folder.
     pub name: String,
     /// Its recipe as `peft train` resolves it.
@@ -164,7 +162,7 @@ impl Plan {
                 keys.insert("output_dir".to_string(), output_dir.into());
                 let keys = Value::Object(keys);
                 let recipe = recipe::resolve(keys.clone()).map_err(within)?;
-                self.runs.push(Wanted { label: label.clone(), rate, seed: *seed, name, recipe, keys });
+                self.runs.push(Wanted { label: label.clone(), rate, name, recipe, keys });
             }
         }
         self.labels.push(label);

@@ -255,7 +255,7 @@ mod tests {
 
     fn wanted(label: &str, rate: f64, seed: u64) -> Wanted {
         let name = format!("{label}-{rate:e}-{seed}");
-        Wanted { label: label.into(), rate, seed, name, recipe: Recipe::default(), keys: Value::Null }
+        Wanted { label: label.into(), rate, name, recipe: Recipe::default(), keys: Value::Null }
     }
 
     fn measured(loss: f64, speed: f64) -> Outcome {
