@@ -49,7 +49,9 @@ pub fn run(args: CompareArgs) -> Result<ExitCode, CliError> {
             _ if is_stopping() => Outcome::Missing,
             _ => train(wanted, standing == Standing::Open, args.offline, &stop, &mut progress)?,
         };
-        progress.ended(&wanted.name, &said(&outcome, standing == Standing::Finished));
+        if !matches!(outcome, Outcome::Missing) {
+            progress.ended(&wanted.name, &said(&outcome, standing == Standing::Finished));
+        }
         outcomes.push(outcome);
     }
     progress.clear();
