@@ -13,13 +13,13 @@ mod shapes;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use peft_core::data::{Example, collate};
-use peft_core::kernels::{AdamW, fault, trim_memory};
+use peft_core::kernels::{AdamW, Clip, fault, trim_memory};
 use peft_core::model::Decoder;
 use peft_core::projection::{Delta, DropoutKey, LowRank, Parameter};
 use peft_core::random::Stream;
 use peft_core::train::{
     GradientCheckpointing, NamedOptimizer, StepGradients, StepSettings, accumulate, device_memory,
-    global_norm, peak_memory_bytes, update_parameters,
+    peak_memory_bytes, update_parameters,
 };
 use serde_json::json;
 use shapes::{Failure, median, random_model};
@@ -78,10 +78,6 @@ fn main() -> Result<(), Failure> {
         let key = DropoutKey { seed: 0, step, micro_batch: 0 };
         let mut sums = StepGradients::default();
         accumulate(&model, &batch, 1.0 / batch.targets.len() as f64, key, settings, &mut sums);
-        last = sums.loss_sum / batch.targets.len() as f64;
-        if losses {
-            println!("{step} {last}");
-        }
         if gradients {
             for (name, gradient) in sums.gradients {
                 let values: Vec<f32> = gradient.try_into_vec_as()?;
@@ -92,11 +88,17 @@ fn main() -> Result<(), Failure> {
             }
             return fault().map_or(Ok(()), |fault| Err(fault.into()));
         }
-        let norm = global_norm(&sums.gradients);
-        assert!(norm.is_finite(), "a gradient is not finite");
-        update_parameters(&mut model, &mut optimizer, sums.gradients, |_| 1e-4);
+        let sum_of_squares = sums.sum_of_squares().ok_or("nothing trains")?;
+        let clip = Clip { sum_of_squares, max_norm: 1.0 };
+        let of_step = std::mem::take(&mut sums.gradients);
+        update_parameters(&mut model, &mut optimizer, of_step, Some(&clip), |_| 1e-4);
         trim_memory();
         enqueued.push(start.elapsed().as_secs_f64());
+        assert!(clip.factor().is_some(), "a gradient is not finite");
+        last = sums.losses().0 / batch.targets.len() as f64;
+        if losses {
+            println!("{step} {last}");
+        }
         device.sync()?;
         #[cfg(feature = "cuda")]
         if name == "cuda" {

@@ -71,6 +71,10 @@ impl Method for Changing {
         self.watched += gradient.square().sum().into_scalar::<f32>();
     }
 
+    fn acts_on_gradients(&self) -> bool {
+        true
+    }
+
     fn before_update(
         &mut self,
         model: &Decoder,

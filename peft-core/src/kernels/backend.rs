@@ -43,12 +43,13 @@ pub(super) trait Kernels: Backend {
     /// `w ∘ x/√(mean(x²) + ε)` by rows; `w` has one row.
     fn rms_norm(x: &FloatTensor<Self>, weight: &FloatTensor<Self>, epsilon: f32) -> FloatTensor<Self>;
 
-    /// Gradients of [`rms_norm`](Self::rms_norm) for `x` and, if wanted, for `w`.
+    /// Gradients of [`rms_norm`](Self::rms_norm) for `x`, with `added` added to it, and, if wanted, for `w`.
     fn rms_norm_backward(
         x: &FloatTensor<Self>,
         weight: &FloatTensor<Self>,
         epsilon: f32,
         dy: &FloatTensor<Self>,
+        added: Option<&FloatTensor<Self>>,
         wants_weight: bool,
     ) -> (FloatTensor<Self>, Option<FloatTensor<Self>>);
 
@@ -92,8 +93,13 @@ pub(super) trait Kernels: Backend {
         dy: &FloatTensor<Self>,
     ) -> FloatTensor<Self>;
 
-    /// AdamW's update of f32 tensors: parameter, first and second moment of each.
-    fn adamw(optimizer: &AdamW, updates: Vec<Update<FloatTensor<Self>>>) -> Vec<[FloatTensor<Self>; 3]>;
+    /// AdamW's update of f32 tensors: parameter, first and second moment of each. `clip` is the sum of the gradients'
+    /// squares and the largest norm, as in [`Clip`](super::norm::Clip).
+    fn adamw(
+        optimizer: &AdamW,
+        updates: Vec<Update<FloatTensor<Self>>>,
+        clip: Option<(FloatTensor<Self>, f64)>,
+    ) -> Vec<[FloatTensor<Self>; 3]>;
 
     /// Σ x² of f32 tensors, one at least.
     fn sum_of_squares(tensors: Vec<FloatTensor<Self>>) -> FloatTensor<Self>;

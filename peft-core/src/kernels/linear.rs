@@ -14,6 +14,7 @@ use super::as_dtype;
 use super::backend::{Kernels, Tracked, constant, has_graph, lift, served, with_backend};
 use super::gated::{silu_gate, split_gate};
 use super::rms_norm::rms_norm;
+use super::skip::{Residual, Skip};
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
@@ -156,6 +157,8 @@ pub enum LinearInput {
         weight: Tensor<2>,
         /// The norm's ε.
         epsilon: f64,
+        /// Where a gradient of `x` may be left that passes by the maps.
+        skip: Option<Skip>,
     },
     /// `silu(g) ∘ u` of `[g u]`, `[tokens, 2·in]`.
     Gated(Tensor<2>),
@@ -173,7 +176,7 @@ impl LinearInput {
     pub fn value(self) -> Tensor<2> {
         match self {
             LinearInput::Plain(x) => x,
-            LinearInput::Normed { x, weight, epsilon } => rms_norm(x, weight, epsilon),
+            LinearInput::Normed { x, weight, epsilon, .. } => rms_norm(x, weight, epsilon),
             LinearInput::Gated(gate_up) => silu_gate(gate_up),
         }
     }
@@ -190,7 +193,7 @@ const MOST: usize = 3;
 pub fn adapted_linears(
     input: LinearInput,
     maps: Vec<AdaptedLinear>,
-    residual: Option<Tensor<2>>,
+    residual: Option<Residual>,
     recompute: bool,
 ) -> Tensor<2> {
     let dtype = input.tensor().dtype();
@@ -214,7 +217,7 @@ pub fn adapted_linears(
             term => bare(h.clone(), term, bias),
         });
     }
-    add(joined(outputs), residual)
+    add(joined(outputs), residual.map(|residual| residual.value))
 }
 
 fn joined(mut outputs: Vec<Tensor<2>>) -> Tensor<2> {
@@ -262,10 +265,10 @@ fn with_term(
 }
 
 /// The composition of burn's operations.
-pub(super) fn plain(input: LinearInput, maps: Vec<AdaptedLinear>, residual: Option<Tensor<2>>) -> Tensor<2> {
+pub(super) fn plain(input: LinearInput, maps: Vec<AdaptedLinear>, residual: Option<Residual>) -> Tensor<2> {
     let h = match input {
         LinearInput::Plain(x) => x,
-        LinearInput::Normed { x, weight, epsilon } => super::rms_norm::plain(x, weight, epsilon),
+        LinearInput::Normed { x, weight, epsilon, .. } => super::rms_norm::plain(x, weight, epsilon),
         LinearInput::Gated(gate_up) => {
             let (gate, up) = split_gate(gate_up);
             super::gated::plain(gate, up)
@@ -280,7 +283,7 @@ pub(super) fn plain(input: LinearInput, maps: Vec<AdaptedLinear>, residual: Opti
             None => add(product(h.clone()), bias.map(|bias| as_dtype(bias, dtype))),
         }
     });
-    add(joined(outputs.collect()), residual)
+    add(joined(outputs.collect()), residual.map(|residual| residual.value))
 }
 
 /// A map as a backend has it.
@@ -352,18 +355,19 @@ const INPUTS: usize = 3 + 4 * MOST;
 fn fused<B: Kernels>(
     input: LinearInput,
     maps: Vec<AdaptedLinear>,
-    residual: Option<Tensor<2>>,
+    residual: Option<Residual>,
     recompute: bool,
 ) -> Tensor<2> {
     let dtype = input.tensor().dtype();
     let mut tensors: [Option<Tensor<2>>; INPUTS] = std::array::from_fn(|_| None);
-    let (kind, raw, norm) = match input {
-        LinearInput::Plain(x) => (Kind::Plain, x, None),
-        LinearInput::Normed { x, weight, epsilon } => {
-            (Kind::Normed(epsilon as f32), x, Some(as_dtype(weight, dtype)))
+    let (kind, raw, norm, arriving) = match input {
+        LinearInput::Plain(x) => (Kind::Plain, x, None, None),
+        LinearInput::Normed { x, weight, epsilon, skip } => {
+            (Kind::Normed(epsilon as f32), x, Some(as_dtype(weight, dtype)), skip)
         }
-        LinearInput::Gated(gate_up) => (Kind::Gated, gate_up, None),
+        LinearInput::Gated(gate_up) => (Kind::Gated, gate_up, None, None),
     };
+    let (residual, leaving) = residual.map(|residual| (residual.value, residual.skip)).unzip();
     (tensors[0], tensors[1], tensors[2]) = (Some(raw), norm, residual);
     let mut scales = Vec::with_capacity(maps.len());
     for (map, slots) in maps.into_iter().zip(tensors[3..].chunks_exact_mut(4)) {
@@ -399,7 +403,8 @@ fn fused<B: Kernels>(
             if !recompute {
                 saved.keep(&h);
             }
-            prepared.finish(State { saved, down, parts }, y)
+            arriving.iter().for_each(Skip::expect);
+            prepared.finish(State { saved, down, parts, arriving, leaving: leaving.flatten() }, y)
         }
         OpsKind::UnTracked(prepared) => prepared.finish(y),
     })
@@ -443,6 +448,10 @@ struct State<T> {
     saved: Saved<T>,
     down: Option<T>,
     parts: Vec<Part<T>>,
+    /// Where a gradient of the normed input may have been left.
+    arriving: Option<Skip>,
+    /// Where the gradient of the residual may be left.
+    leaving: Option<Skip>,
 }
 
 #[derive(Debug)]
@@ -453,7 +462,8 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
 
     fn backward(self, ops: Ops<Self::State, INPUTS>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
-        let State { saved, down, parts } = ops.state;
+        let State { saved, down, parts, arriving, leaving } = ops.state;
+        let passing: Option<FloatTensor<B>> = arriving.and_then(|skip| skip.take());
         let [raw, norm, residual, of_maps @ ..] = ops.parents.map(|node| node.map(|node| node.id));
         let wanted = Wanted {
             input: raw.is_some() || norm.is_some(),
@@ -470,7 +480,7 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
             let of_input = gradients.input.take().map(|dh| match &saved {
                 Saved::Plain(_) => (dh, None),
                 Saved::Normed { x, weight, epsilon, .. } => {
-                    B::rms_norm_backward(x, weight, *epsilon, &dh, norm.is_some())
+                    B::rms_norm_backward(x, weight, *epsilon, &dh, passing.as_ref(), norm.is_some())
                 }
                 Saved::Gated { gate_up, .. } => (B::silu_gate_backward(gate_up, &dh), None),
             });
@@ -481,7 +491,10 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
                 grads.register::<B>(node, gradient);
             }
         };
-        register(residual, Some(dy));
+        if residual.is_some() {
+            let dy = leaving.map_or(Some(dy.clone()), |skip| skip.leave(dy));
+            register(residual, dy);
+        }
         for (part, nodes) in gradients.parts.into_iter().zip(of_maps.chunks_exact(4)) {
             register(nodes[0], part.weight);
             register(nodes[1], part.bias);

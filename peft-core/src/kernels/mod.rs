@@ -20,6 +20,7 @@ mod rms_norm;
 mod rotary;
 mod seed;
 mod segments;
+mod skip;
 #[cfg(test)]
 mod tests;
 
@@ -32,11 +33,12 @@ pub use cross_entropy::{CrossEntropy, cross_entropy, head_loss};
 pub use cuda::{fault, profile};
 pub use gated::silu_gate;
 pub use linear::{AdaptedLinear, LinearInput, LowRankTerm, ScaledPairTerm, Term, adapted_linears};
-pub use norm::sum_of_squares;
+pub use norm::{Clip, clip_factor, sum_of_squares};
 pub use rms_norm::rms_norm;
 pub use rotary::rotate;
 pub use seed::backward_from;
 pub use segments::{SegmentGroup, group_segments};
+pub use skip::{Residual, Skip};
 
 use burn::tensor::{DType, Device, Tensor};
 

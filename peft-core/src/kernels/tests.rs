@@ -107,13 +107,13 @@ fn assembled(
     front: Front,
     maps: Maps,
     inputs: Vec<Tensor<2>>,
-) -> (LinearInput, Vec<AdaptedLinear>, Option<Tensor<2>>) {
+) -> (LinearInput, Vec<AdaptedLinear>, Option<Residual>) {
     let mut inputs = inputs.into_iter();
     let mut next = || inputs.next().unwrap();
     let raw = next();
     let input = match front {
         Front::Plain => LinearInput::Plain(raw),
-        Front::Normed => LinearInput::Normed { x: raw, weight: next(), epsilon: 1e-5 },
+        Front::Normed => LinearInput::Normed { x: raw, weight: next(), epsilon: 1e-5, skip: None },
         Front::Gated => LinearInput::Gated(raw),
     };
     let residual = next();
@@ -126,7 +126,7 @@ fn assembled(
         }),
     });
     let maps = maps.collect();
-    (input, maps, Some(residual))
+    (input, maps, Some(residual.into()))
 }
 
 #[test]
@@ -153,6 +153,45 @@ fn joint_linear_maps() {
                 };
                 compare(&what, place, &inputs, fused, plain);
             }
+        }
+    }
+}
+
+/// `W₂·(W₁·norm(x)) + x`, whose gradient of `x` goes around the maps as well; once with a dropped term, behind which the
+/// norm does not wait for it.
+#[test]
+fn a_gradient_around_a_branch() {
+    let (rows, width, middle) = (9, 24, 40);
+    for place in &places() {
+        let factors = (place.0.clone(), DType::F32, place.2);
+        let inputs = [
+            random("x", [rows, width], place),
+            random("norm", [1, width], place),
+            random("w1", [middle, width], place),
+            random("w2", [width, middle], place),
+            random("a", [2, width], &factors),
+            random("b", [middle, 2], &factors),
+        ];
+        for dropped in [false, true] {
+            let block = |inputs: Vec<Tensor<2>>, fused: bool| {
+                let skip = Some(Skip::default());
+                let [x, norm, w1, w2, a, b] = inputs.try_into().unwrap();
+                let input =
+                    LinearInput::Normed { x: x.clone(), weight: norm, epsilon: 1e-5, skip: skip.clone() };
+                let mask = dropped.then(|| random("mask", [rows, width], &factors));
+                let term = Term::LowRank(LowRankTerm { a, b, bias: None, gain: None, scale: 0.7, mask });
+                let first = vec![AdaptedLinear { weight: w1, bias: None, term: Some(term) }];
+                let second = vec![AdaptedLinear { weight: w2, bias: None, term: None }];
+                let residual = Some(Residual { value: x, skip });
+                if fused {
+                    let y = adapted_linears(input, first, None, false);
+                    adapted_linears(LinearInput::Plain(y), second, residual, false)
+                } else {
+                    linear::plain(LinearInput::Plain(linear::plain(input, first, None)), second, residual)
+                }
+            };
+            let what = format!("dropped {dropped}");
+            compare(&what, place, &inputs, |inputs| block(inputs, true), |inputs| block(inputs, false));
         }
     }
 }
@@ -284,7 +323,7 @@ fn a_low_rank_term_by_hand() {
             mask: None,
         })),
     };
-    let residual = Some(matrix(vec![10., 20.], [1, 2]));
+    let residual = Some(matrix(vec![10., 20.], [1, 2]).into());
     let x = LinearInput::Plain(matrix(vec![1., 2., 3.], [1, 3]));
     let y: Vec<f32> = adapted_linears(x, vec![map], residual, false).try_into_vec_as().unwrap();
     assert_eq!(y, [62.5, 123.5]);
@@ -497,9 +536,26 @@ fn updates_of_many_parameters() {
         let expected = one_by_one.reduce(|sum, square| sum + square).unwrap();
         assert_close("squares", squares.unwrap(), expected, 1e-5);
         let expected = updates().into_iter().map(|update| optimizer.update(update));
-        for (found, expected) in optimizer.update_all(updates()).into_iter().zip(expected) {
+        for (found, expected) in optimizer.update_all(updates(), None).into_iter().zip(expected) {
             for (found, expected) in found.into_iter().zip(expected) {
                 assert_close("update", found, expected, 1e-5);
+            }
+        }
+        // A norm of 5 clipped to 2; one of 1, which stays; one that is not finite, which changes nothing.
+        for (norm, max_norm, factor) in [(5f32, 2.0, 0.4), (1.0, 2.0, 1.0), (f32::NAN, 2.0, 0.0)] {
+            let sum_of_squares = Tensor::from_data([norm * norm], (&place.0, DType::F32));
+            let clip = Clip { sum_of_squares, max_norm };
+            let expected = updates().into_iter().map(|mut update| {
+                update.gradient = update.gradient.mul_scalar(factor);
+                match norm.is_finite() {
+                    true => optimizer.update(update),
+                    false => [update.parameter, update.moment_1, update.moment_2],
+                }
+            });
+            for (found, expected) in optimizer.update_all(updates(), Some(&clip)).into_iter().zip(expected) {
+                for (found, expected) in found.into_iter().zip(expected) {
+                    assert_close(&format!("norm {norm}"), found, expected, 1e-5);
+                }
             }
         }
     }

@@ -23,7 +23,7 @@ pub use parameter::Parameter;
 pub use random_pair::RandomPair;
 pub use tape::{DropoutKey, InputObserver, Tape};
 
-use crate::kernels::{AdaptedLinear, LinearInput, adapted_linears};
+use crate::kernels::{AdaptedLinear, LinearInput, Residual, adapted_linears};
 use burn::tensor::Tensor;
 use std::ops::{Deref, DerefMut};
 
@@ -105,7 +105,7 @@ pub fn project(
     tape: &Tape,
     projections: &[&Projection],
     input: LinearInput,
-    residual: Option<Tensor<2>>,
+    residual: Option<Residual>,
 ) -> Tensor<2> {
     // Some changes and observers look at the value that the projections get.
     let is_read =

@@ -83,7 +83,14 @@ pub trait Method {
     /// the micro-batches is the gradient of the step.
     fn weight_gradient(&mut self, _name: &str, _gradient: Tensor<2>) {}
 
-    /// Acts on the gradients of the step after `progress`, by parameter name, after clipping and before the update.
+    /// Whether [`before_update`](Self::before_update) does anything. If not, the step need not wait for the size of its
+    /// gradients: they are clipped where they are.
+    fn acts_on_gradients(&self) -> bool {
+        false
+    }
+
+    /// Acts on the gradients of the step after `progress`, by parameter name, after clipping and before the update, where
+    /// [`acts_on_gradients`](Self::acts_on_gradients) says so.
     fn before_update(
         &mut self,
         _model: &Decoder,

@@ -10,6 +10,7 @@ use crate::kernels::attention::{AttentionInputs, AttentionShape};
 use crate::kernels::backend::{Kernels, conversions};
 use crate::kernels::cross_entropy::CrossEntropyParts;
 use crate::kernels::linear::{LinearGradients, Part, PartGradients, Wanted};
+use crate::kernels::norm::clip_factor;
 use burn::backend::Flex;
 use burn::backend::TensorMetadata;
 use burn::backend::flex::{FlexTensor, Layout};
@@ -155,14 +156,17 @@ impl Kernels for Flex {
         weight: &FlexTensor,
         epsilon: f32,
         dy: &FlexTensor,
+        added: Option<&FlexTensor>,
         wants_weight: bool,
     ) -> (FlexTensor, Option<FlexTensor>) {
         let (rows, columns) = dims(x);
-        let (x, weight, dy) = (Values::of(x), Values::of(weight), Values::of(dy));
+        let (x, weight, dy, added) =
+            (Values::of(x), Values::of(weight), Values::of(dy), added.map(Values::of));
         let mut dw = wants_weight.then(|| empty(&[1, columns]));
         let dx = filled(&[rows, columns], |dx| {
             let dw = dw.as_mut().map(|dw| dw.storage_mut());
-            rms_norm::backward(dx, dw, dy.get(), x.get(), weight.get(), epsilon, None);
+            let added = added.as_ref().map(Values::get);
+            rms_norm::backward(dx, dw, dy.get(), x.get(), weight.get(), epsilon, added);
         });
         (dx, dw)
     }
@@ -265,7 +269,18 @@ impl Kernels for Flex {
         })
     }
 
-    fn adamw(optimizer: &AdamW, updates: Vec<Update<FlexTensor>>) -> Vec<[FlexTensor; 3]> {
+    fn adamw(
+        optimizer: &AdamW,
+        updates: Vec<Update<FlexTensor>>,
+        clip: Option<(FlexTensor, f64)>,
+    ) -> Vec<[FlexTensor; 3]> {
+        let factor = clip.map_or(Some(1.0), |(squares, max)| {
+            clip_factor(f64::from(Values::of(&squares).get()[0]).sqrt(), max)
+        });
+        let Some(factor) = factor else {
+            let same = |update: Update<FlexTensor>| [update.parameter, update.moment_1, update.moment_2];
+            return updates.into_iter().map(same).collect();
+        };
         let mut results = Vec::with_capacity(updates.len());
         let mut steps = Vec::with_capacity(updates.len());
         for update in updates {
@@ -297,7 +312,7 @@ impl Kernels for Flex {
                 weight_decay: optimizer.weight_decay,
                 time: time as i32,
             };
-            adamw::adamw(constants, 1.0, &mut now);
+            adamw::adamw(constants, factor as f32, &mut now);
         }
         results
     }

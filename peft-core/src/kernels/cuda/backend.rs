@@ -72,14 +72,28 @@ fn gate_launch(dtype: DType, rows: usize, columns: usize) -> Launch {
     Launch { grid: (rows, (columns / lanes).div_ceil(threads), 1), block: (threads, 1), shared: 0 }
 }
 
-/// Joins weights that lie one after another: where their columns of the result begin, how many there are, and the
-/// address of the first.
-fn joined(outs: &[(usize, usize)], weights: &[u64], inputs: usize, dtype: DType) -> Vec<(usize, usize, u64)> {
-    let mut runs: Vec<(usize, usize, u64)> = Vec::with_capacity(outs.len());
-    for ((start, width), weight) in outs.iter().zip(weights) {
+/// Maps whose weights lie one after another and that are alike in having a low-rank term.
+struct JoinedMaps {
+    /// Where their columns of the result begin.
+    start: usize,
+    /// How many columns there are.
+    width: usize,
+    /// The address of the first weight.
+    weight: u64,
+    /// Whether they have low-rank terms.
+    adapted: bool,
+}
+
+/// Joins weights that lie one after another.
+fn joined(layout: &Layout, weights: &[u64], inputs: usize, dtype: DType) -> Vec<JoinedMaps> {
+    let mut runs: Vec<JoinedMaps> = Vec::with_capacity(weights.len());
+    for ((&(start, width), (_, rank)), &weight) in layout.outs.iter().zip(&layout.ranks).zip(weights) {
+        let adapted = *rank > 0;
         match runs.last_mut() {
-            Some((_, joint, first)) if at(*first, *joint * inputs, dtype) == *weight => *joint += width,
-            _ => runs.push((*start, *width, *weight)),
+            Some(run) if at(run.weight, run.width * inputs, dtype) == weight && run.adapted == adapted => {
+                run.width += width;
+            }
+            _ => runs.push(JoinedMaps { start, width, weight, adapted }),
         }
     }
     runs
@@ -211,25 +225,31 @@ impl Kernels for Cube {
         weight: &CubeTensor,
         epsilon: f32,
         dy: &CubeTensor,
+        added: Option<&CubeTensor>,
         wants_weight: bool,
     ) -> (CubeTensor, Option<CubeTensor>) {
-        let (x, weight, dy) = (contiguous(x), contiguous(weight), contiguous(dy));
-        let ((rows, columns), dtype) = (dims(&x), x.dtype);
-        let dx = empty(&x, &[rows, columns], dtype);
-        let inverse = empty(&x, &[rows], DType::F32);
-        let dw = wants_weight.then(|| empty(&x, &[1, columns], dtype));
-        let mut buffers = vec![&x.handle, &weight.handle, &dy.handle, &dx.handle, &inverse.handle];
-        buffers.extend(dw.as_ref().map(|dw| &dw.handle));
-        submit("rms_norm_backward", &x.client, &buffers, move |queue, buffers| {
+        let ((rows, columns), dtype) = (dims(x), x.dtype);
+        let dx = empty(x, &[rows, columns], dtype);
+        let inverse = empty(x, &[rows], DType::F32);
+        let dw = wants_weight.then(|| empty(x, &[1, columns], dtype));
+        let mut buffers = Buffers::default();
+        let [x_at, weight_at, dy_at] = [x, weight, dy].map(|tensor| buffers.add_rows(tensor));
+        let [dx_at, inverse_at] = [&dx, &inverse].map(|tensor| buffers.add(tensor));
+        let added_at = added.map(|added| buffers.add_rows(added));
+        let dw_at = dw.as_ref().map(|dw| buffers.add(dw));
+        submit("rms_norm_backward", &x.client, &buffers.handles(), move |queue, buffers| {
             let source = elementwise(dtype);
-            let arguments = Arguments::default().address(buffers[0]).address(buffers[1]).address(buffers[2]);
-            let arguments = arguments.address(buffers[3]).address(buffers[4]);
+            let [x, weight, dy, dx, inverse] =
+                [x_at, weight_at, dy_at, dx_at, inverse_at].map(|at| buffers[at]);
+            let arguments = Arguments::default().address(x).address(weight).address(dy);
+            let arguments = arguments.address(added_at.map_or(0, |added| buffers[added]));
+            let arguments = arguments.address(dx).address(inverse);
             let arguments = arguments.int(columns).int(vectors(dtype, columns)).float(epsilon);
             let launch = Launch::new(rows, row_threads(dtype, columns, 256));
             queue.launch(source, "rms_norm_backward", launch, arguments)?;
-            let Some(dw) = buffers.get(5) else { return Ok(()) };
-            let arguments = Arguments::default().address(buffers[2]).int(columns).address(buffers[0]);
-            let arguments = arguments.address(buffers[4]).address(*dw).int(rows).int(columns);
+            let Some(dw) = dw_at.map(|dw| buffers[dw]) else { return Ok(()) };
+            let arguments = Arguments::default().address(dy).int(columns).address(x);
+            let arguments = arguments.address(inverse).address(dw).int(rows).int(columns);
             queue.launch(source, "column_sums", column_launch(columns), arguments)
         });
         (dx, dw)
@@ -286,33 +306,37 @@ impl Kernels for Cube {
         let down_at = down.as_ref().map(|down| buffers.add(down));
         submit("linears", &y.client, &buffers.handles(), move |queue, buffers| {
             let (x, y) = (buffers[x_at], buffers[y_at]);
-            let Layout { outs, ranks, out, rank } = &layout;
             let weights: Vec<u64> = weight_at.iter().map(|weight| buffers[*weight]).collect();
-            for (start, width, weight) in joined(outs, &weights, inputs, dtype) {
-                let product = Product { b: (true, inputs), c: *out, ..dense(rows, width, inputs, dtype) };
-                let to = at(y, start, dtype);
-                let (beta, from) =
-                    residual_at.map_or((0.0, to), |residual| (1.0, at(buffers[residual], start, dtype)));
-                queue.product(&product, 1.0, x, weight, beta, from, to)?;
-            }
+            // What a map's result starts from: the residual, if there is one.
+            let residual = residual_at.map(|residual| buffers[residual]);
+            let from = |start: usize| match residual {
+                Some(residual) => (1.0, at(residual, start, dtype)),
+                None => (0.0, at(y, start, dtype)),
+            };
+            // The thin products come first: the large ones, bound by arithmetic, read what these wrote in passing.
             if let Some((factors, down)) = factors.zip(down_at.map(|down| buffers[down])) {
-                let low = factors.cast(queue, buffers)?;
-                let product = Product { b: (true, inputs), ..dense(rows, *rank, inputs, dtype) };
+                let (low, rank) = (factors.cast(queue, buffers)?, layout.rank);
+                let product = Product { b: (true, inputs), ..dense(rows, rank, inputs, dtype) };
                 queue.product(&product, 1.0, x, low, 0.0, down, down)?;
-                for (((start, width), (first, r)), (_, b)) in outs.iter().zip(ranks).zip(&factors.places) {
-                    if *r == 0 {
-                        continue;
-                    }
-                    let (a, b_layout) = ((false, *rank), (true, *r));
-                    let product = Product { a, b: b_layout, c: *out, ..dense(rows, *width, *r, dtype) };
-                    let to = at(y, *start, dtype);
-                    let (down, b) = (at(down, *first, dtype), at(low, *b, dtype));
-                    queue.product(&product, 1.0, down, b, 1.0, to, to)?;
+                let places = layout.outs.iter().zip(&layout.ranks).zip(&factors.places);
+                for ((&(start, width), &(first, r)), (_, b)) in places.filter(|((_, (_, r)), _)| *r > 0) {
+                    let (a, b_layout) = ((false, rank), (true, r));
+                    let product = Product { a, b: b_layout, c: layout.out, ..dense(rows, width, r, dtype) };
+                    let (down, b) = (at(down, first, dtype), at(low, *b, dtype));
+                    let (beta, from) = from(start);
+                    queue.product(&product, 1.0, down, b, beta, from, at(y, start, dtype))?;
                 }
             }
-            for ((start, width), bias) in outs.iter().zip(bias_at) {
+            for JoinedMaps { start, width, weight, adapted } in joined(&layout, &weights, inputs, dtype) {
+                let product =
+                    Product { b: (true, inputs), c: layout.out, ..dense(rows, width, inputs, dtype) };
+                let to = at(y, start, dtype);
+                let (beta, from) = if adapted { (1.0, to) } else { from(start) };
+                queue.product(&product, 1.0, x, weight, beta, from, to)?;
+            }
+            for ((start, width), bias) in layout.outs.iter().zip(bias_at) {
                 if let Some(bias) = bias {
-                    let arguments = Arguments::default().address(at(y, *start, dtype)).int(*out);
+                    let arguments = Arguments::default().address(at(y, *start, dtype)).int(layout.out);
                     let arguments = arguments.address(buffers[bias]).int(rows).int(*width);
                     let launch = Launch::new((rows * width).div_ceil(256), 256);
                     queue.launch(elementwise(dtype), "add_bias", launch, arguments)?;
@@ -374,14 +398,7 @@ impl Kernels for Cube {
         submit("linears_backward", &x.client, &buffers.handles(), move |queue, buffers| {
             let Layout { outs, ranks, out, rank } = &layout;
             let (dy, x) = (buffers[dy_at], buffers[x_at]);
-            if let Some(dx) = dx_at.map(|dx| buffers[dx]) {
-                let weights: Vec<u64> = weight_at.iter().map(|weight| buffers[*weight]).collect();
-                for (start, width, weight) in joined(outs, &weights, inputs, dtype) {
-                    let product = Product { a: (false, *out), ..dense(rows, inputs, width, dtype) };
-                    let beta = if start == 0 { 0.0 } else { 1.0 };
-                    queue.product(&product, 1.0, at(dy, start, dtype), weight, beta, dx, dx)?;
-                }
-            }
+            let dx = dx_at.map(|dx| buffers[dx]);
             for (i, (start, width)) in outs.iter().enumerate() {
                 let dy = at(dy, *start, dtype);
                 if let Some(dw) = dw_at[i].map(|dw| buffers[dw]) {
@@ -394,30 +411,42 @@ impl Kernels for Cube {
                     queue.launch(elementwise(dtype), "column_sums", column_launch(*width), arguments)?;
                 }
             }
+            // As forward, the thin product into dx comes before the large ones.
+            let mut beta = 0.0;
             let low_rank = low_rank_at.map(|at| at.map(|at| buffers[at]));
-            let Some((factors, [down, ddown, da])) = factors.zip(low_rank) else { return Ok(()) };
-            let (low, places) = (factors.cast(queue, buffers)?, &factors.places);
-            for (i, ((start, width), (first, r))) in outs.iter().zip(ranks).enumerate() {
-                let Some(db) = b_at[i].map(|b| buffers[b]) else { continue };
-                let dy = at(dy, *start, dtype);
-                let product = Product { a: (false, *out), c: *rank, ..dense(rows, *r, *width, dtype) };
-                let to = at(ddown, *first, dtype);
-                queue.product(&product, 1.0, dy, at(low, places[i].1, dtype), 0.0, to, to)?;
-                let product = Product {
-                    a: (true, *out),
-                    b: (false, *rank),
-                    output: Element::F32,
-                    ..dense(*width, *r, rows, dtype)
-                };
-                queue.product(&product, scales[i], dy, at(down, *first, dtype), 0.0, db, db)?;
+            if let Some((factors, [down, ddown, da])) = factors.zip(low_rank) {
+                let (low, places) = (factors.cast(queue, buffers)?, &factors.places);
+                for (i, ((start, width), (first, r))) in outs.iter().zip(ranks).enumerate() {
+                    let Some(db) = b_at[i].map(|b| buffers[b]) else { continue };
+                    let dy = at(dy, *start, dtype);
+                    let product = Product { a: (false, *out), c: *rank, ..dense(rows, *r, *width, dtype) };
+                    let to = at(ddown, *first, dtype);
+                    queue.product(&product, 1.0, dy, at(low, places[i].1, dtype), 0.0, to, to)?;
+                    let product = Product {
+                        a: (true, *out),
+                        b: (false, *rank),
+                        output: Element::F32,
+                        ..dense(*width, *r, rows, dtype)
+                    };
+                    queue.product(&product, scales[i], dy, at(down, *first, dtype), 0.0, db, db)?;
+                }
+                let product =
+                    Product { a: (true, *rank), output: Element::F32, ..dense(*rank, inputs, rows, dtype) };
+                queue.product(&product, 1.0, ddown, x, 0.0, da, da)?;
+                if let Some(dx) = dx {
+                    let product = dense(rows, inputs, *rank, dtype);
+                    queue.product(&product, 1.0, ddown, low, 0.0, dx, dx)?;
+                    beta = 1.0;
+                }
             }
-            if let Some(dx) = dx_at.map(|dx| buffers[dx]) {
-                let product = dense(rows, inputs, *rank, dtype);
-                queue.product(&product, 1.0, ddown, low, 1.0, dx, dx)?;
+            let Some(dx) = dx else { return Ok(()) };
+            let weights: Vec<u64> = weight_at.iter().map(|weight| buffers[*weight]).collect();
+            for JoinedMaps { start, width, weight, .. } in joined(&layout, &weights, inputs, dtype) {
+                let product = Product { a: (false, *out), ..dense(rows, inputs, width, dtype) };
+                queue.product(&product, 1.0, at(dy, start, dtype), weight, beta, dx, dx)?;
+                beta = 1.0;
             }
-            let product =
-                Product { a: (true, *rank), output: Element::F32, ..dense(*rank, inputs, rows, dtype) };
-            queue.product(&product, 1.0, ddown, x, 0.0, da, da)
+            Ok(())
         });
 
         let alignment = x.client.properties().memory.alignment as usize;
@@ -452,8 +481,12 @@ impl Kernels for Cube {
         attention::backward(shape, inputs, output, log_denominators, dy)
     }
 
-    fn adamw(optimizer: &AdamW, updates: Vec<Update<CubeTensor>>) -> Vec<[CubeTensor; 3]> {
-        optimizer::adamw(optimizer, updates)
+    fn adamw(
+        optimizer: &AdamW,
+        updates: Vec<Update<CubeTensor>>,
+        clip: Option<(CubeTensor, f64)>,
+    ) -> Vec<[CubeTensor; 3]> {
+        optimizer::adamw(optimizer, updates, clip)
     }
 
     fn sum_of_squares(tensors: Vec<CubeTensor>) -> CubeTensor {
