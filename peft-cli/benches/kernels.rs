@@ -189,7 +189,7 @@ impl Bench {
                             bias: None,
                             gain: None,
                             scale: 2.0,
-                            mask: None,
+                            dropout: None,
                         })),
                     });
                     adapted_linears(LinearInput::Plain(x), maps.collect(), None, false)

@@ -28,6 +28,7 @@ use std::time::Instant;
 fn main() -> Result<(), Failure> {
     let (mut shape, mut name, mut dtype) = ("25m".to_string(), "cpu".to_string(), None);
     let (mut batch, mut seq, mut rank, mut steps) = (4, 256, 8, 10);
+    let mut dropout = 0.0;
     let mut checkpointing = GradientCheckpointing::Off;
     let (mut gradients, mut losses) = (false, false);
     let mut words = std::env::args().skip(1);
@@ -41,6 +42,7 @@ fn main() -> Result<(), Failure> {
             "--seq" => seq = value()?.parse()?,
             "--rank" => rank = value()?.parse()?,
             "--steps" => steps = value()?.parse()?,
+            "--dropout" => dropout = value()?.parse()?,
             "--checkpointing" => {
                 checkpointing = match value()?.as_str() {
                     "false" => GradientCheckpointing::Off,
@@ -58,7 +60,7 @@ fn main() -> Result<(), Failure> {
     }
     let (device, compute) = shapes::device(&name, dtype.as_deref())?;
     let mut model = random_model(&shape, &device, compute)?;
-    add_lora(&mut model, rank, &device);
+    add_lora(&mut model, rank, dropout, &device);
     let mut draws = Stream::new(0, "tokens", "", &[]);
     let vocab = model.config.vocab_size as u64;
     let examples: Vec<Example> = (0..batch)
@@ -129,7 +131,7 @@ fn main() -> Result<(), Failure> {
     println!(
         "{}",
         json!({
-            "device": name, "shape": shape, "batch": examples.len(), "seq": seq, "rank": rank,
+            "device": name, "shape": shape, "batch": examples.len(), "seq": seq, "rank": rank, "dropout": dropout,
             "checkpointing": format!("{checkpointing:?}"), "step_ms": step * 1e3, "first_step_ms": first * 1e3,
             "enqueue_ms": median(enqueued) * 1e3, "tokens_per_second": tokens as f64 / step,
             "tera_operations": operations / 1e12, "tera_operations_per_second": operations / step / 1e12,
@@ -142,7 +144,7 @@ fn main() -> Result<(), Failure> {
 }
 
 /// LoRA on every projection but the head, `B` not zero so that every gradient is there.
-fn add_lora(model: &mut Decoder, rank: usize, device: &Device) {
+fn add_lora(model: &mut Decoder, rank: usize, dropout: f64, device: &Device) {
     let layers = model.config.num_hidden_layers * 7;
     for projection in model.projections_mut().take(layers) {
         let [out, inputs] = projection.dims();
@@ -163,7 +165,7 @@ fn add_lora(model: &mut Decoder, rank: usize, device: &Device) {
             bias: None,
             magnitude: None,
             scale: 2.0,
-            dropout: 0.0,
+            dropout,
             removed: None,
         }));
     }

@@ -5,6 +5,7 @@
 use super::adamw::{AdamW, Update};
 use super::attention::{AttentionInputs, AttentionShape};
 use super::cross_entropy::CrossEntropyParts;
+use super::dropout::Dropout;
 use super::linear::{LinearGradients, Part, Wanted};
 use burn::backend::autodiff::ops::NodeGuard;
 use burn::backend::tensor::FloatTensor;
@@ -53,13 +54,17 @@ pub(super) trait Kernels: Backend {
         wants_weight: bool,
     ) -> (FloatTensor<Self>, Option<FloatTensor<Self>>);
 
+    /// `x` with some elements dropped, the others made larger.
+    fn dropout(x: &FloatTensor<Self>, dropout: &Dropout) -> FloatTensor<Self>;
+
     /// `silu(g) ∘ u` of `[g u]`.
     fn silu_gate(gate_up: &FloatTensor<Self>) -> FloatTensor<Self>;
 
     /// Gradient of [`silu_gate`](Self::silu_gate) for `[g u]`.
     fn silu_gate_backward(gate_up: &FloatTensor<Self>, dy: &FloatTensor<Self>) -> FloatTensor<Self>;
 
-    /// `[x·W₁ᵀ + b₁ + s₁·(x·A₁ᵀ)·B₁ᵀ, …] + residual`, and all `x·Aᵢᵀ` side by side if there are any.
+    /// `[x·W₁ᵀ + b₁ + s₁·(x₁·A₁ᵀ)·B₁ᵀ, …] + residual`, where `xᵢ` is `x` with what the term drops dropped, and all
+    /// `xᵢ·Aᵢᵀ` side by side if there are any.
     fn linears(
         x: &FloatTensor<Self>,
         parts: &[Part<FloatTensor<Self>>],

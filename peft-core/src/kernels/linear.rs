@@ -12,6 +12,7 @@
 
 use super::as_dtype;
 use super::backend::{Kernels, Tracked, constant, has_graph, lift, served, with_backend};
+use super::dropout::{self, Dropout};
 use super::gated::{silu_gate, split_gate};
 use super::rms_norm::rms_norm;
 use super::skip::{Residual, Skip};
@@ -35,14 +36,14 @@ pub struct LowRankTerm {
     pub gain: Option<Tensor<2>>,
     /// `s`.
     pub scale: f64,
-    /// Dropout mask of the term's input, already divided by the keep probability, `[tokens, in]`.
-    pub mask: Option<Tensor<2>>,
+    /// What is dropped of the term's input.
+    pub dropout: Option<Dropout>,
 }
 
 impl LowRankTerm {
     /// Whether it is `s·B·A` and nothing more.
     fn is_plain(&self) -> bool {
-        self.bias.is_none() && self.gain.is_none() && self.mask.is_none()
+        self.bias.is_none() && self.gain.is_none()
     }
 }
 
@@ -61,7 +62,7 @@ pub enum Term {
     ScaledPair(ScaledPairTerm),
 }
 
-/// The term `((x ∘ mask)·Aᵀ ∘ d)·Bᵀ ∘ b` of an adapted linear map, of which the vectors alone have gradients.
+/// The term `(x'·Aᵀ ∘ d)·Bᵀ ∘ b`, where `x'` is `x` after dropout, of an adapted linear map, of which the vectors alone have gradients.
 pub struct ScaledPairTerm {
     /// `A`, `[rank, in]`.
     pub a: Tensor<2>,
@@ -71,17 +72,17 @@ pub struct ScaledPairTerm {
     pub inner: Tensor<2>,
     /// `b`, `[1, out]`.
     pub outer: Tensor<2>,
-    /// Dropout mask of the term's input, already divided by the keep probability, `[tokens, in]`.
-    pub mask: Option<Tensor<2>>,
+    /// What is dropped of the term's input.
+    pub dropout: Option<Dropout>,
 }
 
 impl ScaledPairTerm {
     /// The term on `x` `[tokens, in]`.
-    fn of(self, x: Tensor<2>) -> Tensor<2> {
+    fn of(self, x: Tensor<2>, drop: fn(Tensor<2>, Dropout) -> Tensor<2>) -> Tensor<2> {
         let dtype = x.dtype();
-        let ScaledPairTerm { a, b, inner, outer, mask } = self;
-        let x = match mask {
-            Some(mask) => x * as_dtype(mask, dtype),
+        let ScaledPairTerm { a, b, inner, outer, dropout } = self;
+        let x = match dropout {
+            Some(dropout) => drop(x, dropout),
             None => x,
         };
         let down = x.matmul(as_dtype(a, dtype).transpose()) * as_dtype(inner, dtype);
@@ -111,12 +112,13 @@ impl Term {
         h: Tensor<2>,
         bias: Option<Tensor<2>>,
         product: impl Fn(Tensor<2>) -> Tensor<2>,
+        drop: fn(Tensor<2>, Dropout) -> Tensor<2>,
     ) -> Tensor<2> {
         let bias = bias.map(|bias| as_dtype(bias, h.dtype()));
         match self {
             Term::LowRank(term) => {
                 let y = product(h.clone());
-                add(with_term(h, y, term, product), bias)
+                add(with_term(h, y, term, product, drop), bias)
             }
             Term::Gains { input, output } => {
                 let dtype = h.dtype();
@@ -128,7 +130,7 @@ impl Term {
             }
             Term::ScaledPair(term) => {
                 let y = product(h.clone());
-                add(y + term.of(h), bias)
+                add(y + term.of(h, drop), bias)
             }
         }
     }
@@ -213,7 +215,9 @@ pub fn adapted_linears(
             with_backend!(served, fused(input, maps, None, recompute))
         };
         outputs.push(match term {
-            Some(term) if !term.is_plain() => term.composed(h.clone(), bias, |h| bare(h, None, None)),
+            Some(term) if !term.is_plain() => {
+                term.composed(h.clone(), bias, |h| bare(h, None, None), dropout::dropout)
+            }
             term => bare(h.clone(), term, bias),
         });
     }
@@ -238,12 +242,13 @@ fn with_term(
     y: Tensor<2>,
     term: LowRankTerm,
     product: impl Fn(Tensor<2>) -> Tensor<2>,
+    drop: fn(Tensor<2>, Dropout) -> Tensor<2>,
 ) -> Tensor<2> {
     let dtype = h.dtype();
-    let LowRankTerm { a, b, bias, gain, scale, mask } = term;
-    let dropped = mask.is_some();
-    let input = match mask {
-        Some(mask) => h * as_dtype(mask, dtype),
+    let LowRankTerm { a, b, bias, gain, scale, dropout } = term;
+    let dropped = dropout.is_some();
+    let input = match dropout {
+        Some(dropout) => drop(h, dropout),
         None => h,
     };
     // The scale goes onto the [tokens, rank] product, the smallest tensor on the way.
@@ -279,7 +284,7 @@ pub(super) fn plain(input: LinearInput, maps: Vec<AdaptedLinear>, residual: Opti
         let transposed = as_dtype(weight, dtype).transpose();
         let product = |h: Tensor<2>| h.matmul(transposed.clone());
         match term {
-            Some(term) => term.composed(h.clone(), bias, product),
+            Some(term) => term.composed(h.clone(), bias, product, dropout::plain),
             None => add(product(h.clone()), bias.map(|bias| as_dtype(bias, dtype))),
         }
     });
@@ -293,8 +298,21 @@ pub(super) struct Part<T> {
     pub weight: T,
     /// `b`, `[1, out]`, likewise.
     pub bias: Option<T>,
-    /// `A` `[rank, in]` and `B` `[out, rank]` in a type of their own, and `s`.
-    pub factors: Option<(T, T, f32)>,
+    /// The low-rank term.
+    pub factors: Option<Factors<T>>,
+}
+
+/// A low-rank term as a backend has it.
+#[derive(Clone, Debug)]
+pub(super) struct Factors<T> {
+    /// `A`, `[rank, in]`, in a type of its own.
+    pub a: T,
+    /// `B`, `[out, rank]`, likewise.
+    pub b: T,
+    /// `s`.
+    pub scale: f32,
+    /// What is dropped of its input.
+    pub dropout: Option<Dropout>,
 }
 
 /// Which gradients [`Kernels::linears_backward`] is to compute.
@@ -302,8 +320,21 @@ pub(super) struct Part<T> {
 pub(super) struct Wanted {
     /// That of the input.
     pub input: bool,
-    /// Of each map: weight, bias, factors.
-    pub parts: Vec<(bool, bool, bool)>,
+    /// Of each map.
+    pub parts: Vec<WantedPart>,
+}
+
+/// Which gradients of one map are wanted.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WantedPart {
+    /// That of `W`.
+    pub weight: bool,
+    /// That of `b`.
+    pub bias: bool,
+    /// That of `A`.
+    pub a: bool,
+    /// That of `B`.
+    pub b: bool,
 }
 
 /// Gradients of [`Kernels::linears`].
@@ -320,8 +351,10 @@ pub(super) struct PartGradients<T> {
     pub weight: Option<T>,
     /// Of `b`, in its type.
     pub bias: Option<T>,
-    /// Of `A` and `B`, in their types.
-    pub factors: Option<(T, T)>,
+    /// Of `A`, in its type.
+    pub a: Option<T>,
+    /// Of `B`, in its type.
+    pub b: Option<T>,
 }
 
 /// The function in front of the maps, with what its backward needs.
@@ -369,19 +402,19 @@ fn fused<B: Kernels>(
     };
     let (residual, leaving) = residual.map(|residual| (residual.value, residual.skip)).unzip();
     (tensors[0], tensors[1], tensors[2]) = (Some(raw), norm, residual);
-    let mut scales = Vec::with_capacity(maps.len());
+    let mut terms = Vec::with_capacity(maps.len());
     for (map, slots) in maps.into_iter().zip(tensors[3..].chunks_exact_mut(4)) {
         slots[0] = Some(as_dtype(map.weight, dtype));
         slots[1] = map.bias.map(|bias| as_dtype(bias, dtype));
-        scales.push(map.term.and_then(Term::into_low_rank).map(|term| {
+        terms.push(map.term.and_then(Term::into_low_rank).map(|term| {
             (slots[2], slots[3]) = (Some(term.a), Some(term.b));
-            term.scale as f32
+            (term.scale as f32, term.dropout)
         }));
     }
 
     if !tensors.iter().flatten().any(has_graph) {
         let primitives = tensors.map(|tensor| tensor.map(B::primitive));
-        let (saved, parts, residual) = assemble::<B>(kind, primitives, &scales);
+        let (saved, parts, residual) = assemble::<B>(kind, primitives, &terms);
         let (y, _) = B::together(|| B::linears(&saved.h::<B>(), &parts, residual.as_ref()));
         return B::tensor(y);
     }
@@ -391,7 +424,7 @@ fn fused<B: Kernels>(
     let nodes: [NodeGuard; INPUTS] =
         tracked.each_ref().map(|tensor| tensor.as_ref().map_or_else(filler, Tracked::<B>::node));
     let primitives = tracked.map(|tensor| tensor.map(Tracked::<B>::into_primitive));
-    let (mut saved, parts, residual) = assemble::<B>(kind, primitives, &scales);
+    let (mut saved, parts, residual) = assemble::<B>(kind, primitives, &terms);
     let prepared = LinearBackward.prepare::<NoCheckpointing>(nodes).compute_bound().stateful();
     let (h, (y, down)) = B::together(|| {
         let h = saved.h::<B>();
@@ -423,7 +456,7 @@ type Assembled<T> = (Saved<T>, Vec<Part<T>>, Option<T>);
 fn assemble<B: Kernels>(
     kind: Kind,
     tensors: [Option<FloatTensor<B>>; INPUTS],
-    scales: &[Option<f32>],
+    terms: &[Option<(f32, Option<Dropout>)>],
 ) -> Assembled<FloatTensor<B>> {
     let mut tensors = tensors.into_iter();
     let mut next = || tensors.next().flatten();
@@ -433,9 +466,9 @@ fn assemble<B: Kernels>(
         (Kind::Gated, Some(gate_up), _) => Saved::Gated { gate_up, h: None },
         (_, raw, _) => Saved::Plain(raw.expect("every map has an input")),
     };
-    let parts = scales.iter().map(|scale| {
+    let parts = terms.iter().map(|term| {
         let (weight, bias, a, b) = (next(), next(), next(), next());
-        let factors = a.zip(b).zip(*scale).map(|((a, b), scale)| (a, b, scale));
+        let factors = a.zip(b).zip(*term).map(|((a, b), (scale, dropout))| Factors { a, b, scale, dropout });
         Part { weight: weight.expect("every map has a weight"), bias, factors }
     });
     let parts = parts.collect();
@@ -471,7 +504,8 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
                 .chunks_exact(4)
                 .take(parts.len())
                 .map(|nodes| {
-                    (nodes[0].is_some(), nodes[1].is_some(), nodes[2].is_some() || nodes[3].is_some())
+                    let [weight, bias, a, b] = [0, 1, 2, 3].map(|slot| nodes[slot].is_some());
+                    WantedPart { weight, bias, a, b }
                 })
                 .collect(),
         };
@@ -498,9 +532,8 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
         for (part, nodes) in gradients.parts.into_iter().zip(of_maps.chunks_exact(4)) {
             register(nodes[0], part.weight);
             register(nodes[1], part.bias);
-            let (a, b) = part.factors.unzip();
-            register(nodes[2], a);
-            register(nodes[3], b);
+            register(nodes[2], part.a);
+            register(nodes[3], part.b);
         }
         if let Some((dx, dw)) = of_input {
             register(raw, Some(dx));

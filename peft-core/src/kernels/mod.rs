@@ -13,6 +13,7 @@ mod cpu;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod dropout;
 mod gated;
 mod linear;
 mod norm;
@@ -31,6 +32,7 @@ pub use attention::{
 pub use cross_entropy::{CrossEntropy, cross_entropy, head_loss};
 #[cfg(feature = "cuda")]
 pub use cuda::{fault, profile};
+pub use dropout::{Dropout, dropout};
 pub use gated::silu_gate;
 pub use linear::{AdaptedLinear, LinearInput, LowRankTerm, ScaledPairTerm, Term, adapted_linears};
 pub use norm::{Clip, clip_factor, sum_of_squares};

@@ -8,7 +8,8 @@ use crate::kernels::adamw::{AdamW, Update};
 use crate::kernels::attention::{AttentionInputs, AttentionShape};
 use crate::kernels::backend::{Kernels, conversions};
 use crate::kernels::cross_entropy::CrossEntropyParts;
-use crate::kernels::linear::{LinearGradients, Part, PartGradients, Wanted};
+use crate::kernels::dropout::Dropout;
+use crate::kernels::linear::{Factors as LowRank, LinearGradients, Part, PartGradients, Wanted};
 use burn::backend::Cube;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Shape};
@@ -124,7 +125,7 @@ impl Layout {
             (places.collect::<Vec<_>>(), total)
         };
         let (outs, out) = side_by_side(parts.iter().map(|part| dims(&part.weight).0).collect());
-        let rank = |part: &Part<CubeTensor>| part.factors.as_ref().map_or(0, |(a, _, _)| dims(a).0);
+        let rank = |part: &Part<CubeTensor>| part.factors.as_ref().map_or(0, |factors| dims(&factors.a).0);
         let (ranks, rank) = side_by_side(parts.iter().map(rank).collect());
         Self { outs, ranks, out, rank }
     }
@@ -150,7 +151,7 @@ impl Factors {
         buffers: &mut Buffers,
     ) -> Option<Self> {
         let factors = || parts.iter().filter_map(|part| part.factors.as_ref());
-        let all_ranks: usize = factors().map(|factors| dims(&factors.0).0).sum();
+        let all_ranks: usize = factors().map(|factors| dims(&factors.a).0).sum();
         if all_ranks == 0 {
             return None;
         }
@@ -160,7 +161,7 @@ impl Factors {
         for part in parts {
             // Each B begins at a multiple of 256 bytes.
             places.push((a_place, b_place));
-            if let Some((a, b, scale)) = &part.factors {
+            if let Some(LowRank { a, b, scale, .. }) = &part.factors {
                 let (rank, out) = (dims(a).0, dims(b).0);
                 casts.push((buffers.add_rows(a), a_place, rank * inputs, 1.0));
                 casts.push((buffers.add_rows(b), b_place, out * rank, *scale));
@@ -255,6 +256,16 @@ impl Kernels for Cube {
         (dx, dw)
     }
 
+    fn dropout(x: &CubeTensor, dropout: &Dropout) -> CubeTensor {
+        let x = contiguous(x);
+        let ((rows, columns), dtype, dropout) = (dims(&x), x.dtype, *dropout);
+        let y = empty(&x, &[rows, columns], dtype);
+        submit("dropout", &y.client, &[&x.handle, &y.handle], move |queue, buffers| {
+            drop_elements(queue, dtype, (rows, columns), &dropout, buffers[0], buffers[1], false)
+        });
+        y
+    }
+
     fn silu_gate(gate_up: &CubeTensor) -> CubeTensor {
         let gate_up = contiguous(gate_up);
         let ((rows, both), dtype) = (dims(&gate_up), gate_up.dtype);
@@ -304,6 +315,9 @@ impl Kernels for Cube {
         let factors = Factors::new(parts, inputs, x, &mut buffers);
         let down = factors.as_ref().map(|_| empty(x, &[rows, layout.rank], dtype));
         let down_at = down.as_ref().map(|down| buffers.add(down));
+        let dropouts = dropouts(parts);
+        let left = dropouts.iter().any(Option::is_some).then(|| empty(x, &[rows, inputs], dtype));
+        let left_at = left.as_ref().map(|left| buffers.add(left));
         submit("linears", &y.client, &buffers.handles(), move |queue, buffers| {
             let (x, y) = (buffers[x_at], buffers[y_at]);
             let weights: Vec<u64> = weight_at.iter().map(|weight| buffers[*weight]).collect();
@@ -316,8 +330,29 @@ impl Kernels for Cube {
             // The thin products come first: the large ones, bound by arithmetic, read what these wrote in passing.
             if let Some((factors, down)) = factors.zip(down_at.map(|down| buffers[down])) {
                 let (low, rank) = (factors.cast(queue, buffers)?, layout.rank);
-                let product = Product { b: (true, inputs), ..dense(rows, rank, inputs, dtype) };
-                queue.product(&product, 1.0, x, low, 0.0, down, down)?;
+                match left_at.map(|left| buffers[left]) {
+                    None => {
+                        let product = Product { b: (true, inputs), ..dense(rows, rank, inputs, dtype) };
+                        queue.product(&product, 1.0, x, low, 0.0, down, down)?;
+                    }
+                    // Each term has an input of its own.
+                    Some(left) => {
+                        for (i, (&(first, r), (a, _))) in layout.ranks.iter().zip(&factors.places).enumerate()
+                        {
+                            let input = match &dropouts[i] {
+                                Some(dropout) => {
+                                    drop_elements(queue, dtype, (rows, inputs), dropout, x, left, false)?;
+                                    left
+                                }
+                                None => x,
+                            };
+                            let product =
+                                Product { b: (true, inputs), c: rank, ..dense(rows, r, inputs, dtype) };
+                            let to = at(down, first, dtype);
+                            queue.product(&product, 1.0, input, at(low, *a, dtype), 0.0, to, to)?;
+                        }
+                    }
+                }
                 let places = layout.outs.iter().zip(&layout.ranks).zip(&factors.places);
                 for ((&(start, width), &(first, r)), (_, b)) in places.filter(|((_, (_, r)), _)| *r > 0) {
                     let (a, b_layout) = ((false, rank), (true, r));
@@ -362,38 +397,42 @@ impl Kernels for Cube {
         let with_factors = down.zip(factors.as_ref());
         let ddown = with_factors.map(|_| empty(x, &[rows, layout.rank], dtype));
         // The gradients of all As lie under one another, so that one product makes them.
-        let da = with_factors.map(|_| empty(x, &[layout.rank, inputs], DType::F32));
+        let wants_a = wanted.parts.iter().any(|wanted| wanted.a);
+        let da = with_factors.filter(|_| wants_a).map(|_| empty(x, &[layout.rank, inputs], DType::F32));
         let of_b: Vec<Option<CubeTensor>> = parts
             .iter()
             .zip(&layout.ranks)
-            .map(|(part, (_, rank))| {
-                (*rank > 0).then(|| empty(x, &[dims(&part.weight).0, *rank], DType::F32))
+            .zip(&wanted.parts)
+            .map(|((part, (_, rank)), wanted)| {
+                (*rank > 0 && wanted.b).then(|| empty(x, &[dims(&part.weight).0, *rank], DType::F32))
             })
             .collect();
         let of_weight: Vec<Option<CubeTensor>> = parts
             .iter()
             .zip(&wanted.parts)
-            .map(|(part, wanted)| wanted.0.then(|| empty(x, &[dims(&part.weight).0, inputs], dtype)))
+            .map(|(part, wanted)| wanted.weight.then(|| empty(x, &[dims(&part.weight).0, inputs], dtype)))
             .collect();
         let of_bias: Vec<Option<CubeTensor>> = parts
             .iter()
             .zip(&wanted.parts)
-            .map(|(part, wanted)| wanted.1.then(|| empty(x, &[1, dims(&part.weight).0], dtype)))
+            .map(|(part, wanted)| wanted.bias.then(|| empty(x, &[1, dims(&part.weight).0], dtype)))
             .collect();
+        let dropouts = dropouts(parts);
+        let left = dropouts.iter().any(Option::is_some).then(|| empty(x, &[rows, inputs], dtype));
 
         let (dy_at, x_at) = (buffers.add_rows(dy), buffers.add_rows(x));
         let weight_at: Vec<usize> = parts.iter().map(|part| buffers.add_rows(&part.weight)).collect();
         let dx_at = dx.as_ref().map(|dx| buffers.add(dx));
-        let low_rank_at = down
-            .zip(ddown.as_ref())
-            .zip(da.as_ref())
-            .map(|((down, ddown), da)| [buffers.add_rows(down), buffers.add(ddown), buffers.add(da)]);
+        let low_rank_at =
+            down.zip(ddown.as_ref()).map(|(down, ddown)| [buffers.add_rows(down), buffers.add(ddown)]);
+        let da_at = da.as_ref().map(|da| buffers.add(da));
+        let left_at = left.as_ref().map(|left| buffers.add(left));
         let mut each = |tensors: &[Option<CubeTensor>]| -> Vec<Option<usize>> {
             tensors.iter().map(|tensor| tensor.as_ref().map(|tensor| buffers.add(tensor))).collect()
         };
         let (b_at, dw_at, bias_at) = (each(&of_b), each(&of_weight), each(&of_bias));
         let scales: Vec<f32> =
-            parts.iter().map(|part| part.factors.as_ref().map_or(0.0, |factors| factors.2)).collect();
+            parts.iter().map(|part| part.factors.as_ref().map_or(0.0, |factors| factors.scale)).collect();
         let ranks = layout.ranks.clone();
         submit("linears_backward", &x.client, &buffers.handles(), move |queue, buffers| {
             let Layout { outs, ranks, out, rank } = &layout;
@@ -414,14 +453,18 @@ impl Kernels for Cube {
             // As forward, the thin product into dx comes before the large ones.
             let mut beta = 0.0;
             let low_rank = low_rank_at.map(|at| at.map(|at| buffers[at]));
-            if let Some((factors, [down, ddown, da])) = factors.zip(low_rank) {
+            if let Some((factors, [down, ddown])) = factors.zip(low_rank) {
                 let (low, places) = (factors.cast(queue, buffers)?, &factors.places);
+                let da = da_at.map(|da| buffers[da]);
                 for (i, ((start, width), (first, r))) in outs.iter().zip(ranks).enumerate() {
-                    let Some(db) = b_at[i].map(|b| buffers[b]) else { continue };
+                    if *r == 0 {
+                        continue;
+                    }
                     let dy = at(dy, *start, dtype);
                     let product = Product { a: (false, *out), c: *rank, ..dense(rows, *r, *width, dtype) };
                     let to = at(ddown, *first, dtype);
                     queue.product(&product, 1.0, dy, at(low, places[i].1, dtype), 0.0, to, to)?;
+                    let Some(db) = b_at[i].map(|b| buffers[b]) else { continue };
                     let product = Product {
                         a: (true, *out),
                         b: (false, *rank),
@@ -430,13 +473,49 @@ impl Kernels for Cube {
                     };
                     queue.product(&product, scales[i], dy, at(down, *first, dtype), 0.0, db, db)?;
                 }
-                let product =
-                    Product { a: (true, *rank), output: Element::F32, ..dense(*rank, inputs, rows, dtype) };
-                queue.product(&product, 1.0, ddown, x, 0.0, da, da)?;
-                if let Some(dx) = dx {
-                    let product = dense(rows, inputs, *rank, dtype);
-                    queue.product(&product, 1.0, ddown, low, 0.0, dx, dx)?;
-                    beta = 1.0;
+                match left_at.map(|left| buffers[left]) {
+                    None => {
+                        if let Some(da) = da {
+                            let product = Product { a: (true, *rank), ..dense(*rank, inputs, rows, dtype) };
+                            let product = Product { output: Element::F32, ..product };
+                            queue.product(&product, 1.0, ddown, x, 0.0, da, da)?;
+                        }
+                        if let Some(dx) = dx {
+                            let product = dense(rows, inputs, *rank, dtype);
+                            queue.product(&product, 1.0, ddown, low, 0.0, dx, dx)?;
+                            beta = 1.0;
+                        }
+                    }
+                    // Each term has an input of its own, and drops the same of its gradient.
+                    Some(left) => {
+                        for (i, (first, r)) in ranks.iter().enumerate().filter(|(_, (_, r))| *r > 0) {
+                            let ddown = at(ddown, *first, dtype);
+                            if let Some(da) = da.map(|da| at(da, first * inputs, DType::F32)) {
+                                let input = match &dropouts[i] {
+                                    Some(dropout) => {
+                                        drop_elements(queue, dtype, (rows, inputs), dropout, x, left, false)?;
+                                        left
+                                    }
+                                    None => x,
+                                };
+                                let product = Product { a: (true, *rank), ..dense(*r, inputs, rows, dtype) };
+                                let product = Product { output: Element::F32, ..product };
+                                queue.product(&product, 1.0, ddown, input, 0.0, da, da)?;
+                            }
+                            let Some(dx) = dx else { continue };
+                            let product = Product { a: (false, *rank), ..dense(rows, inputs, *r, dtype) };
+                            let a = at(low, places[i].0, dtype);
+                            match &dropouts[i] {
+                                Some(dropout) => {
+                                    queue.product(&product, 1.0, ddown, a, 0.0, left, left)?;
+                                    let onto = beta != 0.0;
+                                    drop_elements(queue, dtype, (rows, inputs), dropout, left, dx, onto)?;
+                                }
+                                None => queue.product(&product, 1.0, ddown, a, beta, dx, dx)?,
+                            }
+                            beta = 1.0;
+                        }
+                    }
                 }
             }
             let Some(dx) = dx else { return Ok(()) };
@@ -458,7 +537,7 @@ impl Kernels for Cube {
             |(first, rank): (usize, usize)| da.clone().map(|da| slice(da, &[first..first + rank, 0..inputs]));
         let gradients =
             of_weight.into_iter().zip(of_bias).zip(of_b).zip(ranks).map(|(((weight, bias), b), place)| {
-                PartGradients { weight, bias, factors: b.and_then(|b| of_a(place).map(|a| (a, b))) }
+                PartGradients { weight, bias, a: if place.1 > 0 { of_a(place) } else { None }, b }
             });
         LinearGradients { input: dx, parts: gradients.collect() }
     }
@@ -578,6 +657,28 @@ impl Kernels for Cube {
         });
         CrossEntropyParts { loss_sum, correct, gradient: dx }
     }
+}
+
+/// What the term of each map drops.
+fn dropouts(parts: &[Part<CubeTensor>]) -> Vec<Option<Dropout>> {
+    parts.iter().map(|part| part.factors.as_ref().and_then(|factors| factors.dropout)).collect()
+}
+
+/// `to = from ∘ mask`, or with `onto` added to what is there.
+fn drop_elements(
+    queue: &mut Queue,
+    dtype: DType,
+    (rows, columns): (usize, usize),
+    dropout: &Dropout,
+    from: u64,
+    to: u64,
+    onto: bool,
+) -> Result<(), Fault> {
+    let [low, high] = dropout.words().map(|word| word as usize);
+    let arguments = Arguments::default().address(from).address(to).int(columns).int(vectors(dtype, columns));
+    let arguments = arguments.int(low).int(high).int(dropout.threshold() as usize).float(dropout.kept());
+    let arguments = arguments.int(usize::from(onto));
+    queue.launch(elementwise(dtype), "dropout", gate_launch(dtype, rows, columns), arguments)
 }
 
 /// The launch of `column_sums`.

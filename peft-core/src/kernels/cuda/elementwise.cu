@@ -160,6 +160,49 @@ extern "C" __global__ void add_bias(scalar* y, int stride, const scalar* bias, i
     *p = to_scalar(to_float(*p) + to_float(bias[c]));
 }
 
+// A block of Philox4x32-10 (Salmon et al., SC 2011).
+__device__ __forceinline__ uint4 philox(unsigned c0, unsigned c1, unsigned k0, unsigned k1) {
+    unsigned c2 = 0, c3 = 0;
+#pragma unroll
+    for (int round = 0; round < 10; round++) {
+        unsigned high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
+        unsigned high1 = __umulhi(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
+        c0 = high1 ^ c1 ^ k0, c1 = low1, c2 = high0 ^ c3 ^ k1, c3 = low0;
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    return make_uint4(c0, c1, c2, c3);
+}
+
+// y = x∘mask, or y += x∘mask: an element is dropped where its random word is below `threshold`. Blocks (row, ·).
+template <int LANES>
+__device__ __forceinline__ void dropout_piece(const scalar* x, scalar* y, int columns, unsigned k0, unsigned k1,
+                                              unsigned threshold, float kept, int accumulate) {
+    int c = (blockIdx.y * blockDim.x + threadIdx.x) * LANES;
+    if (c >= columns) return;
+    size_t row = blockIdx.x;
+    x += row * columns + c, y += row * columns + c;
+    float a[V], b[V] = {};
+    read(x, LANES, a);
+    if (accumulate) read(y, LANES, b);
+#pragma unroll
+    for (int i = 0; i < LANES; i += 4) {
+        uint4 random = philox((unsigned)(c + i) / 4, (unsigned)row, k0, k1);
+        unsigned words[4] = {random.x, random.y, random.z, random.w};
+#pragma unroll
+        for (int j = 0; j < 4 && i + j < LANES; j++) {
+            unsigned word = LANES == 1 ? words[c & 3] : words[j];
+            a[i + j] = b[i + j] + (word < threshold ? 0.f : a[i + j] * kept);
+        }
+    }
+    write(y, LANES, a);
+}
+
+extern "C" __global__ void dropout(const scalar* x, scalar* y, int columns, int vectors, unsigned k0, unsigned k1,
+                                   unsigned threshold, float kept, int accumulate) {
+    if (vectors) dropout_piece<V>(x, y, columns, k0, k1, threshold, kept, accumulate);
+    else dropout_piece<1>(x, y, columns, k0, k1, threshold, kept, accumulate);
+}
+
 // silu(g) ∘ u of rows [g u] of 2·columns, LANES at a time. Blocks (row, ·).
 template <int LANES>
 __device__ __forceinline__ void gate_piece(const scalar* gate_up, scalar* y, int columns) {
