@@ -348,7 +348,7 @@ impl LayerShape {
             return attention.max(feed_forward);
         }
         let attention = tokens * (self.query + self.qkv()) * element + scratch;
-        let feed_forward = tokens * (3 * self.wide + self.hidden + self.dropped()) * element;
+        let feed_forward = tokens * (3 * self.wide + self.hidden) * element;
         let input = tokens * self.hidden * element;
         match self.machine.pools() {
             true => input + attention + feed_forward + self.packed(),
