@@ -153,8 +153,8 @@ impl Bench {
             self.finish();
             start.elapsed().as_secs_f64()
         };
-        (0..3).for_each(|warm_up| drop(round(warm_up)));
-        (plain, median((0..15).map(round).collect()))
+        // The first rounds warm up.
+        (plain, median((0..18).map(round).skip(3).collect()))
     }
 
     fn adapted_linear(&self) {

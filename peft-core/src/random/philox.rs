@@ -17,6 +17,7 @@ pub fn philox_blocks<const LANES: usize>(key: [u32; 2], mut words: [[u64; LANES]
     let mut key = key;
     for _ in 0..ROUNDS {
         let [key_0, key_1] = key.map(u64::from);
+        #[allow(clippy::needless_range_loop)] // Four arrays in step: this is what becomes vectors.
         for lane in 0..LANES {
             // 32 by 32 bits: the product cannot overflow.
             let product_0 = first.wrapping_mul(words[0][lane] & LOW);
