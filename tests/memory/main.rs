@@ -7,15 +7,17 @@ use peft_core::checkpoint::Checkpoint;
 use peft_core::data::{Example, collate};
 use peft_core::kernels::trim_memory;
 use peft_core::model::{ComputeType, Decoder, load};
-use peft_core::projection::DropoutKey;
+use peft_core::projection::{DropoutKey, Parameter};
 use peft_core::train::plan::{BatchShape, Phase, Workload, predict};
 use peft_core::train::{
     GradientCheckpointing, Method, MethodPlan, Preparation, RunLength, StepGradients, StepSettings, Warmup,
-    accumulate, evaluate,
+    accumulate, evaluate, layer_gradients,
 };
 use peft_methods::{Full, Lora};
 use peft_tests::root;
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::collections::BTreeSet;
+use std::convert::Infallible;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 /// The system's allocator, with an account of what is alive.
@@ -130,6 +132,29 @@ const PREPARATION: Preparation = Preparation {
     resume: None,
 };
 
+/// Gradients of whole weights over several batches: those of one layer are there at a time, summed and just made.
+fn gradients_come_layer_by_layer(mut model: Decoder) {
+    let layers = model.layers().len();
+    let is_wanted = |p: &&Parameter| p.name.ends_with("_proj.weight");
+    let wanted: Vec<&Parameter> = model.parameters().into_iter().filter(is_wanted).collect();
+    let layer_bytes = 4 * wanted.iter().map(|p| p.numel()).sum::<usize>() / layers;
+    let wanted: BTreeSet<String> = wanted.into_iter().map(|p| p.name.clone()).collect();
+    let example = Example { ids: vec![5, 6, 7, 8], supervised: vec![true; 4] };
+    let batches: Vec<_> = (0..3).map(|_| (collate(&[&example], 0), 0.1)).collect();
+    let mut calls = 0;
+    let peak = peak_of(|| {
+        let Ok(()) = layer_gradients(&mut model, &wanted, &batches, PREPARATION.step, |gradients| {
+            calls += 1;
+            drop(gradients);
+            Ok::<(), Infallible>(())
+        });
+    });
+    assert_eq!(calls, layers);
+    let held = peak / layer_bytes as f64;
+    println!("gradients by layer: {held:.2} layers' weights of {layers}");
+    assert!(held < 3.0, "{held:.2} layers' weights are held");
+}
+
 /// Short and long, few and many supervised tokens, the whole graph, without norms and gates, and layer by layer.
 const CASES: [(usize, usize, usize, GradientCheckpointing); 8] = [
     (16, 64, 32, GradientCheckpointing::Off),
@@ -147,6 +172,7 @@ const CASES: [(usize, usize, usize, GradientCheckpointing); 8] = [
 fn a_tokens_bytes_are_few_and_a_steps_bytes_are_predicted() {
     let checkpoint = Checkpoint::open(&root().join("recipes/quickstart/base")).unwrap();
     no_token_copies_the_cache(&load(&checkpoint, &Device::flex(), ComputeType::F32).unwrap());
+    gradients_come_layer_by_layer(load(&checkpoint, &Device::flex(), ComputeType::F32).unwrap());
     for method in [
         r#"{"r": 16, "target_modules": "all-linear"}"#,
         r#"{"r": 16, "target_modules": "all-linear", "lora_dropout": 0.1}"#,
