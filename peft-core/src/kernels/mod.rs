@@ -20,6 +20,7 @@ mod rms_norm;
 mod rotary;
 mod seed;
 mod segments;
+mod sparse;
 #[cfg(test)]
 mod tests;
 
@@ -37,6 +38,7 @@ pub use rms_norm::rms_norm;
 pub use rotary::rotate;
 pub use seed::backward_from;
 pub use segments::{SegmentGroup, group_segments};
+pub use sparse::{BackwardObserver, PatternError, SparsePattern, SparseTerm, add_sparse, sampled_products};
 
 use burn::tensor::{DType, Device, Tensor};
 
