@@ -6,6 +6,7 @@ mod ia3;
 mod lora;
 mod registry;
 mod selected;
+mod sparse;
 mod vera;
 
 pub use full::Full;
@@ -13,5 +14,9 @@ pub use ia3::Ia3Config;
 pub use lora::{Lora, LoraBlock, init};
 pub use registry::{
     Block, Kind, METHODS, MethodBlock, RunContext, Scaffold, ScaffoldKey, file_formats, open_adapter,
+};
+pub use sparse::{
+    Criterion, ReselectionPolicy, ShiraReport, SparseAdapter, SparseBlock, SparseConfig, SparseModule, ValuesDtype,
+    export_shira,
 };
 pub use vera::VeraConfig;

@@ -14,6 +14,7 @@ use super::as_dtype;
 use super::backend::{Kernels, Tracked, constant, has_graph, lift, served, with_backend};
 use super::gated::{silu_gate, split_gate};
 use super::rms_norm::rms_norm;
+use super::sparse::{SparseTerm, add_sparse};
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
@@ -58,6 +59,8 @@ pub enum Term {
     },
     /// A frozen pair between two vectors on top.
     ScaledPair(ScaledPairTerm),
+    /// A sparse product on top.
+    Sparse(SparseTerm),
 }
 
 /// The term `((x ∘ mask)·Aᵀ ∘ d)·Bᵀ ∘ b` of an adapted linear map, of which the vectors alone have gradients.
@@ -93,14 +96,14 @@ impl Term {
     fn is_plain(&self) -> bool {
         match self {
             Term::LowRank(term) => term.is_plain(),
-            Term::Gains { .. } | Term::ScaledPair(_) => false,
+            Term::Gains { .. } | Term::ScaledPair(_) | Term::Sparse(_) => false,
         }
     }
 
     fn into_low_rank(self) -> Option<LowRankTerm> {
         match self {
             Term::LowRank(term) => Some(term),
-            Term::Gains { .. } | Term::ScaledPair(_) => None,
+            Term::Gains { .. } | Term::ScaledPair(_) | Term::Sparse(_) => None,
         }
     }
 
@@ -129,6 +132,7 @@ impl Term {
                 let y = product(h.clone());
                 add(y + term.of(h), bias)
             }
+            Term::Sparse(term) => add_sparse(add(product(h.clone()), bias), h, term),
         }
     }
 }

@@ -10,6 +10,7 @@ mod low_rank;
 mod magnitude;
 mod parameter;
 mod random_pair;
+mod sparse;
 mod tape;
 
 pub use embedding::{Embedding, TokenRows};
@@ -19,6 +20,7 @@ pub use low_rank::{LowRank, Removed};
 pub use magnitude::Magnitude;
 pub use parameter::Parameter;
 pub use random_pair::RandomPair;
+pub use sparse::Sparse;
 pub use tape::{DropoutKey, InputObserver, Tape};
 
 use crate::kernels::{AdaptedLinear, LinearInput, adapted_linears};
@@ -35,6 +37,8 @@ pub enum Delta {
     Gains(Gains),
     /// Two vectors around a shared random pair.
     RandomPair(RandomPair),
+    /// Values at positions.
+    Sparse(Sparse),
 }
 
 impl Deref for Delta {
@@ -45,6 +49,7 @@ impl Deref for Delta {
             Delta::LowRank(form) => form,
             Delta::Gains(form) => form,
             Delta::RandomPair(form) => form,
+            Delta::Sparse(form) => form,
         }
     }
 }
@@ -55,6 +60,7 @@ impl DerefMut for Delta {
             Delta::LowRank(form) => form,
             Delta::Gains(form) => form,
             Delta::RandomPair(form) => form,
+            Delta::Sparse(form) => form,
         }
     }
 }

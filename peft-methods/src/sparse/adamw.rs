@@ -95,7 +95,7 @@ impl<const D: usize> RecordState for AgedAdamWState<D> {
 
 /// What an element starts with that has been watched before it came: moments that its bias correction, which is that of
 /// `steps` updates, brings back to the mean gradient and the mean square.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Seed {
     /// m.
     pub moment_1: f32,

@@ -36,6 +36,11 @@ impl Patterns {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(name.to_string(), pattern);
     }
 
+    /// All of them, by name.
+    pub fn all(&self) -> BTreeMap<String, Arc<SparsePattern>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
     fn get(&self, name: &str) -> Arc<SparsePattern> {
         let patterns = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         patterns.get(name).cloned().expect("a method gives the positions of what it trains")
