@@ -10,9 +10,12 @@ use peft_core::adapter::{
     AdapterError, AdapterFolder, FileFormat, Folding, Layout, Parts, SavedAdapter, TensorChange, Unfolding,
     WEIGHTS_FILE, base_shapes, common_config, key, require_base, write_adapter,
 };
-use peft_core::checkpoint::{Checkpoint, CheckpointError, Dtype, LazyTensor, from_f32, to_f32};
+use peft_core::checkpoint::{
+    Checkpoint, CheckpointError, Dtype, LazyTensor, from_f32, safetensors_bytes, to_f32,
+};
 use peft_core::kernels::SparsePattern;
 use peft_core::model::{BaseShapes, Decoder};
+use peft_core::nearest::did_you_mean;
 use peft_core::projection::{Delta, Sparse};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -119,12 +122,22 @@ impl SparseAdapter {
     /// As [`modules`](Self::modules), of a base with those shapes.
     fn modules_on(&self, base: &BaseShapes) -> Result<BTreeMap<String, SparseModule>, AdapterError> {
         for (path, dims) in &self.config.shapes {
-            let reason = match base.weights.get(path) {
-                Some(shape) if shape[..] == dims[..] => continue,
-                Some(shape) => format!("has shape {shape:?} in the base, the adapter was made for {dims:?}"),
-                None => "is no module of the base".to_string(),
-            };
-            return Err(AdapterError::Target { module: path.clone(), reason });
+            let file = self.folder.weights_path();
+            match base.weights.get(path) {
+                Some(shape) if shape[..] == dims[..] => {}
+                Some(shape) => {
+                    let (found, expected) = (dims.to_vec(), shape.clone());
+                    return Err(AdapterError::Shape { path: file, key: path.clone(), found, expected });
+                }
+                None => {
+                    return Err(AdapterError::UnexpectedKey {
+                        path: file,
+                        key: key(path, VALUES),
+                        suggestion: did_you_mean(path, base.weights.keys().map(String::as_str)),
+                        others: String::new(),
+                    });
+                }
+            }
         }
         self.modules()
     }
@@ -223,12 +236,27 @@ pub fn save(
     write_adapter(dir, json, tensors)
 }
 
-/// Bytes that a module takes in the weights' file where its positions lie evenly: `log₂ C(N, K)` bits for those, at most
-/// `K·log₂(e·N/K)`, and 160 bytes of header.
-pub fn expected_bytes(target: &Target, values_dtype: ValuesDtype) -> u64 {
-    let (count, places) = (target.values as f64, (target.dims[0] * target.dims[1]) as f64);
-    let bits = count * (std::f64::consts::E * places / count).log2();
-    (target.values * values_dtype.dtype().size()) as u64 + (bits / 8.0).ceil() as u64 + 160
+/// Bytes of the weights' file of modules with so many values where positions lie evenly, which take `log₂ C(N, K)` bits
+/// then; that is at most `K·log₂(e·N/K)`, and more than where they crowd together.
+///
+/// # Errors
+/// A path that comes twice.
+pub fn expected_bytes<'t>(
+    targets: impl Iterator<Item = &'t Target>,
+    values_dtype: ValuesDtype,
+) -> Result<u64, AdapterError> {
+    let mut tensors = Vec::new();
+    for Target { path, dims, values } in targets {
+        let (count, places) = (*values as f64, (dims[0] * dims[1]) as f64);
+        let bits = count * (std::f64::consts::E * places / count).log2();
+        let mut add = |part, dtype, length| {
+            tensors.push(LazyTensor::<AdapterError>::shape_only(key(path, part), dtype, vec![length]));
+        };
+        add(POSITIONS, Dtype::U8, (bits / 8.0).ceil() as usize);
+        add(VALUES, values_dtype.dtype(), *values);
+    }
+    let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+    Ok(safetensors_bytes(Path::new(WEIGHTS_FILE), tensors, &metadata)?)
 }
 
 /// The sparse changes of a decoder, by path.

@@ -95,14 +95,14 @@ impl Block for SparseBlock {
             },
             trainable: true,
         });
-        let artifact_bytes = with_values.clone().map(|target| file::expected_bytes(target, self.values_dtype)).sum();
-        Ok(MethodPlan { model: model.clone(), parameters: parameters.collect(), artifact_bytes })
+        let parameters = parameters.collect();
+        let artifact_bytes = file::expected_bytes(with_values, self.values_dtype)?;
+        Ok(MethodPlan { model: model.clone(), parameters, artifact_bytes })
     }
 
     fn method(&self, run: &RunContext) -> peft_core::Result<Box<dyn Method>> {
         SparseBlock::check(self).map_err(TrainError::Preparation)?;
-        let model = ModelConfig::from_json(run.base.dir(), run.base.config())?;
-        let targets = self.targets(&model)?;
+        let targets = self.targets(&run.model()?)?;
         let weights = targets.iter().filter(|target| target.values > 0);
         let weights: Vec<String> = weights.map(|target| format!("{}.weight", target.path)).collect();
         Ok(Box::new(SparseFineTuning {
