@@ -5,7 +5,7 @@ use crate::program::{BASE, HELD_OUT, metrics};
 use peft_core::adapter::SavedAdapter;
 use peft_core::checkpoint::{Checkpoint, SafetensorsFile};
 use peft_methods::{SparseAdapter, SparseModule, export_shira, open_adapter};
-use peft_tests::{golden, peft, peft_ok, peft_refuses, root};
+use peft_tests::{golden, peft_ok, peft_refuses, root};
 use serde_json::Value;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -194,6 +194,12 @@ fn the_file_is_small_and_shira_has_the_same_change() {
     let shira = dir.path().join("shira");
     std::fs::create_dir(&shira).unwrap();
     let report = export_shira(&adapter, &shira).unwrap();
+    let (from, to) = (run.join("adapter").display().to_string(), dir.path().join("again").display().to_string());
+    peft_ok(&["export", &from, "--format", "peft-shira", "-o", &to]);
+    for name in ["adapter_config.json", "adapter_model.safetensors"] {
+        let read = |dir: &Path| std::fs::read(dir.join(name)).unwrap();
+        assert_eq!(read(&shira), read(Path::new(&to)));
+    }
     let file = SafetensorsFile::open(shira.join("adapter_model.safetensors")).unwrap();
     let config: Value =
         serde_json::from_slice(&std::fs::read(shira.join("adapter_config.json")).unwrap()).unwrap();
@@ -308,17 +314,14 @@ fn bad_recipes_are_refused() {
         ("method.target_modules=[lm_head]", "tie_word_embeddings"),
         ("method.target_modules=[embed_tokens]", "embedding"),
         ("method.target_modules=[q_prj]", "q_proj"),
-        ("adapter_name_or_path=tests/golden/adapters/qv", "adapter_name_or_path"),
+        ("adapter_name_or_path=tests/golden/adapters/qv", "SPARSE"),
     ] {
         refuses(&[entry], &[expected]);
     }
     refuses(&["method.density=1e-9"], &["no value"]);
     refuses(&["max_steps=5"], &["5 steps", "selection_accumulation_steps"]);
     // A module whose share is less than a value gets none, and the plan says so.
-    let plan = peft(&[
-        "plan", "recipes/sparse.yaml", "--override", "method.density=null", "--override",
-        "method.num_tunable_weights=40",
-    ]);
-    let plan = String::from_utf8(plan.stdout).unwrap();
+    let overrides = ["--override", "method.density=null", "--override", "method.num_tunable_weights=80"];
+    let plan = peft_ok(&[&["plan", "recipes/sparse.yaml"], &overrides[..]].concat());
     assert!(plan.contains("unchanged: k_proj, v_proj"), "{plan}");
 }

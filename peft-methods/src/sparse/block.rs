@@ -146,13 +146,14 @@ impl SparseBlock {
         Ok(())
     }
 
-    /// When positions are chosen again.
-    pub fn schedule(&self) -> Schedule {
+    /// When positions are chosen again; `starts_at_random` says where the first ones come from.
+    pub fn schedule(&self, starts_at_random: bool) -> Schedule {
         Schedule {
             reselection_steps: self.reselection_steps,
             accumulation_steps: self.selection_accumulation_steps,
             initial_rate: self.initial_reselection_rate,
             policy: self.reselection_rate_policy,
+            starts_at_random,
         }
     }
 

@@ -25,9 +25,10 @@ pub use shira::{ShiraReport, export_shira};
 
 use crate::registry::{Block, Kind, RunContext, Scaffold, keys_of};
 use adamw::{AgedAdamW, Seed};
+use block::Target;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use collector::Collector;
-use peft_core::adapter::{AdapterError, tensors_sha256};
+use peft_core::adapter::{AdapterError, SavedAdapter, tensors_sha256};
 use peft_core::checkpoint::Headers;
 use peft_core::kernels::{AdamW, SparsePattern};
 use peft_core::model::{Decoder, ModelConfig, ParameterShape};
@@ -38,12 +39,13 @@ use peft_core::train::{
     Method, MethodPlan, MethodState, NamedOptimizer, ParameterOptimizer, ParameterRole, PlannedParameter,
     Preparation, Progress, TrainError,
 };
+use schedule::Schedule;
 use selection::{Candidates, Exchange, by_gradients, by_moments};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use sm3::{Patterns, Sm3};
 use std::collections::{BTreeMap, HashSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 /// Sparse fine-tuning as recipes name it.
@@ -72,12 +74,7 @@ impl Block for SparseBlock {
         keys_of(self)
     }
 
-    fn check(&self, starts_from_adapter: bool) -> Result<(), String> {
-        if starts_from_adapter {
-            return Err("sparse has no adapter to start from: its first choice of positions would drop the values; \
-                        remove adapter_name_or_path"
-                .to_string());
-        }
+    fn check(&self, _starts_from_adapter: bool) -> Result<(), String> {
         SparseBlock::check(self)
     }
 
@@ -111,6 +108,7 @@ impl Block for SparseBlock {
             revision: run.revision.map(str::to_string),
             base_tensors_sha256: tensors_sha256(run.base, &weights)?,
             optimizer: AdamW { beta_1: 0.9, beta_2: 0.999, epsilon: 1e-8, weight_decay: 0.0 },
+            start: run.start.map(Path::to_path_buf),
             patterns: Patterns::default(),
             phase: None,
         }))
@@ -129,6 +127,8 @@ pub struct SparseFineTuning {
     base_tensors_sha256: String,
     /// The recipe's decays.
     optimizer: AdamW,
+    /// The adapter's folder that first positions and values come from.
+    start: Option<PathBuf>,
     /// For SM3.
     patterns: Patterns,
     /// The selection phase that is open, with accumulated gradients.
@@ -147,6 +147,10 @@ struct Phase {
 impl SparseFineTuning {
     fn is_by_gradient(&self) -> bool {
         self.block.criterion == Criterion::AccumulatedGradient
+    }
+
+    fn schedule(&self) -> Schedule {
+        self.block.schedule(self.start.is_none())
     }
 
     /// Begins to collect the gradient of every module.
@@ -175,7 +179,7 @@ impl SparseFineTuning {
                 TrainError::Method(format!("`{path}`: positions cannot be chosen again: {reason}"))
             };
             let leaving =
-                self.block.schedule().leaving(form.pattern.len(), progress.step, progress.total_steps);
+                self.schedule().leaving(form.pattern.len(), progress.step, progress.total_steps);
             let values = form.values.to_host();
             let positions = form.pattern.positions();
             let (exchange, arrivals) = match &phase {
@@ -307,21 +311,29 @@ impl Method for SparseFineTuning {
         }
     }
 
-    /// Values are 0 at positions drawn from the stream (seed, "sparse positions", path).
+    /// Values are 0 at positions drawn from the stream (seed, "sparse positions", path), or come from an adapter with as
+    /// many of them.
     fn prepare(&mut self, model: &mut Decoder, preparation: &Preparation) -> peft_core::Result<()> {
         let targets = self.block.targets(&model.config)?;
         let device = model.device.clone();
+        let mut given = match &self.start {
+            Some(dir) => Some(given_modules(dir, &targets)?),
+            None => None,
+        };
         for target in targets.into_iter().filter(|target| target.values > 0) {
             let projection = model.projections_mut().find(|projection| projection.path == target.path);
             let Some(projection) = projection else {
                 let reason = "is no linear module with a weight of its own".to_string();
                 return Err(AdapterError::Target { module: target.path, reason }.into());
             };
-            let mut stream = Stream::new(preparation.seed, "sparse positions", &target.path, &[]);
-            let positions = drawn(target.values, target.dims[0] * target.dims[1], &mut stream);
-            let pattern = Arc::new(SparsePattern::new(target.dims, positions).expect("drawn in order"));
-            let values = row_tensor(vec![0.0; target.values], &device);
-            let mut form = Sparse::new(&target.path, pattern, values);
+            let module = given.as_mut().and_then(|modules| modules.remove(&target.path));
+            let SparseModule { pattern, values } = module.unwrap_or_else(|| {
+                let mut stream = Stream::new(preparation.seed, "sparse positions", &target.path, &[]);
+                let positions = drawn(target.values, target.dims[0] * target.dims[1], &mut stream);
+                let pattern = SparsePattern::new(target.dims, positions).expect("drawn in order");
+                SparseModule { pattern: Arc::new(pattern), values: vec![0.0; target.values] }
+            });
+            let mut form = Sparse::new(&target.path, pattern, row_tensor(values, &device));
             form.values.set_trainable();
             self.patterns.set(&form.values.name, form.pattern.clone());
             projection.delta = Some(Delta::Sparse(form));
@@ -339,7 +351,7 @@ impl Method for SparseFineTuning {
         progress: Progress,
     ) -> Result<(), TrainError> {
         let Progress { step, total_steps } = progress;
-        let schedule = self.block.schedule();
+        let schedule = self.schedule();
         if total_steps <= schedule.accumulation_steps {
             return Err(TrainError::Method(format!(
                 "a run of {total_steps} steps ends before positions were chosen: it needs more than \
@@ -426,6 +438,29 @@ impl Method for SparseFineTuning {
     fn export(&self, model: &Decoder, dir: &Path) -> Result<(), TrainError> {
         let (base, revision) = (Some(self.base.as_str()), self.revision.as_deref());
         Ok(file::save(model, base, revision, self.block.values_dtype, &self.base_tensors_sha256, dir)?)
+    }
+}
+
+/// The modules of the adapter in `dir`, which must be the targets, with as many values.
+fn given_modules(dir: &Path, targets: &[Target]) -> Result<BTreeMap<String, SparseModule>, AdapterError> {
+    let start = SparseAdapter::open(dir)?;
+    let (counts, shapes) = (&start.config().num_deltas, &start.config().shapes);
+    let differs = |what: String| start.folder().wrong(format!("adapter_name_or_path: {what}"));
+    for Target { path, dims, values } in targets {
+        let given = counts.get(path).copied().unwrap_or(0);
+        if given != *values {
+            let message = format!("that adapter has {given} values in `{path}`, the recipe gives it {values}");
+            return Err(differs(message));
+        }
+        if let Some(given) = shapes.get(path).filter(|given| *given != dims) {
+            return Err(differs(format!("`{path}` has shape {given:?} there, {dims:?} in the base")));
+        }
+    }
+    match counts.keys().find(|path| !targets.iter().any(|target| target.path == **path)) {
+        Some(path) => {
+            Err(differs(format!("`{path}`, which that adapter changes, is no target of this recipe")))
+        }
+        None => start.modules(),
     }
 }
 

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ReselectionPolicy {
-    /// All of them the first time, for they were drawn at random, then `p₀·(1 − t/T)`.
+    /// `p₀·(1 − t/T)`; the first time all of them, where they were drawn at random.
     #[default]
     Linear,
     /// `p₀·(1 + cos(πt/T))/2`.
@@ -28,6 +28,8 @@ pub struct Schedule {
     pub initial_rate: f64,
     /// How it falls.
     pub policy: ReselectionPolicy,
+    /// Whether the first positions were drawn at random.
+    pub starts_at_random: bool,
 }
 
 impl Schedule {
@@ -47,7 +49,7 @@ impl Schedule {
         let progress = step as f64 / total as f64;
         match self.policy {
             _ if step > total => 0.0,
-            ReselectionPolicy::Linear if step == self.accumulation_steps => 1.0,
+            ReselectionPolicy::Linear if self.starts_at_random && step == self.accumulation_steps => 1.0,
             ReselectionPolicy::Linear => self.initial_rate * (1.0 - progress),
             ReselectionPolicy::Cosine => {
                 self.initial_rate * (1.0 + (std::f64::consts::PI * progress).cos()) / 2.0
@@ -77,6 +79,7 @@ mod tests {
         accumulation_steps: 5,
         initial_rate: 0.2,
         policy: ReselectionPolicy::Linear,
+        starts_at_random: true,
     };
 
     #[test]
@@ -94,6 +97,9 @@ mod tests {
         assert_eq!(LINEAR.leaving(1000, 5, total), 1000);
         assert_eq!(LINEAR.leaving(99, 45, total), 10);
         assert_eq!(LINEAR.leaving(99, 125, total), 0);
+        // Positions of another adapter are not thrown away.
+        let given = Schedule { starts_at_random: false, ..LINEAR };
+        assert!((given.share(5, total) - 0.19).abs() < 1e-12);
     }
 
     #[test]
