@@ -16,7 +16,7 @@ pub use registry::{
     Block, Kind, METHODS, MethodBlock, RunContext, Scaffold, ScaffoldKey, file_formats, open_adapter,
 };
 pub use sparse::{
-    Criterion, ReselectionPolicy, ShiraReport, SparseAdapter, SparseBlock, SparseConfig, SparseModule, ValuesDtype,
-    export_shira,
+    Criterion, ReselectionPolicy, ShiraReport, SparseAdapter, SparseBlock, SparseConfig, SparseModule,
+    ValuesDtype, export_shira,
 };
 pub use vera::VeraConfig;

@@ -14,9 +14,8 @@ use peft_core::projection::{DropoutKey, Parameter};
 use peft_core::random::Stream;
 use peft_core::text::Tokenizer;
 use peft_core::train::{
-    EvalMetrics, Every, GradientCheckpointing, Identity, Method, Observer, Outcome,
-    Preparation, Schedule, StepGradients, StepMetrics, StepSettings, TrainConfig, Trainer, Warmup,
-    accumulate,
+    EvalMetrics, Every, GradientCheckpointing, Identity, Method, Observer, Outcome, Preparation, Schedule,
+    StepGradients, StepMetrics, StepSettings, TrainConfig, Trainer, Warmup, accumulate,
 };
 use peft_methods::{METHODS, MethodBlock, RunContext, open_adapter};
 use peft_tests::{golden, root};

@@ -122,7 +122,8 @@ fn positions_move_on_schedule() {
     assert_eq!((moved(1, 4), moved(5, 24), moved(25, 30)), (0, 0, 0));
     // All leave the first time but those that are among the candidates; then 0.2·(1 − 25/30) of each module at most.
     assert!(moved(4, 5) > 9 * count / 10, "{} of {count}", moved(4, 5));
-    let most: usize = before.values().map(|set| (set.len() as f64 * 0.2 * (1.0 - 25.0 / 30.0)) as usize).sum();
+    let most: usize =
+        before.values().map(|set| (set.len() as f64 * 0.2 * (1.0 - 25.0 / 30.0)) as usize).sum();
     assert!(moved(24, 25) > 0 && moved(24, 25) <= most, "{} of {most}", moved(24, 25));
 }
 
@@ -162,7 +163,17 @@ fn the_recipe_trains_and_its_results_agree() {
     peft_ok(&["merge", "--base-model", BASE, "--adapter", &adapter, "--output", &merged]);
     let folded = evaluate(&["--base-model", &merged]);
     assert!((folded - adapted).abs() < 1e-5, "{folded} {adapted}");
-    peft_ok(&["unmerge", "--model", &merged, "--adapter", &adapter, "--base-model", BASE, "--output", &restored]);
+    peft_ok(&[
+        "unmerge",
+        "--model",
+        &merged,
+        "--adapter",
+        &adapter,
+        "--base-model",
+        BASE,
+        "--output",
+        &restored,
+    ]);
     let (before, after) = (root().join(BASE), Path::new(&restored));
     let (before, after) = (Checkpoint::open(&before).unwrap(), Checkpoint::open(after).unwrap());
     for name in before.names() {
@@ -177,7 +188,9 @@ fn the_recipe_trains_and_its_results_agree() {
         };
         let (before, after) = (bits(&before), bits(&folded));
         let changed = (0..before.len()).filter(|place| before[*place] != after[*place]);
-        assert!(changed.map(|place| place as u32).all(|place| pattern.positions().binary_search(&place).is_ok()));
+        assert!(
+            changed.map(|place| place as u32).all(|place| pattern.positions().binary_search(&place).is_ok())
+        );
     }
 
     let report = peft_ok(&["inspect", &adapter]);
@@ -194,7 +207,8 @@ fn the_file_is_small_and_shira_has_the_same_change() {
     let shira = dir.path().join("shira");
     std::fs::create_dir(&shira).unwrap();
     let report = export_shira(&adapter, &shira).unwrap();
-    let (from, to) = (run.join("adapter").display().to_string(), dir.path().join("again").display().to_string());
+    let (from, to) =
+        (run.join("adapter").display().to_string(), dir.path().join("again").display().to_string());
     peft_ok(&["export", &from, "--format", "peft-shira", "-o", &to]);
     for name in ["adapter_config.json", "adapter_model.safetensors"] {
         let read = |dir: &Path| std::fs::read(dir.join(name)).unwrap();
@@ -248,8 +262,15 @@ fn damaged_files_are_refused() {
     let (good_config, good_weights) = (std::fs::read(&config).unwrap(), std::fs::read(&weights).unwrap());
     let refuses = |expected: &[&str]| {
         let (adapter, out) = (adapter.display().to_string(), dir.path().join("merged"));
-        let said =
-            peft_refuses(&["merge", "--base-model", BASE, "--adapter", &adapter, "--output", &out.display().to_string()]);
+        let said = peft_refuses(&[
+            "merge",
+            "--base-model",
+            BASE,
+            "--adapter",
+            &adapter,
+            "--output",
+            &out.display().to_string(),
+        ]);
         for expected in expected {
             assert!(said.contains(expected), "{expected}: {said}");
         }

@@ -27,7 +27,8 @@ fn peft_shira(args: &ExportArgs, dir: &Path) -> Result<(), CliError> {
     staged.commit()?;
     if args.json {
         let output = args.output.display().to_string();
-        let report = json!({"output": output, "format": "peft-shira", "r": r, "values": values, "padding": padding});
+        let report =
+            json!({"output": output, "format": "peft-shira", "r": r, "values": values, "padding": padding});
         println!("{report}");
         return Ok(());
     }
@@ -60,8 +61,7 @@ fn peft_lora(args: &ExportArgs, adapter: &dyn SavedAdapter) -> Result<(), CliErr
     model.require_in(&headers)?;
 
     let staged = StagedDir::new(&args.output)?;
-    let written =
-        write_plain_lora(adapter, &model.base_shapes(), (Some(base), revision), staged.path())?;
+    let written = write_plain_lora(adapter, &model.base_shapes(), (Some(base), revision), staged.path())?;
     staged.commit()?;
     let output = args.output.display().to_string();
     if args.json {

@@ -18,8 +18,8 @@ use peft_core::data::{DataFile, Dataset, Example, load, split_validation};
 use peft_core::kernels::AdamW;
 use peft_core::model::{ModelConfig, ties_embeddings};
 use peft_core::train::{
-    Identity, Method, Outcome, Preparation, RunSummary, StepSettings, TrainConfig, Trainer,
-    Warmup, saved_identity,
+    Identity, Method, Outcome, Preparation, RunSummary, StepSettings, TrainConfig, Trainer, Warmup,
+    saved_identity,
 };
 use peft_methods::RunContext;
 use serde_json::{Value, json};

@@ -182,7 +182,13 @@ impl ParameterRole {
     pub fn moments(self, usual: u64) -> u64 {
         match self {
             // Two moments and an age, or sums by row and column alone.
-            ParameterRole::Sparse { candidates } => if candidates > 0 { 3 } else { 0 },
+            ParameterRole::Sparse { candidates } => {
+                if candidates > 0 {
+                    3
+                } else {
+                    0
+                }
+            }
             _ => usual,
         }
     }

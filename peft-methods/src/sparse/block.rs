@@ -111,7 +111,9 @@ impl SparseBlock {
     /// A message about the first that does not.
     pub fn check(&self) -> Result<(), String> {
         if self.density.is_some() && self.num_tunable_weights.is_some() {
-            return Err("density and num_tunable_weights both say how many values train; keep one".to_string());
+            return Err(
+                "density and num_tunable_weights both say how many values train; keep one".to_string()
+            );
         }
         if let Some(density) = self.density.filter(|density| !(*density > 0.0 && *density <= 1.0)) {
             return Err(format!("density is {density}, expected a share above 0 and at most 1"));
@@ -183,8 +185,12 @@ impl SparseBlock {
     /// Targets that match nothing or are no linear modules of their own; more values than weights, or none anywhere.
     pub fn targets(&self, model: &ModelConfig) -> Result<Vec<Target>, AdapterError> {
         let shapes = model.base_shapes();
-        let matrices: Vec<&str> =
-            shapes.weights.iter().filter(|(_, shape)| shape.len() == 2).map(|(path, _)| path.as_str()).collect();
+        let matrices: Vec<&str> = shapes
+            .weights
+            .iter()
+            .filter(|(_, shape)| shape.len() == 2)
+            .map(|(path, _)| path.as_str())
+            .collect();
         let selection = Selection {
             targets: self.target_modules.as_ref(),
             exclude: self.exclude_modules.as_ref(),
@@ -194,13 +200,15 @@ impl SparseBlock {
             strict: true,
         };
         let chosen = select(&selection, &matrices)?;
-        let wrong = |module: &str, reason: String| AdapterError::Target { module: module.to_string(), reason };
+        let wrong =
+            |module: &str, reason: String| AdapterError::Target { module: module.to_string(), reason };
         if chosen.contains(&EMBEDDING) {
             let reason = "is an embedding: sparse values go into linear modules";
             return Err(wrong(EMBEDDING, reason.to_string()));
         }
         if chosen.contains(&HEAD) && shapes.tied {
-            let reason = "shares its weight with the embedding (tie_word_embeddings): values in one would be in both";
+            let reason =
+                "shares its weight with the embedding (tie_word_embeddings): values in one would be in both";
             return Err(wrong(HEAD, reason.to_string()));
         }
         let places = |path: &str| shapes.weights[path].iter().map(|length| *length as u128).product::<u128>();

@@ -250,7 +250,7 @@ pub fn expected_bytes<'t>(
         let (count, places) = (*values as f64, (dims[0] * dims[1]) as f64);
         let bits = count * (std::f64::consts::E * places / count).log2();
         let mut add = |part, dtype, length| {
-            tensors.push(LazyTensor::<AdapterError>::shape_only(key(path, part), dtype, vec![length]));
+            tensors.push(LazyTensor::shape_only(key(path, part), dtype, vec![length]));
         };
         add(POSITIONS, Dtype::U8, (bits / 8.0).ceil() as usize);
         add(VALUES, values_dtype.dtype(), *values);

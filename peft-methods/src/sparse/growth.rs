@@ -78,8 +78,9 @@ mod tests {
                 (0..n).map(|_| (stream.uniform() * levels).floor() as f32 / 8.0).collect()
             };
             let (row, column) = (draw(37), draw(23));
-            let product =
-                |position: u32| f64::from(row[position as usize / 23]) * f64::from(column[position as usize % 23]);
+            let product = |position: u32| {
+                f64::from(row[position as usize / 23]) * f64::from(column[position as usize % 23])
+            };
             let mut expected: Vec<u32> = (0..37 * 23).filter(|position| product(*position) > 0.0).collect();
             expected.sort_by(|a, b| product(*b).total_cmp(&product(*a)).then(a.cmp(b)));
             let found: Vec<u32> = largest_products(&row, &column).collect();

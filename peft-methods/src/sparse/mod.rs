@@ -60,7 +60,11 @@ pub static SPARSE: Kind = Kind {
         name: "sparse",
         about: "few values in each weight, at positions that move",
         keys: &[
-            ("criterion", "accumulated_gradient", "where values go: by their gradient, or moment_approximation"),
+            (
+                "criterion",
+                "accumulated_gradient",
+                "where values go: by their gradient, or moment_approximation",
+            ),
             ("density", "0.01", "trained values as a share of the model's parameters"),
             ("reselection_steps", "20", "steps between two choices of positions"),
             ("selection_accumulation_steps", "5", "steps that a choice looks at"),
@@ -178,8 +182,7 @@ impl SparseFineTuning {
             let refused = |reason: String| {
                 TrainError::Method(format!("`{path}`: positions cannot be chosen again: {reason}"))
             };
-            let leaving =
-                self.schedule().leaving(form.pattern.len(), progress.step, progress.total_steps);
+            let leaving = self.schedule().leaving(form.pattern.len(), progress.step, progress.total_steps);
             let values = form.values.to_host();
             let positions = form.pattern.positions();
             let (exchange, arrivals) = match &phase {
@@ -307,7 +310,9 @@ impl Method for SparseFineTuning {
         self.optimizer = recipe.clone();
         match self.block.criterion {
             Criterion::AccumulatedGradient => Box::new(NamedOptimizer::new(self.block.adamw(recipe))),
-            Criterion::MomentApproximation => Box::new(Sm3::new(self.block.sm3(recipe), self.patterns.clone())),
+            Criterion::MomentApproximation => {
+                Box::new(Sm3::new(self.block.sm3(recipe), self.patterns.clone()))
+            }
         }
     }
 
@@ -410,7 +415,8 @@ impl Method for SparseFineTuning {
                 let (found, expected) = (positions.len(), form.pattern.len());
                 return Err(format!("`{path}` has {found} positions there, the recipe gives it {expected}"));
             }
-            let pattern = SparsePattern::new(dims, positions).map_err(|error| format!("`{path}`: {error}"))?;
+            let pattern =
+                SparsePattern::new(dims, positions).map_err(|error| format!("`{path}`: {error}"))?;
             form.pattern = Arc::new(pattern);
             form.observer = None;
             self.patterns.set(&form.values.name, form.pattern.clone());
@@ -449,7 +455,8 @@ fn given_modules(dir: &Path, targets: &[Target]) -> Result<BTreeMap<String, Spar
     for Target { path, dims, values } in targets {
         let given = counts.get(path).copied().unwrap_or(0);
         if given != *values {
-            let message = format!("that adapter has {given} values in `{path}`, the recipe gives it {values}");
+            let message =
+                format!("that adapter has {given} values in `{path}`, the recipe gives it {values}");
             return Err(differs(message));
         }
         if let Some(given) = shapes.get(path).filter(|given| *given != dims) {

@@ -69,10 +69,7 @@ struct Model {
 
 impl Model {
     fn new() -> Self {
-        Self {
-            digits: [Bit::default(); 1 << DIGITS],
-            leading: [[Bit::default(); 1 << LEARNT]; 1 << DIGITS],
-        }
+        Self { digits: [Bit::default(); 1 << DIGITS], leading: [[Bit::default(); 1 << LEARNT]; 1 << DIGITS] }
     }
 }
 

@@ -221,7 +221,9 @@ mod tests {
 
         // u = 18, 2, 8.
         let values = step(&mut optimizer, [0.0; 3], [3.0, 1.0, -2.0], 1.0);
-        for (found, expected) in values.iter().zip([-3.0 / 18f32.sqrt(), -1.0 / 2f32.sqrt(), 2.0 / 8f32.sqrt()]) {
+        for (found, expected) in
+            values.iter().zip([-3.0 / 18f32.sqrt(), -1.0 / 2f32.sqrt(), 2.0 / 8f32.sqrt()])
+        {
             assert!((found - expected).abs() < 1e-6);
         }
         let memory = &optimizer.memories[NAME];

@@ -238,12 +238,7 @@ impl Kernels for Flex {
         LinearGradients { input: dx, parts: gradients }
     }
 
-    fn add_sparse(
-        y: FlexTensor,
-        x: &FlexTensor,
-        values: &FlexTensor,
-        pattern: &SparsePattern,
-    ) -> FlexTensor {
+    fn add_sparse(y: FlexTensor, x: &FlexTensor, values: &FlexTensor, pattern: &SparsePattern) -> FlexTensor {
         let (x_values, values) = (Values::of(x), Values::of(values));
         let x = TokenBlocks::new(x_values.get(), dims(x).1);
         let matrix = CompressedRows { starts: pattern.row_starts(), columns: pattern.columns() };

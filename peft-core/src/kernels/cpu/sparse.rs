@@ -111,8 +111,7 @@ pub(crate) fn sampled_products(
     chunks.for_each(|(products, (rows, columns))| {
         let mut sums = [[0f32; LANES]; CHUNK];
         let sums = &mut sums[..products.len()];
-        let blocks =
-            dy.values.chunks_exact(dy.width * LANES).zip(x.values.chunks_exact(x.width * LANES));
+        let blocks = dy.values.chunks_exact(dy.width * LANES).zip(x.values.chunks_exact(x.width * LANES));
         for (dy, x) in blocks {
             sample_block(sums, dy, x, rows, columns);
         }
