@@ -166,7 +166,7 @@ def reselect_by_moments(optimizer, k):
 
 def main():
     args = parse_arguments()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(args.base_dir)
     records = [json.loads(line) for line in args.data.read_text().splitlines() if line.strip()]
     examples = [tokenise(tokenizer, record, args.sequence_len) for record in records]
