@@ -7,6 +7,7 @@ mod lora;
 pub mod lora_sb;
 mod registry;
 mod selected;
+mod sparse;
 mod vera;
 
 pub use full::Full;
@@ -15,5 +16,9 @@ pub use lora::{Lora, LoraBlock, init};
 pub use lora_sb::{LoraSbBlock, LoraXsBlock};
 pub use registry::{
     Block, Kind, METHODS, MethodBlock, RunContext, Scaffold, ScaffoldKey, file_formats, open_adapter,
+};
+pub use sparse::{
+    Criterion, ReselectionPolicy, ShiraReport, SparseAdapter, SparseBlock, SparseConfig, SparseModule,
+    ValuesDtype, export_shira,
 };
 pub use vera::VeraConfig;

@@ -23,6 +23,7 @@ mod report;
 mod resume;
 mod rope;
 mod security;
+mod sparse;
 mod states;
 mod templates;
 mod trajectory;

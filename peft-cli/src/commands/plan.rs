@@ -13,8 +13,7 @@ use peft_core::model::{ComputeType, ModelConfig, ProjectionShape};
 use peft_core::text::Tokenizer;
 use peft_core::train::plan::{BatchShape, Calibration, calibrate, evaluation_batches};
 use peft_core::train::{
-    Every, MethodPlan, NamedOptimizer, ParameterRole, PlannedParameter, TrainConfig, require_vocabulary,
-    state_bytes,
+    Every, MethodPlan, ParameterRole, PlannedParameter, TrainConfig, require_vocabulary, state_bytes,
 };
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -253,7 +252,10 @@ fn modules(method: &MethodPlan) -> (Vec<ModuleReport>, Vec<String>) {
             ParameterRole::Factor { rank, .. } => Some(rank),
             ParameterRole::Own => (parameter.shape.shape.len() == 2).then_some(0),
             ParameterRole::Scaling { rank, .. } => Some(rank),
-            ParameterRole::Gain | ParameterRole::InputGain | ParameterRole::Part => None,
+            ParameterRole::Sparse { .. }
+            | ParameterRole::Gain
+            | ParameterRole::InputGain
+            | ParameterRole::Part => None,
         }));
     }
     found.extend(norms(method));
@@ -405,6 +407,6 @@ fn measure(
     method.prepare(&mut model, &config.preparation(&data.train, None))?;
     require_vocabulary(&model, "training data", &data.train)?;
     require_vocabulary(&model, "validation data", &data.validation)?;
-    let mut optimizer = NamedOptimizer::new(train::adamw(&recipe.optimizer));
-    Ok(calibrate(&mut model, &mut optimizer, config, &data.train, &data.validation))
+    let mut optimizer = method.optimizer(&train::adamw(&recipe.optimizer));
+    Ok(calibrate(&mut model, optimizer.as_mut(), config, &data.train, &data.validation))
 }

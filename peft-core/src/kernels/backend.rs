@@ -7,6 +7,7 @@ use super::attention::{AttentionInputs, AttentionShape};
 use super::cross_entropy::CrossEntropyParts;
 use super::dropout::Dropout;
 use super::linear::{LinearGradients, Part, Wanted};
+use super::sparse::{self, SparseGradients, SparsePattern};
 use burn::backend::autodiff::ops::NodeGuard;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, AutodiffBackend, Backend};
@@ -79,6 +80,27 @@ pub(super) trait Kernels: Backend {
         parts: &[Part<FloatTensor<Self>>],
         wanted: &Wanted,
     ) -> LinearGradients<FloatTensor<Self>>;
+
+    /// `y + x·Δᵀ` with the values `[1, entries]` of `Δ` at the pattern's positions; `y` is used up.
+    fn add_sparse(
+        y: FloatTensor<Self>,
+        x: &FloatTensor<Self>,
+        values: &FloatTensor<Self>,
+        pattern: &SparsePattern,
+    ) -> FloatTensor<Self> {
+        sparse::add_by_blocks::<Self>(y, x, values, pattern)
+    }
+
+    /// Gradients of [`add_sparse`](Self::add_sparse): of the input where `values` are given, of the values where wanted.
+    fn sparse_gradients(
+        dy: &FloatTensor<Self>,
+        x: &FloatTensor<Self>,
+        values: Option<&FloatTensor<Self>>,
+        pattern: &SparsePattern,
+        wants_values: bool,
+    ) -> SparseGradients<FloatTensor<Self>> {
+        sparse::gradients_by_blocks::<Self>(dy, x, values, pattern, wants_values)
+    }
 
     /// Whether [`attend`](Self::attend) takes these heads.
     fn attends(shape: &AttentionShape, dtype: DType) -> bool;

@@ -16,6 +16,7 @@ use super::dropout::{self, Dropout};
 use super::gated::{silu_gate, split_gate};
 use super::rms_norm::rms_norm;
 use super::skip::{Residual, Skip};
+use super::sparse::{SparseTerm, add_sparse};
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
@@ -60,6 +61,8 @@ pub enum Term {
     },
     /// A frozen pair between two vectors on top.
     ScaledPair(ScaledPairTerm),
+    /// A sparse product on top.
+    Sparse(SparseTerm),
 }
 
 /// The term `(x'·Aᵀ ∘ d)·Bᵀ ∘ b`, where `x'` is `x` after dropout, of an adapted linear map, of which the vectors alone have gradients.
@@ -95,14 +98,14 @@ impl Term {
     fn is_plain(&self) -> bool {
         match self {
             Term::LowRank(term) => term.is_plain(),
-            Term::Gains { .. } | Term::ScaledPair(_) => false,
+            Term::Gains { .. } | Term::ScaledPair(_) | Term::Sparse(_) => false,
         }
     }
 
     fn into_low_rank(self) -> Option<LowRankTerm> {
         match self {
             Term::LowRank(term) => Some(term),
-            Term::Gains { .. } | Term::ScaledPair(_) => None,
+            Term::Gains { .. } | Term::ScaledPair(_) | Term::Sparse(_) => None,
         }
     }
 
@@ -132,6 +135,7 @@ impl Term {
                 let y = product(h.clone());
                 add(y + term.of(h, drop), bias)
             }
+            Term::Sparse(term) => add_sparse(add(product(h.clone()), bias), h, term),
         }
     }
 }

@@ -22,6 +22,7 @@ mod rotary;
 mod seed;
 mod segments;
 mod skip;
+mod sparse;
 #[cfg(test)]
 mod tests;
 
@@ -41,6 +42,7 @@ pub use rotary::rotate;
 pub use seed::backward_from;
 pub use segments::{SegmentGroup, group_segments};
 pub use skip::{Residual, Skip};
+pub use sparse::{BackwardObserver, PatternError, SparsePattern, SparseTerm, add_sparse, sampled_products};
 
 use burn::tensor::{DType, Device, Tensor};
 

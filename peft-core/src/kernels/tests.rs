@@ -3,10 +3,13 @@
 #![allow(clippy::unwrap_used)]
 
 use super::attention::{AttentionShape, Rotation, Visibility, attention, causal_mask, joint_attention};
+use super::backend::Kernels;
 use super::linear::{self, AdaptedLinear, LinearInput, LowRankTerm, ScaledPairTerm, Term, adapted_linears};
 use super::*;
 use crate::random::Stream;
+use burn::backend::Flex;
 use burn::tensor::{Int, TensorData};
+use std::sync::Arc;
 
 /// Where kernels are tried, in which type, and how far they may be from the composition relative to the largest value.
 fn places() -> Vec<(Device, DType, f32)> {
@@ -594,4 +597,121 @@ fn updates_of_many_parameters() {
             }
         }
     }
+}
+
+/// A pattern with an empty row, a full row and random entries.
+fn pattern([rows, columns]: [usize; 2]) -> Arc<SparsePattern> {
+    let mut stream = Stream::new(7, "test", "pattern", &[]);
+    let places = (0..(rows * columns) as u32).filter(|place| match place / columns as u32 {
+        0 => false,
+        1 => true,
+        _ => stream.uniform() < 0.2,
+    });
+    Arc::new(SparsePattern::new([rows, columns], places.collect()).unwrap())
+}
+
+fn term(values: Tensor<2>, pattern: &Arc<SparsePattern>) -> SparseTerm {
+    SparseTerm { values, pattern: pattern.clone(), observer: None }
+}
+
+#[test]
+fn sparse_changes() {
+    for place in &places() {
+        let factors = (place.0.clone(), DType::F32, place.2);
+        for (tokens, dims) in [(1, [3, 5]), (16, [12, 7]), (37, [18, 40])] {
+            let pattern = pattern(dims);
+            let inputs = [
+                random("y", [tokens, dims[0]], place),
+                random("x", [tokens, dims[1]], place),
+                random("values", [1, pattern.len()], &factors),
+            ];
+            let parts = |inputs: Vec<Tensor<2>>| {
+                (inputs[0].clone(), inputs[1].clone(), term(inputs[2].clone(), &pattern))
+            };
+            let found = |inputs: Vec<Tensor<2>>| {
+                let (y, x, term) = parts(inputs);
+                add_sparse(y, x, term)
+            };
+            // The dense weight: `y + x·Δᵀ` with Δ built by hand.
+            let expected = |inputs: Vec<Tensor<2>>| {
+                let [y, x, values] = inputs.try_into().unwrap();
+                let place: Vec<f32> = (0..pattern.len() * dims[0] * dims[1])
+                    .map(|i| {
+                        let (entry, place) = (i / (dims[0] * dims[1]), i % (dims[0] * dims[1]));
+                        f32::from(pattern.positions()[entry] as usize == place)
+                    })
+                    .collect();
+                let shape = [pattern.len(), dims[0] * dims[1]];
+                let place = Tensor::<2>::from_data(TensorData::new(place, shape), (&y.device(), DType::F32));
+                let dense = values.matmul(place).reshape(dims);
+                let dtype = y.dtype();
+                as_dtype(as_dtype(y, DType::F32) + as_dtype(x, DType::F32).matmul(dense.transpose()), dtype)
+            };
+            compare(&format!("{tokens} tokens, {dims:?}"), place, &inputs, found, expected);
+        }
+    }
+}
+
+/// What elsewhere stands in for the kernels of the CPU does the same.
+#[test]
+fn sparse_changes_by_dense_blocks() {
+    let place = &places()[0];
+    let (tokens, dims) = (21, [18, 20]);
+    let pattern = pattern(dims);
+    let y: Tensor<2> = random("y", [tokens, dims[0]], place);
+    let x: Tensor<2> = random("x", [tokens, dims[1]], place);
+    let values: Tensor<2> = random("values", [1, pattern.len()], place);
+    let p = |tensor: &Tensor<2>| Flex::primitive(tensor.clone());
+    let t = |primitive| Flex::tensor::<2>(primitive);
+    let found = t(sparse::add_by_blocks::<Flex>(p(&y), &p(&x), &p(&values), &pattern));
+    assert_close("sum", found, t(Flex::add_sparse(p(&y), &p(&x), &p(&values), &pattern)), 1e-5);
+    for values in [Some(p(&values)), None] {
+        let found = sparse::gradients_by_blocks::<Flex>(&p(&y), &p(&x), values.as_ref(), &pattern, true);
+        let expected = Flex::sparse_gradients(&p(&y), &p(&x), values.as_ref(), &pattern, true);
+        assert_eq!((found.input.is_some(), expected.input.is_some()), (values.is_some(), values.is_some()));
+        if let Some((found, expected)) = found.input.zip(expected.input) {
+            assert_close("dx", t(found), t(expected), 1e-5);
+        }
+        assert_close("dvalues", t(found.values.unwrap()), t(expected.values.unwrap()), 1e-5);
+    }
+}
+
+#[derive(Debug, Default)]
+struct Seen(std::sync::Mutex<Vec<Tensor<2>>>);
+
+impl BackwardObserver for Seen {
+    fn observe(&self, x: &Tensor<2>, dy: &Tensor<2>) {
+        self.0.lock().unwrap().push(dy.clone().transpose().matmul(x.clone()));
+    }
+}
+
+/// The observer can tell the dense gradient of the weight, whose entries at the positions are the values' gradient.
+#[test]
+fn observers_of_sparse_changes() {
+    let place = &places()[0];
+    let (tokens, dims) = (9, [6, 11]);
+    let pattern = pattern(dims);
+    let x: Tensor<2> = random("x", [tokens, dims[1]], place);
+    let values = leaf(&random("values", [1, pattern.len()], place));
+    let seen = Arc::new(Seen::default());
+    let term = SparseTerm { observer: Some(seen.clone()), ..term(values.clone(), &pattern) };
+    let y = add_sparse(random("y", [tokens, dims[0]], place), x.clone(), term);
+    let dy: Tensor<2> = random("dy", [tokens, dims[0]], place);
+    let mut gradients = backward_from(y, dy.clone());
+    let dense = seen.0.lock().unwrap().pop().unwrap();
+    let of_values = values.grad_remove(&mut gradients).unwrap();
+    assert_close("observed", pattern.gather(dense), of_values.clone(), 1e-5);
+    assert_close("products", sampled_products(x, dy, &pattern), of_values, 1e-6);
+}
+
+#[test]
+fn patterns_are_checked() {
+    let pattern = |positions: &[u32]| SparsePattern::new([2, 3], positions.to_vec()).map(|_| ());
+    assert_eq!(pattern(&[0, 3, 5]), Ok(()));
+    assert_eq!(pattern(&[]), Ok(()));
+    assert_eq!(pattern(&[0, 6]), Err(PatternError::Outside { position: 6, places: 6 }));
+    assert_eq!(pattern(&[1, 1]), Err(PatternError::Order { position: 1, before: 1 }));
+    assert_eq!(pattern(&[4, 2]), Err(PatternError::Order { position: 2, before: 4 }));
+    let large = SparsePattern::new([1 << 16, 1 << 15], Vec::new()).map(|_| ());
+    assert_eq!(large, Err(PatternError::TooLarge(1 << 16, 1 << 15)));
 }

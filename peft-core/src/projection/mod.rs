@@ -11,6 +11,7 @@ mod low_rank;
 mod magnitude;
 mod parameter;
 mod random_pair;
+mod sparse;
 mod tape;
 
 pub use self::core::Core;
@@ -21,6 +22,7 @@ pub use low_rank::{LowRank, Removed};
 pub use magnitude::Magnitude;
 pub use parameter::Parameter;
 pub use random_pair::RandomPair;
+pub use sparse::Sparse;
 pub use tape::{DropoutKey, InputObserver, Tape};
 
 use crate::kernels::{AdaptedLinear, LinearInput, Residual, adapted_linears};
@@ -39,6 +41,8 @@ pub enum Delta {
     RandomPair(RandomPair),
     /// `s·B·R·A`.
     Core(Core),
+    /// Values at positions.
+    Sparse(Sparse),
 }
 
 impl Deref for Delta {
@@ -50,6 +54,7 @@ impl Deref for Delta {
             Delta::Gains(form) => form,
             Delta::RandomPair(form) => form,
             Delta::Core(form) => form,
+            Delta::Sparse(form) => form,
         }
     }
 }
@@ -61,6 +66,7 @@ impl DerefMut for Delta {
             Delta::Gains(form) => form,
             Delta::RandomPair(form) => form,
             Delta::Core(form) => form,
+            Delta::Sparse(form) => form,
         }
     }
 }

@@ -1,10 +1,11 @@
 //! What a fine-tuning method is to the training loop.
 
 use super::error::TrainError;
-use super::optimizer::ParameterOptimizer;
+use super::optimizer::{NamedOptimizer, ParameterOptimizer};
 use super::schedule::Warmup;
 use super::step::StepSettings;
 use crate::data::Example;
+use crate::kernels::AdamW;
 use crate::model::{Decoder, ModelConfig, ParameterShape};
 use burn::tensor::{Tensor, TensorData};
 use serde_json::Value;
@@ -72,6 +73,11 @@ pub trait Method {
     /// # Errors
     /// What stands in the way of it.
     fn prepare(&mut self, model: &mut Decoder, preparation: &Preparation) -> crate::Result<()>;
+
+    /// The optimizer of the method's parameters; `recipe` is the one that the recipe describes.
+    fn optimizer(&mut self, recipe: &AdamW) -> Box<dyn ParameterOptimizer> {
+        Box::new(NamedOptimizer::new(recipe.clone()))
+    }
 
     /// Names of frozen weights whose dense gradients the step after `progress` is to show, micro-batch by micro-batch, to
     /// [`weight_gradient`](Self::weight_gradient).
@@ -179,6 +185,11 @@ pub enum ParameterRole {
         /// Whether features of the low-rank path's input are dropped in training.
         dropout: bool,
     },
+    /// Values at positions of the weight.
+    Sparse {
+        /// Positions that a selection phase watches the gradient at, none where it watches none.
+        candidates: usize,
+    },
     /// A factor on the module's whole result.
     Gain,
     /// A factor on what goes into the module.
@@ -192,6 +203,23 @@ pub enum ParameterRole {
     },
     /// Another part that the method adds: a bias, rows of an embedding.
     Part,
+}
+
+impl ParameterRole {
+    /// Values that the optimizer keeps for each of the parameter's; `usual` of the recipe's optimizer.
+    pub fn moments(self, usual: u64) -> u64 {
+        match self {
+            // Two moments and an age, or sums by row and column alone.
+            ParameterRole::Sparse { candidates } => {
+                if candidates > 0 {
+                    3
+                } else {
+                    0
+                }
+            }
+            _ => usual,
+        }
+    }
 }
 
 impl PlannedParameter {

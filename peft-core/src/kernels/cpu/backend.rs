@@ -4,7 +4,8 @@ use super::attention::{Attention, HeadNorms};
 use super::bytes::bytes;
 use super::cross_entropy::Score;
 use super::linear::{Gradients, LowRank, Projection};
-use super::{adamw, buffers, cross_entropy, dropout, gated, linear, rms_norm};
+use super::sparse::{CompressedRows, TokenBlocks};
+use super::{adamw, buffers, cross_entropy, dropout, gated, linear, rms_norm, sparse};
 use crate::kernels::adamw::{AdamW, Update};
 use crate::kernels::attention::{AttentionInputs, AttentionShape};
 use crate::kernels::backend::{Kernels, conversions};
@@ -12,6 +13,7 @@ use crate::kernels::cross_entropy::CrossEntropyParts;
 use crate::kernels::dropout::Dropout;
 use crate::kernels::linear::{Factors, LinearGradients, Part, PartGradients, Wanted};
 use crate::kernels::norm::clip_factor;
+use crate::kernels::sparse::{SparseGradients, SparsePattern};
 use burn::backend::Flex;
 use burn::backend::TensorMetadata;
 use burn::backend::flex::{FlexTensor, Layout};
@@ -261,6 +263,46 @@ impl Kernels for Flex {
         let down = down.as_ref().map_or(&[][..], Values::get);
         linear::backward(to, &mut into, dy.get(), x.get(), down, rows, inputs, &projections);
         LinearGradients { input: dx, parts: gradients }
+    }
+
+    fn add_sparse(y: FlexTensor, x: &FlexTensor, values: &FlexTensor, pattern: &SparsePattern) -> FlexTensor {
+        let (x_values, values) = (Values::of(x), Values::of(values));
+        let x = TokenBlocks::new(x_values.get(), dims(x).1);
+        let matrix = CompressedRows { starts: pattern.row_starts(), columns: pattern.columns() };
+        let mut y = rows_of(y);
+        sparse::multiply(y.storage_mut(), &x, matrix, values.get());
+        y
+    }
+
+    fn sparse_gradients(
+        dy: &FlexTensor,
+        x: &FlexTensor,
+        values: Option<&FlexTensor>,
+        pattern: &SparsePattern,
+        wants_values: bool,
+    ) -> SparseGradients<FlexTensor> {
+        let (rows, inputs) = dims(x);
+        let dy_blocks = TokenBlocks::new(Values::of(dy).get(), dims(dy).1);
+        let input = values.map(Values::of).map(|values| {
+            let by_column = pattern.by_column();
+            let matrix = CompressedRows { starts: &by_column.starts, columns: &by_column.rows };
+            let mut ordered = buffers::take(pattern.len());
+            for (value, entry) in ordered.iter_mut().zip(&by_column.entries) {
+                *value = values.get()[*entry as usize];
+            }
+            filled(&[rows, inputs], |dx| {
+                dx.fill(0.0);
+                sparse::multiply(dx, &dy_blocks, matrix, &ordered);
+            })
+        });
+        let values = wants_values.then(|| {
+            let x_blocks = TokenBlocks::new(Values::of(x).get(), inputs);
+            let (rows, columns) = (pattern.rows(), pattern.columns());
+            filled(&[1, pattern.len()], |products| {
+                sparse::sampled_products(products, &dy_blocks, &x_blocks, rows, columns);
+            })
+        });
+        SparseGradients { input, values }
     }
 
     fn attends(_: &AttentionShape, dtype: DType) -> bool {

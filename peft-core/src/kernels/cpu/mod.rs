@@ -16,3 +16,4 @@ pub(crate) mod linear;
 pub(crate) mod matmul;
 pub(crate) mod rms_norm;
 mod simd;
+pub(crate) mod sparse;

@@ -79,6 +79,10 @@ struct Module {
     input_gain: bool,
     /// Rank of a frozen pair between trained vectors.
     scaled_rank: u64,
+    /// Entries of a sparse change.
+    entries: u64,
+    /// Entries of the gradient that a selection phase watches.
+    candidates: u64,
 }
 
 impl Module {
@@ -90,7 +94,7 @@ impl Module {
     /// Whether its change is more than the kernels have, and is composed on top of them.
     fn is_composed(self) -> bool {
         let is_low_rank = self.rank > 0 && self.part;
-        is_low_rank || self.gain || self.input_gain || self.scaled_rank > 0
+        is_low_rank || self.gain || self.input_gain || self.scaled_rank > 0 || self.entries > 0
     }
 
     /// What the low-rank path keeps for itself, by token: the product with `A`; under dropout, where it is composed, what
@@ -161,6 +165,10 @@ impl LayerShape {
                         modules[at].dropout |= dropout;
                         modules[at].frozen_factor |= !parameter.trainable;
                     }
+                    ParameterRole::Sparse { candidates } => {
+                        modules[at].entries = parameter.shape.numel();
+                        modules[at].candidates = candidates as u64;
+                    }
                     ParameterRole::Gain => modules[at].gain = true,
                     ParameterRole::InputGain => modules[at].input_gain = true,
                     ParameterRole::Scaling { rank, dropout } => {
@@ -201,10 +209,10 @@ impl LayerShape {
         self.query + 2 * self.key_value
     }
 
-    /// What the changes of the modules from `first` to `last` keep by token.
-    fn terms(&self, first: usize, last: usize) -> u64 {
+    /// Outputs and inputs of the modules.
+    fn dims(&self) -> [(u64, u64); 7] {
         let (hidden, query, key_value, wide) = (self.hidden, self.query, self.key_value, self.wide);
-        let dims = [
+        [
             (query, hidden),
             (key_value, hidden),
             (key_value, hidden),
@@ -212,8 +220,30 @@ impl LayerShape {
             (wide, hidden),
             (wide, hidden),
             (hidden, wide),
-        ];
-        let (modules, has_kernels) = (self.modules.iter().zip(dims), self.machine.has_kernels());
+        ]
+    }
+
+    /// The most bytes that a sparse change has at a time beside what everything else has: input and gradient laid out by
+    /// blocks of tokens, or on a GPU the change and its gradient made dense.
+    fn sparse(&self, batch: &BatchShape) -> u64 {
+        let element = self.machine.element();
+        let changed = self.modules.iter().zip(self.dims()).filter(|(module, _)| module.entries > 0);
+        let scratch = changed.map(|(_, (rows, columns))| match self.machine.host {
+            true => batch.tokens() * (rows + columns) * F32,
+            false => rows * columns * (2 * element + F32),
+        });
+        scratch.max().unwrap_or(0)
+    }
+
+    /// The most bytes that watching a gradient takes at a time: a dense one in f32 on its device and on the host.
+    pub(super) fn selection(&self) -> u64 {
+        let watched = self.modules.iter().zip(self.dims()).filter(|(module, _)| module.candidates > 0);
+        watched.map(|(_, (rows, columns))| 2 * rows * columns * F32).max().unwrap_or(0)
+    }
+
+    /// What the changes of the modules from `first` to `last` keep by token.
+    fn terms(&self, first: usize, last: usize) -> u64 {
+        let (modules, has_kernels) = (self.modules.iter().zip(self.dims()), self.machine.has_kernels());
         let modules = modules.take(last + 1).skip(first);
         modules.map(|(module, (rows, columns))| module.keeps(rows, columns, has_kernels)).sum()
     }
@@ -296,6 +326,10 @@ impl LayerShape {
 
     /// The most bytes that its backward has at a time beyond what the forward kept.
     pub(super) fn backward(&self, batch: &BatchShape, checkpointing: GradientCheckpointing) -> u64 {
+        self.backward_of_maps(batch, checkpointing) + self.sparse(batch)
+    }
+
+    fn backward_of_maps(&self, batch: &BatchShape, checkpointing: GradientCheckpointing) -> u64 {
         let (tokens, element) = (batch.tokens(), self.machine.element());
         if !self.machine.has_kernels() {
             // Two gradients of the wide activation meet; output, its gradient and the gradient of the sum are there.
