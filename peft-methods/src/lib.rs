@@ -4,6 +4,7 @@
 mod full;
 mod ia3;
 mod lora;
+pub mod lora_sb;
 mod registry;
 mod selected;
 mod sparse;
@@ -12,6 +13,7 @@ mod vera;
 pub use full::Full;
 pub use ia3::Ia3Config;
 pub use lora::{Lora, LoraBlock, init};
+pub use lora_sb::{LoraSbBlock, LoraXsBlock};
 pub use registry::{
     Block, Kind, METHODS, MethodBlock, RunContext, Scaffold, ScaffoldKey, file_formats, open_adapter,
 };

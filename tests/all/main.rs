@@ -12,6 +12,7 @@ mod gradients;
 mod init;
 mod inits;
 mod kin;
+mod lora_sb;
 mod merging;
 mod packing;
 mod plan;

@@ -61,7 +61,13 @@ fn peft_lora(args: &ExportArgs, adapter: &dyn SavedAdapter) -> Result<(), CliErr
     model.require_in(&headers)?;
 
     let staged = StagedDir::new(&args.output)?;
-    let written = write_plain_lora(adapter, &model.base_shapes(), (Some(base), revision), staged.path())?;
+    let written = write_plain_lora(
+        adapter,
+        &model.base_shapes(),
+        (Some(base), revision),
+        args.balanced,
+        staged.path(),
+    )?;
     staged.commit()?;
     let output = args.output.display().to_string();
     if args.json {

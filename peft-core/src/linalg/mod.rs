@@ -4,6 +4,7 @@
 //! input; callers run several matrices side by side. Values enter and leave as row-major f32 ([`Matrix::from_rows`],
 //! [`Matrix::to_rows`]), and finiteness is checked where they enter.
 
+mod balanced;
 mod eigen;
 mod error;
 mod inverse;
@@ -14,6 +15,7 @@ mod svd;
 mod top_k;
 mod top_svd;
 
+pub use balanced::balanced;
 pub use eigen::{SymmetricEigen, symmetric_eigen};
 pub use error::LinalgError;
 pub use inverse::spd_inverse;

@@ -3,6 +3,7 @@
 //! The base keeps the checkpoint's own layout `[out, in]` (`y = x·Wᵀ + b`). The change, a [`Delta`], is one of a few
 //! algebraic forms, one file each; methods decide where it attaches and with which initial values.
 
+mod core;
 mod embedding;
 mod form;
 mod gains;
@@ -13,6 +14,7 @@ mod random_pair;
 mod sparse;
 mod tape;
 
+pub use self::core::Core;
 pub use embedding::{Embedding, TokenRows};
 pub use form::Form;
 pub use gains::Gains;
@@ -23,7 +25,7 @@ pub use random_pair::RandomPair;
 pub use sparse::Sparse;
 pub use tape::{DropoutKey, InputObserver, Tape};
 
-use crate::kernels::{AdaptedLinear, LinearInput, adapted_linears};
+use crate::kernels::{AdaptedLinear, LinearInput, Residual, adapted_linears};
 use burn::tensor::Tensor;
 use std::ops::{Deref, DerefMut};
 
@@ -37,6 +39,8 @@ pub enum Delta {
     Gains(Gains),
     /// Two vectors around a shared random pair.
     RandomPair(RandomPair),
+    /// `s·B·R·A`.
+    Core(Core),
     /// Values at positions.
     Sparse(Sparse),
 }
@@ -49,6 +53,7 @@ impl Deref for Delta {
             Delta::LowRank(form) => form,
             Delta::Gains(form) => form,
             Delta::RandomPair(form) => form,
+            Delta::Core(form) => form,
             Delta::Sparse(form) => form,
         }
     }
@@ -60,6 +65,7 @@ impl DerefMut for Delta {
             Delta::LowRank(form) => form,
             Delta::Gains(form) => form,
             Delta::RandomPair(form) => form,
+            Delta::Core(form) => form,
             Delta::Sparse(form) => form,
         }
     }
@@ -105,7 +111,7 @@ pub fn project(
     tape: &Tape,
     projections: &[&Projection],
     input: LinearInput,
-    residual: Option<Tensor<2>>,
+    residual: Option<Residual>,
 ) -> Tensor<2> {
     // Some changes and observers look at the value that the projections get.
     let is_read =

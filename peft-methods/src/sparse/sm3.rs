@@ -10,7 +10,7 @@
 //! as many numbers as entries, and each update needs their largest by row and column.
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use peft_core::kernels::SparsePattern;
+use peft_core::kernels::{Clip, SparsePattern};
 use peft_core::train::{MemoryChange, ParameterOptimizer, ParameterStep};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -122,17 +122,24 @@ fn row_tensor(values: Vec<f32>, device: &Device) -> Tensor<2> {
 }
 
 impl ParameterOptimizer for Sm3 {
-    fn step(&mut self, parameters: Vec<ParameterStep>) -> Vec<Tensor<2>> {
+    fn step(&mut self, parameters: Vec<ParameterStep>, clip: Option<&Clip>) -> Vec<Tensor<2>> {
+        let Some(factor) = clip.map_or(Some(1.0), Clip::factor) else {
+            return parameters.into_iter().map(|parameter| parameter.value).collect();
+        };
         let updated = parameters.into_iter().map(|ParameterStep { name, learning_rate, value, gradient }| {
             let pattern = self.patterns.get(name);
             let fresh = || Memory::new(pattern.dims(), pattern.len(), self.config.momentum);
             let memory = self.memories.entry(name.to_string()).or_insert_with(fresh);
             let mut values = host(&value);
-            memory.step(&self.config, learning_rate, &pattern, &mut values, &host(&gradient));
+            let gradient = host(&gradient.mul_scalar(factor.min(1.0)));
+            memory.step(&self.config, learning_rate, &pattern, &mut values, &gradient);
             row_tensor(values, &value.device())
         });
         updated.collect()
     }
+
+    /// A step without finite gradients has changed no memory either.
+    fn take_back(&mut self) {}
 
     fn remembers(&self, name: &str) -> bool {
         self.memories.contains_key(name)
@@ -204,7 +211,7 @@ mod tests {
         let device = Device::flex();
         let tensor = |values: [f32; 3]| row_tensor(values.to_vec(), &device);
         let (value, gradient) = (tensor(values), tensor(gradient));
-        host(&optimizer.step(vec![ParameterStep { name: NAME, learning_rate, value, gradient }])[0])
+        host(&optimizer.step(vec![ParameterStep { name: NAME, learning_rate, value, gradient }], None)[0])
     }
 
     #[test]

@@ -18,7 +18,7 @@ fn step(optimizer: &mut dyn ParameterOptimizer, form: &mut Sparse, gradient: Vec
     let gradient = row_tensor(gradient, &Device::flex());
     let (name, value) = (&form.values.name, form.values.value.clone());
     let step = ParameterStep { name, learning_rate: 0.01, value, gradient };
-    form.values.value = optimizer.step(vec![step]).remove(0);
+    form.values.value = optimizer.step(vec![step], None).remove(0);
 }
 
 fn memory(optimizer: &mut dyn ParameterOptimizer, form: &Sparse) -> BTreeMap<String, Vec<f32>> {

@@ -10,6 +10,7 @@ mod backend;
 pub(crate) mod buffers;
 pub(crate) mod bytes;
 pub(crate) mod cross_entropy;
+pub(crate) mod dropout;
 pub(crate) mod gated;
 pub(crate) mod linear;
 pub(crate) mod matmul;
