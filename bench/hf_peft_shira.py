@@ -32,7 +32,7 @@ add("--sequence-len", type=int, default=512)
 add("--seed", type=int, default=0)
 args = parser.parse_args()
 args.gradient_accumulation_steps = 1
-torch.set_num_threads(2)
+torch.set_num_threads(1)
 
 tokenizer = AutoTokenizer.from_pretrained(args.base_dir)
 

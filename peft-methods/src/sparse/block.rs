@@ -241,7 +241,7 @@ impl SparseBlock {
             true => Ok(targets),
             false => Err(wrong(
                 "target_modules",
-                format!("get no value each of {total}: raise density or num_tunable_weights"),
+                format!("get no value, with {total} for all of them: raise density or num_tunable_weights"),
             )),
         }
     }

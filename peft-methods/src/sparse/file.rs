@@ -73,6 +73,11 @@ impl SparseAdapter {
     /// Files that are missing, damaged or do not agree with each other.
     pub fn open(dir: &Path) -> Result<Self, AdapterError> {
         let folder = AdapterFolder::open(dir)?;
+        let found = folder.config.get("peft_type");
+        if found.and_then(Value::as_str) != Some(SPARSE_FORMAT.peft_type) {
+            let found = found.unwrap_or(&Value::Null);
+            return Err(folder.wrong(format!("peft_type is {found}, expected SPARSE: not a sparse adapter")));
+        }
         let config: SparseConfig = serde_json::from_value(Value::Object(folder.config.clone()))
             .map_err(|error| folder.wrong(format!("not a sparse adapter: {error}")))?;
         if let Some(path) = config.num_deltas.keys().find(|path| !config.shapes.contains_key(*path)) {

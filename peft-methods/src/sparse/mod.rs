@@ -115,6 +115,7 @@ impl Block for SparseBlock {
             start: run.start.map(Path::to_path_buf),
             patterns: Patterns::default(),
             phase: None,
+            warnings: Vec::new(),
         }))
     }
 
@@ -137,6 +138,8 @@ pub struct SparseFineTuning {
     patterns: Patterns,
     /// The selection phase that is open, with accumulated gradients.
     phase: Option<Phase>,
+    /// What the user should know.
+    warnings: Vec<String>,
 }
 
 /// A selection phase.
@@ -325,6 +328,14 @@ impl Method for SparseFineTuning {
             Some(dir) => Some(given_modules(dir, &targets)?),
             None => None,
         };
+        let empty: Vec<&str> =
+            targets.iter().filter(|target| target.values == 0).map(|target| target.path.as_str()).collect();
+        if let Some(first) = empty.first() {
+            self.warnings.push(format!(
+                "{} modules get no value, for their share is less than one (`{first}` the first of them)",
+                empty.len()
+            ));
+        }
         for target in targets.into_iter().filter(|target| target.values > 0) {
             let projection = model.projections_mut().find(|projection| projection.path == target.path);
             let Some(projection) = projection else {
@@ -374,6 +385,10 @@ impl Method for SparseFineTuning {
             self.open(model);
         }
         Ok(())
+    }
+
+    fn warnings(&self) -> &[String] {
+        &self.warnings
     }
 
     fn state(&self) -> MethodState {

@@ -131,17 +131,14 @@ impl ParameterOptimizer for Sm3 {
             let fresh = || Memory::new(pattern.dims(), pattern.len(), self.config.momentum);
             let memory = self.memories.entry(name.to_string()).or_insert_with(fresh);
             let mut values = host(&value);
-            let mut gradient = host(&gradient);
-            if factor < 1.0 {
-                gradient.iter_mut().for_each(|value| *value *= factor as f32);
-            }
+            let gradient = host(&gradient.mul_scalar(factor.min(1.0)));
             memory.step(&self.config, learning_rate, &pattern, &mut values, &gradient);
             row_tensor(values, &value.device())
         });
         updated.collect()
     }
 
-    /// Nothing was remembered of it.
+    /// A step without finite gradients has changed no memory either.
     fn take_back(&mut self) {}
 
     fn remembers(&self, name: &str) -> bool {
