@@ -22,27 +22,26 @@ pub struct CombinedFactor {
     pub coefficients: Parameter,
     basis: RandomBasis,
     scale: f32,
-    offset: Option<Tensor<2>>,
+    offset: Option<(RandomBasis, f32)>,
     /// What the gradient of the value goes by.
     name: String,
     value: Tensor<2>,
 }
 
 impl CombinedFactor {
-    /// The factor `[rows, columns]` with these coefficients of the elements of `basis`, each times `scale`, on top of
-    /// `offset`. `name` is that of its value, different from all parameters'.
+    /// The factor `[rows, columns]` with these coefficients of the elements of `basis`, each times `scale`, on top of the
+    /// first element of the basis in `offset` times the number there. `name` is that of its value, different from all
+    /// parameters'. The value is there once [`refresh`] has computed it.
     pub fn new(
         name: String,
         dims: [usize; 2],
         coefficients: Parameter,
         basis: RandomBasis,
         scale: f32,
-        offset: Option<Tensor<2>>,
+        offset: Option<(RandomBasis, f32)>,
     ) -> Self {
         let value = Tensor::zeros(dims, (&coefficients.value.device(), DType::F32));
-        let mut factor = Self { coefficients, basis, scale, offset, name, value };
-        combine(vec![&mut factor]);
-        factor
+        Self { coefficients, basis, scale, offset, name, value }
     }
 
     /// `M`.
@@ -161,13 +160,13 @@ fn combine(factors: Vec<&mut CombinedFactor>) {
             .map(|factor| factor.coefficients.to_host().iter().map(|a| a * factor.scale).collect())
             .collect();
         let sums = group[0].basis.combine(&coefficients);
-        for (factor, sum) in group.iter_mut().zip(sums) {
+        for (factor, mut sum) in group.iter_mut().zip(sums) {
             let dims = factor.value.dims();
-            let sum = Tensor::from_data(TensorData::new(sum, dims), (&factor.value.device(), DType::F32));
-            factor.value = match &factor.offset {
-                Some(offset) => sum + offset.clone(),
-                None => sum,
-            };
+            if let Some((basis, scale)) = factor.offset {
+                let offset = basis.first_values(0, sum.len());
+                sum.iter_mut().zip(offset).for_each(|(sum, offset)| *sum += offset * scale);
+            }
+            factor.value = Tensor::from_data(TensorData::new(sum, dims), (&factor.value.device(), DType::F32));
         }
     });
 }
