@@ -44,14 +44,14 @@ impl CombinedFactor {
         Self { coefficients, basis, scale, offset, name, value }
     }
 
+    /// What the gradient of `M` goes by.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     /// `M`.
     pub fn value(&self) -> &Tensor<2> {
         &self.value
-    }
-
-    /// The elements.
-    pub fn basis(&self) -> RandomBasis {
-        self.basis
     }
 }
 

@@ -3,6 +3,7 @@
 //! The base keeps the checkpoint's own layout `[out, in]` (`y = x·Wᵀ + b`). The change, a [`Delta`], is one of a few
 //! algebraic forms, one file each; methods decide where it attaches and with which initial values.
 
+mod combination;
 mod embedding;
 mod form;
 mod gains;
@@ -12,6 +13,7 @@ mod parameter;
 mod random_pair;
 mod tape;
 
+pub use combination::{CombinedFactor, Combination, pull_back, refresh};
 pub use embedding::{Embedding, TokenRows};
 pub use form::Form;
 pub use gains::Gains;
@@ -35,6 +37,8 @@ pub enum Delta {
     Gains(Gains),
     /// Two vectors around a shared random pair.
     RandomPair(RandomPair),
+    /// `s·B·A` with factors that are combinations of random matrices.
+    Combination(Combination),
 }
 
 impl Deref for Delta {
@@ -45,6 +49,7 @@ impl Deref for Delta {
             Delta::LowRank(form) => form,
             Delta::Gains(form) => form,
             Delta::RandomPair(form) => form,
+            Delta::Combination(form) => form,
         }
     }
 }
@@ -55,6 +60,7 @@ impl DerefMut for Delta {
             Delta::LowRank(form) => form,
             Delta::Gains(form) => form,
             Delta::RandomPair(form) => form,
+            Delta::Combination(form) => form,
         }
     }
 }

@@ -151,6 +151,14 @@ pub enum ParameterRole {
         /// Whether features of the low-rank path's input are dropped in training.
         dropout: bool,
     },
+    /// A factor of a low-rank change that is computed from parameters and not trained itself: it has a gradient, which
+    /// becomes theirs, and the optimizer no memory of it.
+    Computed {
+        /// `r`.
+        rank: usize,
+        /// Whether features of the low-rank path's input are dropped in training.
+        dropout: bool,
+    },
     /// A factor on the module's whole result.
     Gain,
     /// A factor on what goes into the module.

@@ -167,7 +167,8 @@ impl<'r, 'a> Run<'r, 'a> {
             self.course.window = Some(Window { micro_batches: micro_batch + 1, loss_sum, correct });
         }
         self.course.window = None;
-        let sums = std::mem::take(&mut self.sums);
+        let mut sums = std::mem::take(&mut self.sums);
+        self.trainer.model.pull_back(&mut sums.gradients);
         let loss = sums.loss_sum * scale;
         let grad_norm = global_norm(&sums.gradients);
         // Reading the norm has waited for the device: what went wrong in this step is known now.

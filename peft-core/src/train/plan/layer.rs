@@ -159,6 +159,10 @@ impl LayerShape {
                         modules[at].dropout |= dropout;
                         modules[at].frozen_factor |= !parameter.trainable;
                     }
+                    ParameterRole::Computed { rank, dropout } => {
+                        modules[at].rank = modules[at].rank.max(rank as u64);
+                        modules[at].dropout |= dropout;
+                    }
                     ParameterRole::Gain => modules[at].gain = true,
                     ParameterRole::InputGain => modules[at].input_gain = true,
                     ParameterRole::Scaling { rank, dropout } => {

@@ -219,6 +219,8 @@ struct Sizes {
     added_parameters: u64,
     /// Bytes of all trained parameters, f32.
     trained: u64,
+    /// Bytes of the factors that are computed from them, f32.
+    computed: u64,
     /// Bytes of the largest trained parameter.
     largest_trained: u64,
     /// Bytes of the largest weight of the checkpoint, f32.
@@ -277,6 +279,12 @@ impl Sizes {
                 .map(bytes)
                 .sum(),
             trained: work.parameters.iter().filter(|p| p.trainable).map(bytes).sum(),
+            computed: work
+                .parameters
+                .iter()
+                .filter(|p| matches!(p.role, ParameterRole::Computed { .. }))
+                .map(bytes)
+                .sum(),
             largest_trained: work.parameters.iter().filter(|p| p.trainable).map(bytes).max().unwrap_or(0),
             largest_weight: shapes.iter().map(|shape| shape.numel() * F32).max().unwrap_or(0),
             trains_head,
@@ -391,7 +399,8 @@ impl Sizes {
         let any_tracked = self.first_tracked <= last;
         let (at_top, largest) =
             if any_tracked { (at_top, largest) } else { (self.layers[last].forward(batch), 0) };
-        let before = if work.accumulation > 1 { self.trained } else { 0 };
+        let gradients = self.trained + self.computed;
+        let before = if work.accumulation > 1 { gradients } else { 0 };
         let head_gradient = if self.trains_head { self.vocabulary } else { 0 };
         let logits = self.head(work, batch, true);
         let backward = if any_tracked { self.layers[last].backward(batch, checkpointing) } else { 0 };
@@ -399,7 +408,7 @@ impl Sizes {
         if self.machine.pools() {
             // Nothing goes back before the step is over.
             return Components {
-                gradients: before + self.trained,
+                gradients: before + gradients,
                 activations: at_top + largest.saturating_sub(kept[last]) + shared + backward + embedding,
                 logits,
                 ..self.resident(work)
@@ -418,7 +427,7 @@ impl Sizes {
         };
         // At the lower end all gradients are there and one layer is left; the embedding's gradient comes last.
         let bottom = Components {
-            gradients: before + self.trained,
+            gradients: before + gradients,
             activations: shared + (largest + backward).max(embedding + input),
             ..self.resident(work)
         };
@@ -426,7 +435,13 @@ impl Sizes {
     }
 
     fn update(&self, work: &Workload) -> Components {
-        Components { gradients: self.trained, copies: 3 * self.largest_trained, ..self.resident(work) }
+        // Gradients of computed factors become those of the parameters while both are there; later new factors stand
+        // beside the old ones.
+        Components {
+            gradients: self.trained + self.computed,
+            copies: 3 * self.largest_trained,
+            ..self.resident(work)
+        }
     }
 
     fn saving(&self) -> Components {

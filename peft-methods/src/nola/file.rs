@@ -1,0 +1,215 @@
+//! The folder of a NOLA: coefficients and a configuration that says how the bases are drawn.
+//!
+//! `adapter_config.json` holds the method's keys, the seed, `rng` (name, version and type of the generator) and
+//! `basis_sha256`, a hash over the first ten values of every basis in the order of the modules' paths, which shows that
+//! the same bases are drawn again. `adapter_model.safetensors` holds `PATH.nola_alpha` `[k]` and `PATH.nola_beta` `[l]`,
+//! f32; in 8 or 4 bits these are bytes, with `PATH.nola_alpha_step` and `PATH.nola_beta_step` `[1]` beside them.
+
+use super::NOLA;
+use super::bases::{ALPHA, BETA, Bases};
+use super::config::NolaBlock;
+use super::quantise::CoefficientBits;
+use crate::registry::keys_of;
+use burn::tensor::Device;
+use peft_core::adapter::{
+    AdapterError, AdapterFolder, FileFormat, Layout, Parts, SavedAdapter, WEIGHTS_FILE, common_config, key,
+    select_linear, spelled_out, write_adapter,
+};
+use peft_core::checkpoint::{Dtype, LazyTensor, f32_bytes, hex, safetensors_bytes};
+use peft_core::kernels::RandomBasis;
+use peft_core::model::{BaseShapes, Decoder};
+use peft_core::projection::{Delta, refresh};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::path::Path;
+
+/// The files of NOLA.
+pub(super) static FORMAT: FileFormat =
+    FileFormat { peft_type: "NOLA", open: |dir| Ok(Box::new(NolaAdapter::open(dir)?)) };
+
+/// The generator of the bases, as the configuration names it.
+fn rng() -> Value {
+    json!({"name": RandomBasis::NAME, "version": RandomBasis::VERSION, "dtype": "f32"})
+}
+
+/// SHA-256 over the first values of every basis.
+fn fingerprint<'a>(bases: impl Iterator<Item = &'a Bases>) -> String {
+    let mut hash = Sha256::new();
+    bases.for_each(|bases| hash.update(f32_bytes(&bases.first_values())));
+    hex(hash.finalize().as_ref())
+}
+
+/// The modules that `block` names on a base, with their bases, by path.
+pub(super) fn modules(
+    block: &NolaBlock,
+    seed: u64,
+    base: &BaseShapes,
+    strict: bool,
+) -> Result<BTreeMap<String, Bases>, AdapterError> {
+    let chosen = select_linear(&block.selection(strict), base)?;
+    let bases = |(path, dims): (String, [usize; 2])| {
+        let bases = Bases::new(block, seed, &path, dims);
+        (path, bases)
+    };
+    Ok(chosen.into_iter().map(bases).collect())
+}
+
+/// Keys, types and shapes of a module's tensors.
+fn layout(block: &NolaBlock, path: &str) -> Vec<(String, Dtype, Vec<usize>)> {
+    let mut tensors = Vec::new();
+    for (part, count) in [(ALPHA, block.num_basis_a), (BETA, block.num_basis_b)] {
+        let name = key(path, &format!(".{part}"));
+        match block.coefficient_bits {
+            CoefficientBits::B32 => tensors.push((name, Dtype::F32, vec![count])),
+            bits => {
+                tensors.push((format!("{name}_step"), Dtype::F32, vec![1]));
+                tensors.push((name, Dtype::U8, vec![bits.bytes(count)]));
+            }
+        }
+    }
+    tensors
+}
+
+/// Bytes of the weights' file.
+///
+/// # Errors
+/// Sizes beyond all bounds.
+pub(super) fn file_bytes<'a>(
+    block: &NolaBlock,
+    paths: impl Iterator<Item = &'a String>,
+) -> Result<u64, AdapterError> {
+    let tensors = paths.flat_map(|path| layout(block, path));
+    let tensors = tensors.map(|(key, dtype, shape)| LazyTensor::shape_only(key, dtype, shape)).collect();
+    let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
+    Ok(safetensors_bytes(Path::new(WEIGHTS_FILE), tensors, &metadata)?)
+}
+
+/// Writes the coefficients of a model whose bases are those of `block` under `seed`.
+///
+/// # Errors
+/// A coefficient that is not finite, or a failure to write.
+pub(super) fn save(
+    model: &Decoder,
+    block: &NolaBlock,
+    seed: u64,
+    (base, revision): (&str, Option<&str>),
+    dir: &Path,
+) -> Result<(), AdapterError> {
+    let shapes = model.base_shapes();
+    let written = NolaBlock {
+        target_modules: Some(spelled_out(&block.selection(true), &shapes)?),
+        basis_seed: Some(seed),
+        ..block.clone()
+    };
+    let mut config = common_config(FORMAT.peft_type, Some(base), revision);
+    config.extend(keys_of(&written));
+    config.insert("rng".to_string(), rng());
+    let modules = modules(block, seed, &shapes, true)?;
+    config.insert("basis_sha256".to_string(), fingerprint(modules.values()).into());
+
+    let mut tensors = Vec::new();
+    let changes = model.projections().filter_map(|projection| projection.delta.as_ref());
+    for parameter in changes.flat_map(|delta| delta.parameters()) {
+        let (key, values) = (key(&parameter.name, ""), parameter.to_host());
+        if !values.iter().all(|value| value.is_finite()) {
+            return Err(AdapterError::NonFinite { path: dir.join(WEIGHTS_FILE), key });
+        }
+        let mut add = |key: String, dtype, bytes: Vec<u8>| {
+            let shape = vec![bytes.len() / if dtype == Dtype::F32 { 4 } else { 1 }];
+            tensors.push(LazyTensor::new(key, dtype, shape, move || Ok(Cow::Owned(bytes.clone()))));
+        };
+        match block.coefficient_bits {
+            CoefficientBits::B32 => add(key, Dtype::F32, f32_bytes(&values)),
+            bits => {
+                let (bytes, step) = bits.quantise(&values);
+                add(format!("{key}_step"), Dtype::F32, f32_bytes(&[step]));
+                add(key, Dtype::U8, bytes);
+            }
+        }
+    }
+    write_adapter(dir, config, tensors)
+}
+
+/// A saved NOLA.
+pub(super) struct NolaAdapter {
+    folder: AdapterFolder,
+    /// Its keys.
+    pub block: NolaBlock,
+    /// The seed of its bases.
+    pub seed: u64,
+    basis_sha256: String,
+}
+
+impl NolaAdapter {
+    /// Opens an adapter folder.
+    ///
+    /// # Errors
+    /// Files that are missing or damaged, keys out of range, another generator.
+    pub fn open(dir: &Path) -> Result<Self, AdapterError> {
+        let mut folder = AdapterFolder::open(dir)?;
+        let (found, expected) = (folder.config.remove("rng").unwrap_or_default(), rng());
+        if found != expected {
+            let message = format!("rng is {found}, but the bases that can be drawn here are those of {expected}");
+            return Err(folder.wrong(message));
+        }
+        let Some(Value::String(basis_sha256)) = folder.config.remove("basis_sha256") else {
+            return Err(folder.wrong("basis_sha256 is missing, a hash over the first values of the bases"));
+        };
+        let block: NolaBlock = folder.parse(FORMAT.peft_type, json!({}))?;
+        block.check().map_err(|message| folder.wrong(message))?;
+        let Some(seed) = block.basis_seed else {
+            return Err(folder.wrong("basis_seed is missing, without which the bases are lost"));
+        };
+        Ok(Self { folder, block, seed, basis_sha256 })
+    }
+
+    fn coefficients(&self, path: &str, part: &str, count: usize) -> Result<Vec<f32>, AdapterError> {
+        let key = key(path, &format!(".{part}"));
+        let bits = self.block.coefficient_bits;
+        if bits == CoefficientBits::B32 {
+            return self.folder.read(&key, &[count]);
+        }
+        let step = self.folder.read(&format!("{key}_step"), &[1])?[0];
+        let tensor = self.folder.file.tensor(&key)?;
+        let expected = vec![bits.bytes(count)];
+        if tensor.shape != expected || tensor.dtype != Dtype::U8 {
+            let (path, found) = (self.folder.weights_path(), tensor.shape.to_vec());
+            return Err(AdapterError::Shape { path, key, found, expected });
+        }
+        Ok(bits.restore(&tensor.bytes, step, count))
+    }
+}
+
+impl SavedAdapter for NolaAdapter {
+    fn folder(&self) -> &AdapterFolder {
+        &self.folder
+    }
+
+    fn parts(&self, base: &BaseShapes, device: &Device) -> Result<Parts, AdapterError> {
+        let modules = modules(&self.block, self.seed, base, false)?;
+        let found = fingerprint(modules.values());
+        if found != self.basis_sha256 {
+            return Err(self.folder.wrong(format!(
+                "basis_sha256 is {}, but the bases drawn from basis_seed {} for these modules have {found}: the seed, \
+                 the modules or the policy are not those of the training, and the coefficients mean nothing",
+                self.basis_sha256, self.seed
+            )));
+        }
+        let mut expected = Layout::default();
+        let tensors = modules.keys().flat_map(|path| layout(&self.block, path));
+        expected.required.extend(tensors.map(|(key, _, shape)| (key, shape)));
+        self.folder.require_keys(&expected)?;
+
+        let mut forms = Vec::new();
+        for (path, bases) in &modules {
+            let alpha = self.coefficients(path, ALPHA, self.block.num_basis_a)?;
+            let beta = self.coefficients(path, BETA, self.block.num_basis_b)?;
+            forms.push(bases.combination(&self.block, alpha, beta, 0.0, device));
+        }
+        refresh(forms.iter_mut());
+        let changes = modules.into_keys().zip(forms.into_iter().map(Delta::Combination)).collect();
+        Ok(Parts { changes, ..Parts::default() })
+    }
+}
