@@ -13,7 +13,7 @@ mod parameter;
 mod random_pair;
 mod tape;
 
-pub use combination::{CombinedFactor, Combination, pull_back, refresh};
+pub use combination::{Combination, CombinedFactor, pull_back, refresh};
 pub use embedding::{Embedding, TokenRows};
 pub use form::Form;
 pub use gains::Gains;
