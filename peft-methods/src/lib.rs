@@ -4,6 +4,7 @@
 mod full;
 mod ia3;
 mod lora;
+mod nola;
 mod registry;
 mod selected;
 mod vera;
@@ -11,6 +12,7 @@ mod vera;
 pub use full::Full;
 pub use ia3::Ia3Config;
 pub use lora::{Lora, LoraBlock, init};
+pub use nola::{AlphaInit, BasisScale, CoefficientBits, NolaBlock, OffsetA, SeedPolicy};
 pub use registry::{
     Block, Kind, METHODS, MethodBlock, RunContext, Scaffold, ScaffoldKey, file_formats, open_adapter,
 };

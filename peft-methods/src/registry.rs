@@ -3,6 +3,7 @@
 use crate::full::FULL;
 use crate::ia3::IA3;
 use crate::lora::LORA;
+use crate::nola::NOLA;
 use crate::selected::{BITFIT, NORM_ONLY, TRAIN_ONLY};
 use crate::vera::VERA;
 use peft_core::adapter::{AdapterError, FileFormat, SavedAdapter};
@@ -17,7 +18,7 @@ use std::fmt::Debug;
 use std::path::Path;
 
 /// Every method, as they are listed.
-pub static METHODS: &[&Kind] = &[&LORA, &VERA, &IA3, &NORM_ONLY, &BITFIT, &TRAIN_ONLY, &FULL];
+pub static METHODS: &[&Kind] = &[&LORA, &VERA, &NOLA, &IA3, &NORM_ONLY, &BITFIT, &TRAIN_ONLY, &FULL];
 
 /// A method as the program knows it before a recipe names it.
 #[derive(Debug)]

@@ -13,6 +13,7 @@ mod init;
 mod inits;
 mod kin;
 mod merging;
+mod nola;
 mod packing;
 mod plan;
 mod program;

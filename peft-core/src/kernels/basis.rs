@@ -11,8 +11,10 @@
 //! to the bit everywhere.
 
 use super::cpu::basis::{GROUP, add_scaled, dot, fill};
+use crate::checkpoint::{f32_bytes, hex};
 use crate::random::Stream;
 use rayon::prelude::*;
+use sha2::{Digest, Sha256};
 
 /// Values of an element drawn at a time: 4 KiB, which stay in the first cache.
 const TILE: usize = 8 * GROUP;
@@ -72,6 +74,17 @@ impl RandomBasis {
     /// The products `⟨g, Eᵢ⟩` for `i` below `count` and each of the matrices `g`, of `len` values each.
     pub fn products(&self, matrices: &[Vec<f32>], count: usize) -> Vec<Vec<f32>> {
         products(|index, first, out| self.fill(index, first, out), matrices, count)
+    }
+
+    /// SHA-256 over the length of an element of each of the bases, as a little-endian `u64`, and the first ten values of
+    /// its first one, in f32; as text. Who finds the same has drawn the same bases.
+    pub fn fingerprint(bases: impl Iterator<Item = Self>) -> String {
+        let mut hash = Sha256::new();
+        for basis in bases {
+            hash.update((basis.len as u64).to_le_bytes());
+            hash.update(f32_bytes(&basis.first_values(0, 10)));
+        }
+        hex(hash.finalize().as_ref())
     }
 
     fn fill(&self, index: u32, first: u64, out: &mut [f32]) {
@@ -263,5 +276,16 @@ mod tests {
         for (i, one) in all.iter().enumerate() {
             assert!(all[..i].iter().all(|other| other != one));
         }
+    }
+
+    #[test]
+    fn fingerprints_tell_bases_apart() {
+        let of = |names: &[&str]| {
+            RandomBasis::fingerprint(names.iter().map(|name| RandomBasis::new(1, "basis", name, 30)))
+        };
+        assert_eq!(of(&["q", "k"]), of(&["q", "k"]));
+        assert_ne!(of(&["q", "k"]), of(&["k", "q"]));
+        assert_ne!(of(&["q"]), of(&["v"]));
+        assert_eq!(of(&["q"]).len(), 64);
     }
 }

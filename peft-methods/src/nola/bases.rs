@@ -15,9 +15,6 @@ pub(super) const BETA: &str = "nola_beta";
 /// What gradients of the factors go by.
 const FACTORS: [&str; 2] = ["nola_A", "nola_B"];
 
-/// Values of each basis that a fingerprint covers.
-const FINGERPRINTED: usize = 10;
-
 /// The bases of one module.
 pub(super) struct Bases {
     path: String,
@@ -47,9 +44,9 @@ impl Bases {
         }
     }
 
-    /// The first values of all of them.
-    pub fn first_values(&self) -> Vec<f32> {
-        [self.a, self.b, self.offset].iter().flat_map(|basis| basis.first_values(0, FINGERPRINTED)).collect()
+    /// All of them.
+    pub fn all(&self) -> [RandomBasis; 3] {
+        [self.a, self.b, self.offset]
     }
 
     /// First coefficients of `A`, drawn where they are random from the stream (seed, "nola alpha", path).
@@ -148,7 +145,7 @@ mod tests {
 
     #[test]
     fn modules_share_bases_only_where_asked() {
-        let first = |block: &NolaBlock, path, dims| Bases::new(block, 3, path, dims).first_values();
+        let first = |block: &NolaBlock, path, dims| Bases::new(block, 3, path, dims).all();
         let own = NolaBlock::default();
         assert_ne!(first(&own, "q", [8, 8]), first(&own, "k", [8, 8]));
         let shared = NolaBlock { seed_policy: SeedPolicy::Shared, ..NolaBlock::default() };

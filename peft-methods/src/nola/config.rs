@@ -128,9 +128,11 @@ impl NolaBlock {
             return Err(format!("lora_dropout is {}, expected a probability below 1", self.lora_dropout));
         }
         if self.offset_a == OffsetA::None && self.alpha_init == AlphaInit::Zero {
-            return Err("offset_a: none and alpha_init: zero make both factors zero, where no gradient leads away; \
+            return Err(
+                "offset_a: none and alpha_init: zero make both factors zero, where no gradient leads away; \
                  keep offset_a: kaiming, or set alpha_init: random"
-                .to_string());
+                    .to_string(),
+            );
         }
         Ok(())
     }

@@ -5,7 +5,6 @@
 //! the same bases are drawn again. `adapter_model.safetensors` holds `PATH.nola_alpha` `[k]` and `PATH.nola_beta` `[l]`,
 //! f32; in 8 or 4 bits these are bytes, with `PATH.nola_alpha_step` and `PATH.nola_beta_step` `[1]` beside them.
 
-use super::NOLA;
 use super::bases::{ALPHA, BETA, Bases};
 use super::config::NolaBlock;
 use super::quantise::CoefficientBits;
@@ -15,12 +14,11 @@ use peft_core::adapter::{
     AdapterError, AdapterFolder, FileFormat, Layout, Parts, SavedAdapter, WEIGHTS_FILE, common_config, key,
     select_linear, spelled_out, write_adapter,
 };
-use peft_core::checkpoint::{Dtype, LazyTensor, f32_bytes, hex, safetensors_bytes};
+use peft_core::checkpoint::{Dtype, LazyTensor, f32_bytes, safetensors_bytes};
 use peft_core::kernels::RandomBasis;
 use peft_core::model::{BaseShapes, Decoder};
 use peft_core::projection::{Delta, refresh};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -34,11 +32,9 @@ fn rng() -> Value {
     json!({"name": RandomBasis::NAME, "version": RandomBasis::VERSION, "dtype": "f32"})
 }
 
-/// SHA-256 over the first values of every basis.
-fn fingerprint<'a>(bases: impl Iterator<Item = &'a Bases>) -> String {
-    let mut hash = Sha256::new();
-    bases.for_each(|bases| hash.update(f32_bytes(&bases.first_values())));
-    hex(hash.finalize().as_ref())
+/// What shows that the same bases were drawn.
+fn fingerprint<'a>(modules: impl Iterator<Item = &'a Bases>) -> String {
+    RandomBasis::fingerprint(modules.flat_map(Bases::all))
 }
 
 /// The modules that `block` names on a base, with their bases, by path.
@@ -151,7 +147,8 @@ impl NolaAdapter {
         let mut folder = AdapterFolder::open(dir)?;
         let (found, expected) = (folder.config.remove("rng").unwrap_or_default(), rng());
         if found != expected {
-            let message = format!("rng is {found}, but the bases that can be drawn here are those of {expected}");
+            let message =
+                format!("rng is {found}, but the bases that can be drawn here are those of {expected}");
             return Err(folder.wrong(message));
         }
         let Some(Value::String(basis_sha256)) = folder.config.remove("basis_sha256") else {
@@ -189,6 +186,10 @@ impl SavedAdapter for NolaAdapter {
 
     fn parts(&self, base: &BaseShapes, device: &Device) -> Result<Parts, AdapterError> {
         let modules = modules(&self.block, self.seed, base, false)?;
+        let mut expected = Layout::default();
+        let tensors = modules.keys().flat_map(|path| layout(&self.block, path));
+        expected.required.extend(tensors.map(|(key, _, shape)| (key, shape)));
+        self.folder.require_keys(&expected)?;
         let found = fingerprint(modules.values());
         if found != self.basis_sha256 {
             return Err(self.folder.wrong(format!(
@@ -197,11 +198,6 @@ impl SavedAdapter for NolaAdapter {
                 self.basis_sha256, self.seed
             )));
         }
-        let mut expected = Layout::default();
-        let tensors = modules.keys().flat_map(|path| layout(&self.block, path));
-        expected.required.extend(tensors.map(|(key, _, shape)| (key, shape)));
-        self.folder.require_keys(&expected)?;
-
         let mut forms = Vec::new();
         for (path, bases) in &modules {
             let alpha = self.coefficients(path, ALPHA, self.block.num_basis_a)?;

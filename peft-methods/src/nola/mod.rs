@@ -41,10 +41,22 @@ pub static NOLA: Kind = Kind {
         keys: &[
             ("r", "8", "rank of the update of each weight; it costs time, not parameters"),
             ("lora_alpha", "8", "scale of the update: alpha / r"),
-            ("num_basis_a", "256", "random matrices that A is a combination of: as many trained numbers a weight"),
+            (
+                "num_basis_a",
+                "256",
+                "random matrices that A is a combination of: as many trained numbers a weight",
+            ),
             ("num_basis_b", "256", "the same for B"),
-            ("seed_policy", "shared", "weights of one shape share random matrices, which is faster; or per_module"),
-            ("target_modules", "all-linear", "every projection of the layers, or a list like [q_proj, v_proj]"),
+            (
+                "seed_policy",
+                "shared",
+                "weights of one shape share random matrices, which is faster; or per_module",
+            ),
+            (
+                "target_modules",
+                "all-linear",
+                "every projection of the layers, or a list like [q_proj, v_proj]",
+            ),
         ],
         learning_rates: ("5e-3", "2e-2"),
     }],
