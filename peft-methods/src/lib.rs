@@ -3,6 +3,7 @@
 
 mod full;
 mod ia3;
+mod lamda;
 mod lora;
 mod nola;
 mod registry;
@@ -11,6 +12,7 @@ mod vera;
 
 pub use full::Full;
 pub use ia3::Ia3Config;
+pub use lamda::{LamdaBlock, LamdaInit, MoreRankFor, RankAllocation};
 pub use lora::{Lora, LoraBlock, init};
 pub use nola::{AlphaInit, BasisScale, CoefficientBits, NolaBlock, OffsetA, SeedPolicy};
 pub use registry::{

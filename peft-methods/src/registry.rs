@@ -2,6 +2,7 @@
 
 use crate::full::FULL;
 use crate::ia3::IA3;
+use crate::lamda::LAMDA;
 use crate::lora::LORA;
 use crate::nola::NOLA;
 use crate::selected::{BITFIT, NORM_ONLY, TRAIN_ONLY};
@@ -18,7 +19,7 @@ use std::fmt::Debug;
 use std::path::Path;
 
 /// Every method, as they are listed.
-pub static METHODS: &[&Kind] = &[&LORA, &VERA, &NOLA, &IA3, &NORM_ONLY, &BITFIT, &TRAIN_ONLY, &FULL];
+pub static METHODS: &[&Kind] = &[&LORA, &VERA, &NOLA, &LAMDA, &IA3, &NORM_ONLY, &BITFIT, &TRAIN_ONLY, &FULL];
 
 /// A method as the program knows it before a recipe names it.
 #[derive(Debug)]

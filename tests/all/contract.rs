@@ -129,6 +129,29 @@ const CASES: &[Case] = &[
         refused: &[(r#"{"type": "nola", "coefficient_bits": 16}"#, "none of 32, 8 and 4")],
     },
     Case {
+        block: r#"{"type": "lamda", "r": 4, "lora_alpha": 6, "eta": 0.8, "target_modules": ["q_proj", "down_proj"]}"#,
+        base: "llama_bias",
+        // r² + out·r a module, before columns freeze.
+        trained: 2 * 2 * (4 * 4 + 24 * 4),
+        starts_at_base: true,
+        knows_base: true,
+        refused: &[
+            (r#"{"type": "lamda", "r": 13, "target_modules": ["down_proj"]}"#, "no rank of 13"),
+            (r#"{"type": "lamda", "r": 4, "eta": 1.2}"#, "eta is 1.2"),
+            (r#"{"type": "lamda", "r": 4, "rank_pattern": {"q": 2}}"#, "no target"),
+            (r#"{"type": "lamda", "r": 0}"#, "r is 0"),
+        ],
+    },
+    Case {
+        block: r#"{"type": "lamda", "r": 3, "lora_alpha": 3, "eta": 0.0, "init": "svd_no_residual", "target_modules": "all-linear"}"#,
+        base: "llama_gqa_tied",
+        // r² a module.
+        trained: 2 * 7 * 3 * 3,
+        starts_at_base: true,
+        knows_base: true,
+        refused: &[(r#"{"type": "lamda", "r": 3, "eta": 0.0, "compat_released": true}"#, "divides by eta")],
+    },
+    Case {
         block: r#"{"type": "norm_only"}"#,
         base: "llama",
         trained: (2 * 2 + 1) * 24,

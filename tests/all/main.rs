@@ -12,6 +12,7 @@ mod gradients;
 mod init;
 mod inits;
 mod kin;
+mod lamda;
 mod merging;
 mod nola;
 mod packing;

@@ -11,6 +11,7 @@ mod low_rank;
 mod magnitude;
 mod parameter;
 mod random_pair;
+mod spectral;
 mod tape;
 
 pub use combination::{Combination, CombinedFactor, pull_back, refresh};
@@ -21,6 +22,7 @@ pub use low_rank::{LowRank, Removed};
 pub use magnitude::Magnitude;
 pub use parameter::Parameter;
 pub use random_pair::RandomPair;
+pub use spectral::Spectral;
 pub use tape::{DropoutKey, InputObserver, Tape};
 
 use crate::kernels::{AdaptedLinear, LinearInput, adapted_linears};
@@ -39,6 +41,8 @@ pub enum Delta {
     RandomPair(RandomPair),
     /// `s·B·A` with factors that are combinations of random matrices.
     Combination(Combination),
+    /// `s·(B·S − B₀·S₀)·A`, with columns of `B` that stop training.
+    Spectral(Spectral),
 }
 
 impl Deref for Delta {
@@ -50,6 +54,7 @@ impl Deref for Delta {
             Delta::Gains(form) => form,
             Delta::RandomPair(form) => form,
             Delta::Combination(form) => form,
+            Delta::Spectral(form) => form,
         }
     }
 }
@@ -61,6 +66,7 @@ impl DerefMut for Delta {
             Delta::Gains(form) => form,
             Delta::RandomPair(form) => form,
             Delta::Combination(form) => form,
+            Delta::Spectral(form) => form,
         }
     }
 }

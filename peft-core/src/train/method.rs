@@ -67,6 +67,15 @@ pub trait Method {
     /// the micro-batches is the gradient of the step.
     fn weight_gradient(&mut self, _name: &str, _gradient: Tensor<2>) {}
 
+    /// Acts on the summed gradients of the step after `progress`, by parameter name, before their norm is taken.
+    fn after_backward(
+        &mut self,
+        _model: &Decoder,
+        _gradients: &mut BTreeMap<String, Tensor<2>>,
+        _progress: Progress,
+    ) {
+    }
+
     /// Acts on the gradients of the step after `progress`, by parameter name, after clipping and before the update.
     fn before_update(
         &mut self,

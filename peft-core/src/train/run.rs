@@ -168,7 +168,10 @@ impl<'r, 'a> Run<'r, 'a> {
         }
         self.course.window = None;
         let mut sums = std::mem::take(&mut self.sums);
-        self.trainer.model.pull_back(&mut sums.gradients);
+        let progress = Progress { step, total_steps: self.total };
+        let Trainer { model, method, .. } = &mut self.trainer;
+        model.pull_back(&mut sums.gradients);
+        method.after_backward(model, &mut sums.gradients, progress);
         let loss = sums.loss_sum * scale;
         let grad_norm = global_norm(&sums.gradients);
         // Reading the norm has waited for the device: what went wrong in this step is known now.
@@ -180,7 +183,6 @@ impl<'r, 'a> Run<'r, 'a> {
                 return Err(self.not_finite(what, value).into());
             }
         }
-        let progress = Progress { step, total_steps: self.total };
         let rate = self.trainer.update(progress, sums.gradients, grad_norm)?;
         self.course.step = step + 1;
 

@@ -1,8 +1,8 @@
 //! The folder of a NOLA: coefficients and a configuration that says how the bases are drawn.
 //!
 //! `adapter_config.json` holds the method's keys, the seed, `rng` (name, version and type of the generator) and
-//! `basis_sha256`, a hash over the first ten values of every basis in the order of the modules' paths, which shows that
-//! the same bases are drawn again. `adapter_model.safetensors` holds `PATH.nola_alpha` `[k]` and `PATH.nola_beta` `[l]`,
+//! `basis_sha256`, a hash over lengths and first values of all bases in the order of the modules' paths, which shows that
+//! the same are drawn again. `adapter_model.safetensors` holds `PATH.nola_alpha` `[k]` and `PATH.nola_beta` `[l]`,
 //! f32; in 8 or 4 bits these are bytes, with `PATH.nola_alpha_step` and `PATH.nola_beta_step` `[1]` beside them.
 
 use super::bases::{ALPHA, BETA, Bases};
