@@ -113,6 +113,7 @@ const CASES: &[Case] = &[
         trained: 2 * 2 * (40 + 24),
         starts_at_base: true,
         knows_base: false,
+        is_low_rank: true,
         refused: &[
             (r#"{"type": "nola", "num_basis_a": 0}"#, "num_basis_a is 0"),
             (r#"{"type": "nola", "offset_a": "none"}"#, "no gradient"),
@@ -126,6 +127,7 @@ const CASES: &[Case] = &[
         trained: 2 * 7 * (30 + 30),
         starts_at_base: true,
         knows_base: false,
+        is_low_rank: true,
         refused: &[(r#"{"type": "nola", "coefficient_bits": 16}"#, "none of 32, 8 and 4")],
     },
     Case {
@@ -135,6 +137,7 @@ const CASES: &[Case] = &[
         trained: 2 * 2 * (4 * 4 + 24 * 4),
         starts_at_base: true,
         knows_base: true,
+        is_low_rank: true,
         refused: &[
             (r#"{"type": "lamda", "r": 13, "target_modules": ["down_proj"]}"#, "no rank of 13"),
             (r#"{"type": "lamda", "r": 4, "eta": 1.2}"#, "eta is 1.2"),
@@ -149,6 +152,7 @@ const CASES: &[Case] = &[
         trained: 2 * 7 * 3 * 3,
         starts_at_base: true,
         knows_base: true,
+        is_low_rank: true,
         refused: &[(r#"{"type": "lamda", "r": 3, "eta": 0.0, "compat_released": true}"#, "divides by eta")],
     },
     Case {

@@ -275,8 +275,8 @@ impl Method for Lamda {
     ) -> Result<(), TrainError> {
         self.progress = Some(progress);
         let device = model.device.clone();
-        let mut trained = BTreeMap::new();
-        self.freeze(model, |name, columns| drop(trained.insert(name.to_string(), columns)), progress);
+        let mut trained: Vec<(String, usize)> = Vec::new();
+        self.freeze(model, |name, columns| trained.extend([(name.to_string(), columns)]), progress);
         let still_trains: BTreeMap<String, bool> =
             forms_mut(model).map(|form| (form.b.name.clone(), form.b.trainable)).collect();
         for (name, columns) in trained {

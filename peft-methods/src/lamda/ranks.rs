@@ -51,7 +51,7 @@ impl Module {
 
 impl RankAllocation {
     /// The ranks of the modules, in their order; 0 leaves a module alone. Their mean is at most `mean`.
-    pub fn ranks(&self, modules: &[Module], mean: usize) -> Vec<usize> {
+    pub(super) fn ranks(&self, modules: &[Module], mean: usize) -> Vec<usize> {
         let step = if mean >= EVEN_FROM { 2 } else { 1 };
         let rank_of = |quarters: usize| (quarters * mean + 2 * step) / (4 * step) * step;
         let mut order: Vec<usize> = (0..modules.len()).collect();
