@@ -29,12 +29,12 @@ BASE, DATA, RECORDS = Path("recipes/quickstart/base"), Path("recipes/quickstart/
 OUT = Path("tests/golden/nola")
 SEED, ONE_MODULE = 42, "model.layers.1.self_attn.v_proj"
 SETTINGS = Namespace(
-    learning_rate=1e-2, weight_decay=0.01, max_grad_norm=0.5, lr_scheduler="constant_with_warmup", warmup_steps=3,
+    weight_decay=0.01, max_grad_norm=0.5, lr_scheduler="constant_with_warmup", warmup_steps=3,
     steps=30, micro_batch_size=4, gradient_accumulation_steps=2,
 )  # fmt: skip
 RUNS = {
-    "per_module": {"k": 48, "l": 40, "shared": False, "scaled": True, "offset": True, "random_alpha": False},
-    "shared": {"k": 32, "l": 32, "shared": True, "scaled": False, "offset": False, "random_alpha": True},
+    "per_module": {"learning_rate": 1e-2, "k": 48, "l": 40, "shared": False, "scaled": True, "offset": True, "random_alpha": False},
+    "shared": {"learning_rate": 2e-3, "k": 32, "l": 32, "shared": True, "scaled": False, "offset": False, "random_alpha": True},
 }  # fmt: skip
 RANK, ALPHA = 4, 8
 
@@ -79,6 +79,7 @@ def main():
     input_ids = torch.tensor([examples[0][0][:16]])
     OUT.mkdir(exist_ok=True)
     for name, arguments in RUNS.items():
+        SETTINGS.learning_rate = arguments.pop("learning_rate")
         model = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32, attn_implementation="eager")
         model.requires_grad_(False)
         for path, module in list(model.named_modules()):

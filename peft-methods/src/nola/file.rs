@@ -3,7 +3,8 @@
 //! `adapter_config.json` holds the method's keys, the seed, `rng` (name, version and type of the generator) and
 //! `basis_sha256`, a hash over lengths and first values of all bases in the order of the modules' paths, which shows that
 //! the same are drawn again. `adapter_model.safetensors` holds `PATH.nola_alpha` `[k]` and `PATH.nola_beta` `[l]`,
-//! f32; in 8 or 4 bits these are bytes, with `PATH.nola_alpha_step` and `PATH.nola_beta_step` `[1]` beside them.
+//! f32; in 8 or 4 bits these are bytes, and `nola_steps` `[modules, 2]` holds what alpha and beta of each module are
+//! multiples of, in the order of the modules' paths.
 
 use super::bases::{ALPHA, BETA, Bases};
 use super::config::NolaBlock;
@@ -17,7 +18,7 @@ use peft_core::adapter::{
 use peft_core::checkpoint::{Dtype, LazyTensor, f32_bytes, safetensors_bytes};
 use peft_core::kernels::RandomBasis;
 use peft_core::model::{BaseShapes, Decoder};
-use peft_core::projection::{Delta, refresh};
+use peft_core::projection::{Delta, Form, Parameter, refresh};
 use serde_json::{Value, json};
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -52,18 +53,26 @@ pub(super) fn modules(
     Ok(chosen.into_iter().map(bases).collect())
 }
 
-/// Keys, types and shapes of a module's tensors.
-fn layout(block: &NolaBlock, path: &str) -> Vec<(String, Dtype, Vec<usize>)> {
-    let mut tensors = Vec::new();
-    for (part, count) in [(ALPHA, block.num_basis_a), (BETA, block.num_basis_b)] {
-        let name = key(path, &format!(".{part}"));
-        match block.coefficient_bits {
-            CoefficientBits::B32 => tensors.push((name, Dtype::F32, vec![count])),
-            bits => {
-                tensors.push((format!("{name}_step"), Dtype::F32, vec![1]));
-                tensors.push((name, Dtype::U8, vec![bits.bytes(count)]));
-            }
+/// The key of what quantised coefficients are multiples of.
+const STEPS: &str = "base_model.nola_steps";
+
+/// Keys, types and shapes of the tensors of modules.
+fn layout<'a>(
+    block: &NolaBlock,
+    paths: impl Iterator<Item = &'a String>,
+) -> Vec<(String, Dtype, Vec<usize>)> {
+    let (mut tensors, mut modules, bits) = (Vec::new(), 0, block.coefficient_bits);
+    for path in paths {
+        modules += 1;
+        for (part, count) in [(ALPHA, block.num_basis_a), (BETA, block.num_basis_b)] {
+            tensors.push(match bits {
+                CoefficientBits::B32 => (key(path, &format!(".{part}")), Dtype::F32, vec![count]),
+                _ => (key(path, &format!(".{part}")), Dtype::U8, vec![bits.bytes(count)]),
+            });
         }
+    }
+    if bits != CoefficientBits::B32 {
+        tensors.push((STEPS.to_string(), Dtype::F32, vec![modules, 2]));
     }
     tensors
 }
@@ -76,7 +85,7 @@ pub(super) fn file_bytes<'a>(
     block: &NolaBlock,
     paths: impl Iterator<Item = &'a String>,
 ) -> Result<u64, AdapterError> {
-    let tensors = paths.flat_map(|path| layout(block, path));
+    let tensors = layout(block, paths).into_iter();
     let tensors = tensors.map(|(key, dtype, shape)| LazyTensor::shape_only(key, dtype, shape)).collect();
     let metadata = BTreeMap::from([("format".to_string(), "pt".to_string())]);
     Ok(safetensors_bytes(Path::new(WEIGHTS_FILE), tensors, &metadata)?)
@@ -105,25 +114,34 @@ pub(super) fn save(
     let modules = modules(block, seed, &shapes, true)?;
     config.insert("basis_sha256".to_string(), fingerprint(modules.values()).into());
 
-    let mut tensors = Vec::new();
-    let changes = model.projections().filter_map(|projection| projection.delta.as_ref());
-    for parameter in changes.flat_map(|delta| delta.parameters()) {
-        let (key, values) = (key(&parameter.name, ""), parameter.to_host());
-        if !values.iter().all(|value| value.is_finite()) {
-            return Err(AdapterError::NonFinite { path: dir.join(WEIGHTS_FILE), key });
-        }
-        let mut add = |key: String, dtype, bytes: Vec<u8>| {
-            let shape = vec![bytes.len() / if dtype == Dtype::F32 { 4 } else { 1 }];
-            tensors.push(LazyTensor::new(key, dtype, shape, move || Ok(Cow::Owned(bytes.clone()))));
-        };
-        match block.coefficient_bits {
-            CoefficientBits::B32 => add(key, Dtype::F32, f32_bytes(&values)),
-            bits => {
-                let (bytes, step) = bits.quantise(&values);
-                add(format!("{key}_step"), Dtype::F32, f32_bytes(&[step]));
-                add(key, Dtype::U8, bytes);
+    let (mut tensors, mut steps) = (Vec::new(), BTreeMap::new());
+    let mut add = |key: String, dtype, shape: Vec<usize>, bytes: Vec<u8>| {
+        tensors.push(LazyTensor::new(key, dtype, shape, move || Ok(Cow::Owned(bytes.clone()))));
+    };
+    for projection in model.projections() {
+        let Some(Delta::Combination(form)) = &projection.delta else { continue };
+        let mut of_module = Vec::new();
+        for Parameter { name, value, .. } in form.parameters() {
+            let (key, values): (_, Vec<f32>) =
+                (key(name, ""), value.clone().into_data().iter::<f32>().collect());
+            if !values.iter().all(|value| value.is_finite()) {
+                return Err(AdapterError::NonFinite { path: dir.join(WEIGHTS_FILE), key });
+            }
+            match block.coefficient_bits {
+                CoefficientBits::B32 => add(key, Dtype::F32, vec![values.len()], f32_bytes(&values)),
+                bits => {
+                    let (bytes, step) = bits.quantise(&values);
+                    of_module.push(step);
+                    add(key, Dtype::U8, vec![bytes.len()], bytes);
+                }
             }
         }
+        steps.insert(&projection.path, of_module);
+    }
+    if block.coefficient_bits != CoefficientBits::B32 {
+        let shape = vec![steps.len(), 2];
+        let steps: Vec<f32> = steps.into_values().flatten().collect();
+        add(STEPS.to_string(), Dtype::F32, shape, f32_bytes(&steps));
     }
     write_adapter(dir, config, tensors)
 }
@@ -162,20 +180,26 @@ impl NolaAdapter {
         Ok(Self { folder, block, seed, basis_sha256 })
     }
 
-    fn coefficients(&self, path: &str, part: &str, count: usize) -> Result<Vec<f32>, AdapterError> {
+    /// The coefficients of a part of the module at `path`; quantised ones are multiples of `step`.
+    fn coefficients(
+        &self,
+        path: &str,
+        part: &str,
+        count: usize,
+        step: f32,
+    ) -> Result<Vec<f32>, AdapterError> {
         let key = key(path, &format!(".{part}"));
         let bits = self.block.coefficient_bits;
         if bits == CoefficientBits::B32 {
             return self.folder.read(&key, &[count]);
         }
-        let step = self.folder.read(&format!("{key}_step"), &[1])?[0];
         let tensor = self.folder.file.tensor(&key)?;
         let expected = vec![bits.bytes(count)];
         if tensor.shape != expected || tensor.dtype != Dtype::U8 {
             let (path, found) = (self.folder.weights_path(), tensor.shape.to_vec());
             return Err(AdapterError::Shape { path, key, found, expected });
         }
-        Ok(bits.restore(&tensor.bytes, step, count))
+        Ok(bits.restore(tensor.bytes, step, count))
     }
 }
 
@@ -187,7 +211,7 @@ impl SavedAdapter for NolaAdapter {
     fn parts(&self, base: &BaseShapes, device: &Device) -> Result<Parts, AdapterError> {
         let modules = modules(&self.block, self.seed, base, false)?;
         let mut expected = Layout::default();
-        let tensors = modules.keys().flat_map(|path| layout(&self.block, path));
+        let tensors = layout(&self.block, modules.keys()).into_iter();
         expected.required.extend(tensors.map(|(key, _, shape)| (key, shape)));
         self.folder.require_keys(&expected)?;
         let found = fingerprint(modules.values());
@@ -198,10 +222,14 @@ impl SavedAdapter for NolaAdapter {
                 self.basis_sha256, self.seed
             )));
         }
+        let steps = match self.block.coefficient_bits {
+            CoefficientBits::B32 => vec![1.0; 2 * modules.len()],
+            _ => self.folder.read(STEPS, &[modules.len(), 2])?,
+        };
         let mut forms = Vec::new();
-        for (path, bases) in &modules {
-            let alpha = self.coefficients(path, ALPHA, self.block.num_basis_a)?;
-            let beta = self.coefficients(path, BETA, self.block.num_basis_b)?;
+        for ((path, bases), steps) in modules.iter().zip(steps.chunks_exact(2)) {
+            let alpha = self.coefficients(path, ALPHA, self.block.num_basis_a, steps[0])?;
+            let beta = self.coefficients(path, BETA, self.block.num_basis_b, steps[1])?;
             forms.push(bases.combination(&self.block, alpha, beta, 0.0, device));
         }
         refresh(forms.iter_mut());
