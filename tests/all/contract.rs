@@ -178,6 +178,59 @@ const CASES: &[Case] = &[
         refused: &[(r#"{"type": "sparse", "target_modules": ["lm_head"]}"#, "tie_word_embeddings")],
     },
     Case {
+        block: r#"{"type": "nola", "r": 4, "num_basis_a": 40, "num_basis_b": 24, "target_modules": ["q_proj", "down_proj"]}"#,
+        base: "llama_bias",
+        // k + l a module.
+        trained: 2 * 2 * (40 + 24),
+        starts_at_base: true,
+        knows_base: false,
+        is_low_rank: true,
+        compresses: false,
+        refused: &[
+            (r#"{"type": "nola", "num_basis_a": 0}"#, "num_basis_a is 0"),
+            (r#"{"type": "nola", "offset_a": "none"}"#, "no gradient"),
+            (r#"{"type": "nola", "target_modules": ["embed_tokens"]}"#, "embed_tokens"),
+            (r#"{"type": "nola", "seed_policy": "per_layer"}"#, "per_module"),
+        ],
+    },
+    Case {
+        block: r#"{"type": "nola", "r": 3, "num_basis_a": 30, "num_basis_b": 30, "seed_policy": "shared", "basis_scale": "none", "offset_a": "none", "alpha_init": "random", "target_modules": "all-linear"}"#,
+        base: "llama_gqa_tied",
+        trained: 2 * 7 * (30 + 30),
+        starts_at_base: true,
+        knows_base: false,
+        is_low_rank: true,
+        compresses: false,
+        refused: &[(r#"{"type": "nola", "coefficient_bits": 16}"#, "none of 32, 8 and 4")],
+    },
+    Case {
+        block: r#"{"type": "lamda", "r": 4, "lora_alpha": 6, "eta": 0.8, "target_modules": ["q_proj", "down_proj"]}"#,
+        base: "llama_bias",
+        // r² + out·r a module, before columns freeze.
+        trained: 2 * 2 * (4 * 4 + 24 * 4),
+        starts_at_base: true,
+        knows_base: true,
+        is_low_rank: true,
+        compresses: false,
+        refused: &[
+            (r#"{"type": "lamda", "r": 13, "target_modules": ["down_proj"]}"#, "no rank of 13"),
+            (r#"{"type": "lamda", "r": 4, "eta": 1.2}"#, "eta is 1.2"),
+            (r#"{"type": "lamda", "r": 4, "rank_pattern": {"q": 2}}"#, "no target"),
+            (r#"{"type": "lamda", "r": 0}"#, "r is 0"),
+        ],
+    },
+    Case {
+        block: r#"{"type": "lamda", "r": 3, "lora_alpha": 3, "eta": 0.0, "init": "svd_no_residual", "target_modules": "all-linear"}"#,
+        base: "llama_gqa_tied",
+        // r² a module.
+        trained: 2 * 7 * 3 * 3,
+        starts_at_base: true,
+        knows_base: true,
+        is_low_rank: true,
+        compresses: false,
+        refused: &[(r#"{"type": "lamda", "r": 3, "eta": 0.0, "compat_released": true}"#, "divides by eta")],
+    },
+    Case {
         block: r#"{"type": "norm_only"}"#,
         base: "llama",
         trained: (2 * 2 + 1) * 24,
@@ -262,6 +315,7 @@ impl Case {
             let moved = parameter.to_host().iter().map(|v| v + 0.1 * stream.normal() as f32).collect();
             set(parameter, moved);
         }
+        model.refresh();
         (method, model)
     }
 
@@ -305,6 +359,7 @@ fn gradients(model: &Decoder, batch: &Batch) -> BTreeMap<String, Vec<f32>> {
     let key = DropoutKey { seed: 0, step: 0, micro_batch: 0 };
     let mut step = StepGradients::default();
     accumulate(model, batch, 1.0 / batch.targets.len() as f64, key, STEP, &mut step);
+    model.pull_back(&mut step.gradients);
     step.gradients.into_iter().map(|(name, gradient)| (name, gradient.try_into_vec_as().unwrap())).collect()
 }
 
@@ -442,6 +497,7 @@ fn gradients_are_those_of_the_dense_change() {
                 let values = pairs.map(|(value, d)| value + by * d).collect();
                 set(parameter, values);
             }
+            shifted.refresh();
             let mut sum = 0.0;
             let mut add = |name: String, change: Tensor<2>| {
                 let change: Vec<f32> = change.try_into_vec_as().unwrap();

@@ -249,7 +249,7 @@ fn modules(method: &MethodPlan) -> (Vec<ModuleReport>, Vec<String>) {
         module.shapes.insert(dims);
         module.trainable += here().filter(|p| p.trainable).map(|p| p.shape.numel()).sum::<u64>();
         module.ranks.extend(here().filter_map(|parameter| match parameter.role {
-            ParameterRole::Factor { rank, .. } => Some(rank),
+            ParameterRole::Factor { rank, .. } | ParameterRole::Computed { rank, .. } => Some(rank),
             ParameterRole::Own => (parameter.shape.shape.len() == 2).then_some(0),
             ParameterRole::Scaling { rank, .. } => Some(rank),
             ParameterRole::Sparse { .. }

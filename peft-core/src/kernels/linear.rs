@@ -52,6 +52,8 @@ impl LowRankTerm {
 pub enum Term {
     /// A low-rank product on top.
     LowRank(LowRankTerm),
+    /// Several of them, without gains.
+    Sum(Vec<LowRankTerm>),
     /// Factors: `y = ((h ∘ l_in)·Wᵀ + b) ∘ l_out`.
     Gains {
         /// `l_in`, `[1, in]`.
@@ -98,14 +100,14 @@ impl Term {
     fn is_plain(&self) -> bool {
         match self {
             Term::LowRank(term) => term.is_plain(),
-            Term::Gains { .. } | Term::ScaledPair(_) | Term::Sparse(_) => false,
+            Term::Sum(_) | Term::Gains { .. } | Term::ScaledPair(_) | Term::Sparse(_) => false,
         }
     }
 
     fn into_low_rank(self) -> Option<LowRankTerm> {
         match self {
             Term::LowRank(term) => Some(term),
-            Term::Gains { .. } | Term::ScaledPair(_) | Term::Sparse(_) => None,
+            Term::Sum(_) | Term::Gains { .. } | Term::ScaledPair(_) | Term::Sparse(_) => None,
         }
     }
 
@@ -122,6 +124,11 @@ impl Term {
             Term::LowRank(term) => {
                 let y = product(h.clone());
                 add(with_term(h, y, term, product, drop), bias)
+            }
+            Term::Sum(terms) => {
+                let y = product(h.clone());
+                let sum = |y, term| with_term(h.clone(), y, term, &product, drop);
+                add(terms.into_iter().fold(y, sum), bias)
             }
             Term::Gains { input, output } => {
                 let dtype = h.dtype();

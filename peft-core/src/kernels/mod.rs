@@ -9,6 +9,7 @@
 mod adamw;
 mod attention;
 mod backend;
+mod basis;
 mod cpu;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
@@ -30,6 +31,7 @@ pub use adamw::{AdamW, AdamWState, Update};
 pub use attention::{
     AttentionShape, Rotation, Visibility, attends_jointly, attention, causal_mask, joint_attention,
 };
+pub use basis::RandomBasis;
 pub use cross_entropy::{CrossEntropy, cross_entropy, head_loss};
 #[cfg(feature = "cuda")]
 pub use cuda::{fault, profile};

@@ -45,7 +45,7 @@ impl Form for Core {
         vec![&mut self.a, &mut self.b, &mut self.core]
     }
 
-    fn term(&self, tape: &Tape, path: &str, _x: &Tensor<2>, _weight: &Tensor<2>) -> Term {
+    fn term(&self, tape: &Tape, path: &str, _weight: &Tensor<2>) -> Term {
         Term::LowRank(LowRankTerm {
             a: tape.read(&self.a),
             b: tape.read(&self.b).matmul(tape.read(&self.core)),

@@ -77,7 +77,7 @@ impl Form for LowRank {
         [&mut self.a, &mut self.b].into_iter().chain(&mut self.bias).chain(magnitude).collect()
     }
 
-    fn term(&self, tape: &Tape, path: &str, _x: &Tensor<2>, weight: &Tensor<2>) -> Term {
+    fn term(&self, tape: &Tape, path: &str, weight: &Tensor<2>) -> Term {
         Term::LowRank(self.low_rank_term(tape, path, weight))
     }
 

@@ -29,7 +29,7 @@ impl Form for RandomPair {
         vec![&mut self.lambda_b, &mut self.lambda_d]
     }
 
-    fn term(&self, tape: &Tape, path: &str, _x: &Tensor<2>, _weight: &Tensor<2>) -> Term {
+    fn term(&self, tape: &Tape, path: &str, _weight: &Tensor<2>) -> Term {
         Term::ScaledPair(ScaledPairTerm {
             a: self.a.clone(),
             b: self.b.clone(),

@@ -39,7 +39,7 @@ impl Form for Sparse {
         vec![&mut self.values]
     }
 
-    fn term(&self, tape: &Tape, _path: &str, _x: &Tensor<2>, _weight: &Tensor<2>) -> Term {
+    fn term(&self, tape: &Tape, _path: &str, _weight: &Tensor<2>) -> Term {
         Term::Sparse(SparseTerm {
             values: tape.read(&self.values),
             pattern: self.pattern.clone(),

@@ -72,13 +72,21 @@ impl<'a> Tape<'a> {
 
     /// The parameter's value; on a recording tape, the parameter's leaf if it trains.
     pub fn read(&self, parameter: &Parameter) -> Tensor<2> {
+        match parameter.trainable {
+            true => self.leaf(&parameter.name, &parameter.value),
+            false => parameter.value.clone(),
+        }
+    }
+
+    /// `value`; on a recording tape, the leaf of that name.
+    pub(super) fn leaf(&self, name: &str, value: &Tensor<2>) -> Tensor<2> {
         match &self.leaves {
-            Some(leaves) if parameter.trainable => leaves
+            Some(leaves) => leaves
                 .borrow_mut()
-                .entry(parameter.name.clone())
-                .or_insert_with(|| parameter.value.clone().autodiff().require_grad())
+                .entry(name.to_string())
+                .or_insert_with(|| value.clone().autodiff().require_grad())
                 .clone(),
-            _ => parameter.value.clone(),
+            None => value.clone(),
         }
     }
 

@@ -89,6 +89,15 @@ pub trait Method {
     /// the micro-batches is the gradient of the step.
     fn weight_gradient(&mut self, _name: &str, _gradient: Tensor<2>) {}
 
+    /// Acts on the summed gradients of the step after `progress`, by parameter name, before their norm is taken.
+    fn after_backward(
+        &mut self,
+        _model: &Decoder,
+        _gradients: &mut BTreeMap<String, Tensor<2>>,
+        _progress: Progress,
+    ) {
+    }
+
     /// Whether [`before_update`](Self::before_update) does anything. If not, the step need not wait for the size of its
     /// gradients: they are clipped where they are.
     fn acts_on_gradients(&self) -> bool {
@@ -189,6 +198,14 @@ pub enum ParameterRole {
     Sparse {
         /// Positions that a selection phase watches the gradient at, none where it watches none.
         candidates: usize,
+    },
+    /// A factor of a low-rank change that is computed from parameters and not trained itself: it has a gradient, which
+    /// becomes theirs, and the optimizer no memory of it.
+    Computed {
+        /// `r`.
+        rank: usize,
+        /// Whether features of the low-rank path's input are dropped in training.
+        dropout: bool,
     },
     /// A factor on the module's whole result.
     Gain,

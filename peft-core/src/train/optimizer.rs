@@ -76,6 +76,7 @@ pub fn update_parameters(
     for (parameter, value) in parameters.into_iter().zip(values) {
         parameter.value = value;
     }
+    model.refresh();
 }
 
 /// A step's value, gradient, rate and memory of one parameter.

@@ -170,9 +170,12 @@ impl<'r, 'a> Run<'r, 'a> {
         }
         self.course.window = None;
         let mut sums = std::mem::take(&mut self.sums);
+        let progress = Progress { step, total_steps: self.total };
+        let Trainer { model, method, .. } = &mut self.trainer;
+        model.pull_back(&mut sums.gradients);
+        method.after_backward(model, &mut sums.gradients, progress);
         let sum_of_squares = sums.sum_of_squares();
         let gradients = std::mem::take(&mut sums.gradients);
-        let progress = Progress { step, total_steps: self.total };
         let read = |sums: &mut StepGradients| {
             let squares = sum_of_squares.clone();
             let norm = squares.map_or(0.0, |squares| f64::from(squares.into_scalar::<f32>()).sqrt());

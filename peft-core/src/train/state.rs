@@ -265,12 +265,11 @@ pub(super) fn load(
         }
     }
     if state.course.window.is_some() {
-        for parameter in model.parameters().into_iter().filter(|parameter| parameter.trainable) {
-            let key = format!("{GRADIENT}{}", parameter.name);
-            // A parameter that the loss did not depend on has no gradient.
+        for (name, dims) in model.differentiated() {
+            let key = format!("{GRADIENT}{name}");
+            // What the loss did not depend on has no gradient.
             if file.contains(&key) {
-                let sum = matrix(&file, &key, parameter.value.dims(), &device)?;
-                gradients.insert(parameter.name.clone(), sum);
+                gradients.insert(name.to_string(), matrix(&file, &key, dims, &device)?);
             }
         }
     }
@@ -320,6 +319,7 @@ pub(super) fn load_values(
         parameter.value = matrix(&file, &key, parameter.value.dims(), &device)?;
         names.push(parameter.name.clone());
     }
+    model.refresh();
     Ok(names)
 }
 

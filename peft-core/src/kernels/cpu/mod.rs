@@ -7,6 +7,7 @@
 pub(crate) mod adamw;
 pub(crate) mod attention;
 mod backend;
+pub(super) mod basis;
 pub(crate) mod buffers;
 pub(crate) mod bytes;
 pub(crate) mod cross_entropy;

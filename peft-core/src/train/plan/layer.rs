@@ -169,6 +169,10 @@ impl LayerShape {
                         modules[at].entries = parameter.shape.numel();
                         modules[at].candidates = candidates as u64;
                     }
+                    ParameterRole::Computed { rank, dropout } => {
+                        modules[at].rank = modules[at].rank.max(rank as u64);
+                        modules[at].dropout |= dropout;
+                    }
                     ParameterRole::Gain => modules[at].gain = true,
                     ParameterRole::InputGain => modules[at].input_gain = true,
                     ParameterRole::Scaling { rank, dropout } => {

@@ -225,6 +225,8 @@ struct Sizes {
     added_parameters: u64,
     /// Bytes of all trained parameters, f32.
     trained: u64,
+    /// Bytes of the factors that are computed from them, f32.
+    computed: u64,
     /// Bytes of the largest trained parameter.
     largest_trained: u64,
     /// Bytes of the largest weight of the checkpoint, f32.
@@ -299,6 +301,12 @@ impl Sizes {
                 .sum(),
             selection: dense_gradient + candidates.map(|count| count * CANDIDATE).sum::<u64>(),
             trained: work.parameters.iter().filter(|p| p.trainable).map(bytes).sum(),
+            computed: work
+                .parameters
+                .iter()
+                .filter(|p| matches!(p.role, ParameterRole::Computed { .. }))
+                .map(bytes)
+                .sum(),
             largest_trained: work.parameters.iter().filter(|p| p.trainable).map(bytes).max().unwrap_or(0),
             largest_weight: shapes.iter().map(|shape| shape.numel() * F32).max().unwrap_or(0),
             trains_head,
@@ -413,7 +421,8 @@ impl Sizes {
         let any_tracked = self.first_tracked <= last;
         let (at_top, largest) =
             if any_tracked { (at_top, largest) } else { (self.layers[last].forward(batch), 0) };
-        let before = if work.accumulation > 1 { self.trained } else { 0 };
+        let gradients = self.trained + self.computed;
+        let before = if work.accumulation > 1 { gradients } else { 0 };
         let head_gradient = if self.trains_head { self.vocabulary } else { 0 };
         let logits = self.head(work, batch, true);
         let backward = if any_tracked { self.layers[last].backward(batch, checkpointing) } else { 0 };
@@ -421,7 +430,7 @@ impl Sizes {
         if self.machine.pools() {
             // Nothing goes back before the step is over.
             return Components {
-                gradients: before + self.trained,
+                gradients: before + gradients,
                 activations: at_top + largest.saturating_sub(kept[last]) + shared + backward + embedding,
                 logits,
                 ..self.resident()
@@ -440,7 +449,7 @@ impl Sizes {
         };
         // At the lower end all gradients are there and one layer is left; the embedding's gradient comes last.
         let bottom = Components {
-            gradients: before + self.trained,
+            gradients: before + gradients,
             activations: shared + (largest + backward).max(embedding + input),
             ..self.resident()
         };
@@ -454,7 +463,10 @@ impl Sizes {
     }
 
     fn update(&self) -> Components {
-        Components { gradients: self.trained, copies: 3 * self.largest_trained, ..self.resident() }
+        // Gradients of computed factors become those of the parameters while both are there; later new factors stand
+        // beside the old ones.
+        let gradients = self.trained + self.computed;
+        Components { gradients, copies: 3 * self.largest_trained, ..self.resident() }
     }
 
     fn saving(&self) -> Components {
