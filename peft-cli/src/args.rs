@@ -88,6 +88,9 @@ pub struct ExportArgs {
     /// The form to write.
     #[arg(long, value_enum)]
     pub format: ExportFormat,
+    /// Share the singular values of each change evenly between its two factors, which suits further training.
+    #[arg(long)]
+    pub balanced: bool,
     /// The folder to write; it must be empty or not there.
     #[arg(short, long, value_name = "DIR")]
     pub output: PathBuf,

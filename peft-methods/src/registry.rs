@@ -4,6 +4,7 @@ use crate::full::FULL;
 use crate::ia3::IA3;
 use crate::lamda::LAMDA;
 use crate::lora::LORA;
+use crate::lora_sb::{CoreAdapter, LORA_SB, LORA_XS};
 use crate::nola::NOLA;
 use crate::selected::{BITFIT, NORM_ONLY, TRAIN_ONLY};
 use crate::vera::VERA;
@@ -19,7 +20,8 @@ use std::fmt::Debug;
 use std::path::Path;
 
 /// Every method, as they are listed.
-pub static METHODS: &[&Kind] = &[&LORA, &VERA, &NOLA, &LAMDA, &IA3, &NORM_ONLY, &BITFIT, &TRAIN_ONLY, &FULL];
+pub static METHODS: &[&Kind] =
+    &[&LORA, &LORA_XS, &LORA_SB, &VERA, &NOLA, &LAMDA, &IA3, &NORM_ONLY, &BITFIT, &TRAIN_ONLY, &FULL];
 
 /// A method as the program knows it before a recipe names it.
 #[derive(Debug)]
@@ -195,5 +197,9 @@ pub fn file_formats() -> impl Iterator<Item = &'static FileFormat> {
 /// # Errors
 /// A `peft_type` that no method has, or a folder that is damaged.
 pub fn open_adapter(dir: &Path) -> Result<Box<dyn SavedAdapter>, AdapterError> {
+    // Its configuration is a plain LoRA's; only its tensors tell.
+    if CoreAdapter::is_released(dir) {
+        return Ok(Box::new(CoreAdapter::open_released(dir)?));
+    }
     peft_core::adapter::open_adapter(dir, file_formats())
 }

@@ -15,11 +15,12 @@ use peft_core::random::Stream;
 use peft_core::text::Tokenizer;
 use peft_core::train::{
     EvalMetrics, Every, GradientCheckpointing, Identity, Method, NamedOptimizer, Observer, Outcome,
-    Preparation, Schedule, StepGradients, StepMetrics, StepSettings, TrainConfig, Trainer, Warmup,
+    Preparation, RunLength, Schedule, StepGradients, StepMetrics, StepSettings, TrainConfig, Trainer, Warmup,
     accumulate,
 };
 use peft_methods::{METHODS, MethodBlock, RunContext, open_adapter};
 use peft_tests::{golden, root};
+use serde_json::{Map, Value, json};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::AtomicBool;
@@ -68,6 +69,39 @@ const CASES: &[Case] = &[
         knows_base: false,
         is_low_rank: false,
         refused: &[(r#"{"type": "lora", "use_dora": true, "lora_bias": true}"#, "exclude each other")],
+    },
+    Case {
+        block: r#"{"type": "lora_xs", "r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}"#,
+        base: "llama_bias",
+        // r² a module.
+        trained: 2 * 2 * 3 * 3,
+        // All but: the first R is normal with deviation 1e-5.
+        starts_at_base: false,
+        knows_base: false,
+        is_low_rank: true,
+        refused: &[
+            (r#"{"type": "lora_xs", "r": 0}"#, "r is 0"),
+            (r#"{"type": "lora_xs", "r": 13, "target_modules": "all-linear"}"#, "too small for r: 13"),
+            (r#"{"type": "lora_xs", "r": 4, "scale": 0}"#, "scale is 0"),
+            (r#"{"type": "lora_xs", "r": 4, "scale": 1, "lora_alpha": 8}"#, "keep one"),
+            (r#"{"type": "lora_xs", "r": 2, "target_modules": ["embed_tokens"]}"#, "embed_tokens"),
+        ],
+    },
+    Case {
+        block: r#"{"type": "lora_sb", "r": 3, "target_modules": "all-linear", "init_num_samples": 4}"#,
+        base: "llama_gqa_tied",
+        trained: 2 * 7 * 3 * 3,
+        starts_at_base: false,
+        knows_base: false,
+        is_low_rank: true,
+        refused: &[
+            (r#"{"type": "lora_sb", "r": 8, "lora_alpha": 16}"#, "no scale to tune"),
+            (r#"{"type": "lora_sb", "r": 19, "target_modules": ["k_proj"]}"#, "too small for r: 19"),
+            (r#"{"type": "lora_sb", "eta": 0.0}"#, "eta is 0"),
+            (r#"{"type": "lora_sb", "eta": 1e-4, "paper_compat": true}"#, "keep one"),
+            (r#"{"type": "lora_sb", "init_num_samples": 0}"#, "init_num_samples is 0"),
+            (r#"{"type": "lora_sb", "init_samples": 5}"#, "unknown key `init_samples`"),
+        ],
     },
     Case {
         block: r#"{"type": "full"}"#,
@@ -192,6 +226,9 @@ const CASES: &[Case] = &[
 const STEP: StepSettings =
     StepSettings { gradient_checkpointing: GradientCheckpointing::Off, loss_chunk_rows: None };
 
+const LENGTH: RunLength =
+    RunLength { learning_rate: 1e-3, warmup: Warmup::Steps(0), total_steps: 1, epochs: 1.0 };
+
 impl Case {
     fn base_dir(&self) -> PathBuf {
         golden("families").join(self.base)
@@ -214,8 +251,14 @@ impl Case {
     /// The method with the model that it has prepared.
     fn prepared(&self) -> (Box<dyn Method>, Decoder) {
         let (mut method, mut model, examples) = (self.method(), open(&self.base_dir()), examples());
-        let preparation =
-            Preparation { seed: 7, examples: &examples, micro_batch_size: 2, step: STEP, resume: None };
+        let preparation = Preparation {
+            seed: 7,
+            examples: &examples,
+            micro_batch_size: 2,
+            step: STEP,
+            length: LENGTH,
+            resume: None,
+        };
         method.prepare(&mut model, &preparation).unwrap();
         (method, model)
     }
@@ -499,18 +542,22 @@ fn a_product_of_factors_is_a_plain_lora() {
         let dir = tempfile::tempdir().unwrap();
         let (model, saved) = case.exported(dir.path());
         let (adapter, shapes) = (open_adapter(&saved).unwrap(), open(&case.base_dir()).base_shapes());
-        let out = dir.path().join("lora");
-        std::fs::create_dir(&out).unwrap();
-        let written = write_plain_lora(adapter.as_ref(), &shapes, (Some(case.base), None), &out);
-        assert_eq!(written.is_ok(), case.is_low_rank, "{}: {written:?}", case.block);
-        let Ok(written) = written else { continue };
-        let lora = Adapter::open(&out).unwrap();
-        let modules: usize = written.ranks.values().sum();
-        assert_eq!(modules, adapter.parts(&shapes, &model.device).unwrap().changes.len(), "{}", case.block);
-        let mut attached = open(&case.base_dir());
-        lora.attach(&mut attached).unwrap();
-        let difference = relative_difference(&logits(&attached), &logits(&model));
-        assert!(difference < 1e-5, "{}: {difference:.1e}", case.block);
+        for balanced in [false, true] {
+            let out = dir.path().join(format!("lora-{balanced}"));
+            std::fs::create_dir(&out).unwrap();
+            let written =
+                write_plain_lora(adapter.as_ref(), &shapes, (Some(case.base), None), balanced, &out);
+            assert_eq!(written.is_ok(), case.is_low_rank, "{}: {written:?}", case.block);
+            let Ok(written) = written else { continue };
+            let lora = Adapter::open(&out).unwrap();
+            let modules: usize = written.ranks.values().sum();
+            let changes = adapter.parts(&shapes, &model.device).unwrap().changes;
+            assert_eq!(modules, changes.len(), "{}", case.block);
+            let mut attached = open(&case.base_dir());
+            lora.attach(&mut attached).unwrap();
+            let difference = relative_difference(&logits(&attached), &logits(&model));
+            assert!(difference < 1e-5, "{}: {difference:.1e}", case.block);
+        }
     }
 }
 
@@ -539,6 +586,48 @@ fn a_damaged_file_is_refused_by_name() {
         assert!(open_adapter(&saved).is_err(), "{}: a cut file is taken", case.block);
         std::fs::remove_file(&file).unwrap();
         assert!(open_adapter(&saved).is_err(), "{}: no weights are taken", case.block);
+    }
+}
+
+/// Whatever a stranger's configuration says, it is understood or refused as bad input.
+#[test]
+fn a_configuration_may_say_anything() {
+    let strange = [
+        json!(null),
+        json!(true),
+        json!(-1),
+        json!(0),
+        json!(65_536),
+        json!(1_u64 << 62),
+        json!(1e300),
+        json!(""),
+        json!("(("),
+        json!("q_proj"),
+        json!([]),
+        json!(["q_proj", "nothing"]),
+        json!({"a": 1}),
+    ];
+    for case in CASES.iter().filter(|case| case.has_adapter()) {
+        let dir = tempfile::tempdir().unwrap();
+        let (_, saved) = case.exported(dir.path());
+        let path = saved.join("adapter_config.json");
+        let written: Map<String, Value> = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+        let (base, checkpoint) = (open(&case.base_dir()), case.checkpoint());
+        let mut refused = 0;
+        for (key, value) in written.keys().flat_map(|key| strange.iter().map(move |value| (key, value))) {
+            let mut config = written.clone();
+            config.insert(key.clone(), value.clone());
+            std::fs::write(&path, Value::Object(config).to_string()).unwrap();
+            let used = open_adapter(&saved).and_then(|adapter| {
+                adapter.require_base(&checkpoint)?;
+                adapter.attach(&mut base.clone())
+            });
+            if let Err(error) = used {
+                refused += 1;
+                assert!(error.is_bad_input(), "{}: {key}: {value}: {error}", case.block);
+            }
+        }
+        assert!(refused > 0, "{}", case.block);
     }
 }
 
@@ -608,7 +697,8 @@ pub fn train(
     resume: Option<&Path>,
 ) -> BTreeMap<String, Vec<u8>> {
     let examples = examples();
-    let preparation = Preparation { seed: 7, examples: &examples, micro_batch_size: 2, step: STEP, resume };
+    let preparation =
+        Preparation { seed: 7, examples: &examples, micro_batch_size: 2, step: STEP, length: LENGTH, resume };
     method.prepare(&mut model, &preparation).unwrap();
     let artifact = output_dir.join(method.artifact());
     let adamw = AdamW { beta_1: 0.9, beta_2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };

@@ -1,14 +1,18 @@
 //! Gradients of the whole step against central differences, every parameter training.
 
 use crate::families::open;
+use crate::program::BASE;
 use burn::tensor::{Tensor, TensorData};
 use peft_core::data::{Batch, Example, collate};
 use peft_core::model::Decoder;
 use peft_core::projection::DropoutKey;
 use peft_core::random::Stream;
-use peft_core::train::{GradientCheckpointing, StepGradients, StepSettings, accumulate, evaluate};
-use peft_tests::golden;
-use std::collections::BTreeMap;
+use peft_core::train::{
+    GradientCheckpointing, StepGradients, StepSettings, accumulate, evaluate, layer_gradients,
+};
+use peft_tests::{golden, root};
+use std::collections::{BTreeMap, BTreeSet};
+use std::convert::Infallible;
 
 fn examples() -> Vec<Example> {
     let example = |length: usize, seed: u64| {
@@ -77,6 +81,70 @@ fn directional_derivatives_agree_with_differences() {
             let found = (loss(step) - loss(-step)) / (2.0 * f64::from(step));
             let tolerance = 2e-2 * expected.abs() + 1e-3;
             assert!((found - expected).abs() < tolerance, "{family} {name}: {found} for {expected}");
+        }
+    }
+}
+
+/// Summed layer by layer over batches, gradients are those of whole backwards added up, and each call brings no more than
+/// one layer's.
+#[test]
+fn gradients_by_layer_are_the_sum_over_batches() {
+    let examples = examples();
+    let factors = [0.25, 0.03];
+    let batches: Vec<(Batch, f64)> =
+        examples.iter().zip(factors).map(|(example, factor)| (collate(&[example], 0), factor)).collect();
+    for (family, folder, names) in [
+        (
+            "llama",
+            golden("families/llama"),
+            vec!["self_attn.q_proj.weight", "mlp.down_proj.weight", "lm_head.weight"],
+        ),
+        ("qwen3", golden("families/qwen3_tied"), vec!["self_attn.k_proj.weight", "mlp.gate_proj.weight"]),
+        ("quickstart", root().join(BASE), vec!["o_proj.weight"]),
+    ] {
+        let mut model = open(&folder);
+        let wanted: BTreeSet<String> = model
+            .parameters()
+            .iter()
+            .filter(|parameter| names.iter().any(|name| parameter.name.ends_with(name)))
+            .map(|parameter| parameter.name.clone())
+            .collect();
+        let step =
+            StepSettings { gradient_checkpointing: GradientCheckpointing::Off, loss_chunk_rows: Some(3) };
+        let mut calls: Vec<BTreeMap<String, Vec<f32>>> = Vec::new();
+        let done: Result<(), Infallible> =
+            layer_gradients(&mut model, &wanted, &batches, step, |gradients| {
+                let host =
+                    |(name, gradient): (String, Tensor<2>)| (name, gradient.try_into_vec_as().unwrap());
+                calls.push(gradients.into_iter().map(host).collect());
+                Ok(())
+            });
+        done.unwrap();
+        assert!(!model.parameters().iter().any(|parameter| parameter.trainable));
+
+        let layer = |name: &String| name.split('.').nth(2).and_then(|part| part.parse::<usize>().ok());
+        let order: Vec<BTreeSet<Option<usize>>> =
+            calls.iter().map(|call| call.keys().map(layer).collect()).collect();
+        let layers = (0..model.layers().len()).rev().map(|layer| BTreeSet::from([Some(layer)]));
+        let head = (family == "llama").then(|| BTreeSet::from([None]));
+        assert_eq!(order, head.into_iter().chain(layers).collect::<Vec<_>>(), "{family}");
+        let found: BTreeMap<String, Vec<f32>> = calls.into_iter().flatten().collect();
+        assert_eq!(found.keys().cloned().collect::<BTreeSet<_>>(), wanted, "{family}");
+
+        for parameter in model.parameters_mut() {
+            parameter.trainable = wanted.contains(&parameter.name);
+        }
+        let mut whole = StepGradients::default();
+        let key = DropoutKey { seed: 0, step: 0, micro_batch: 0 };
+        for (batch, factor) in &batches {
+            accumulate(&model, batch, *factor, key, step, &mut whole);
+        }
+        for (name, gradient) in whole.gradients {
+            let expected: Vec<f32> = gradient.try_into_vec_as().unwrap();
+            let scale = expected.iter().fold(1e-6f32, |max, v| max.max(v.abs()));
+            let difference =
+                found[&name].iter().zip(&expected).fold(0f32, |max, (a, b)| max.max((a - b).abs()));
+            assert!(difference < 1e-5 * scale, "{family} {name}: {difference} of {scale}");
         }
     }
 }

@@ -14,7 +14,7 @@ use peft_core::linalg::Matrix;
 use peft_core::model::{ComputeType, Decoder, load};
 use peft_core::random::Stream;
 use peft_core::text::Tokenizer;
-use peft_core::train::{GradientCheckpointing, Method, Preparation, StepSettings};
+use peft_core::train::{GradientCheckpointing, Method, Preparation, RunLength, StepSettings, Warmup};
 use peft_methods::{Lora, LoraBlock, init};
 use peft_tests::{golden, peft_ok, root};
 use serde_json::{Value, json};
@@ -206,6 +206,7 @@ fn initialised(method: Value, compute: ComputeType, resume: Option<&Path>) -> (D
         examples: &examples(60),
         micro_batch_size: 4,
         step: StepSettings { gradient_checkpointing: GradientCheckpointing::Layers, loss_chunk_rows: None },
+        length: RunLength { learning_rate: 1e-3, warmup: Warmup::Steps(0), total_steps: 1, epochs: 1.0 },
         resume,
     };
     lora.prepare(&mut model, &preparation).unwrap();

@@ -7,7 +7,7 @@ use crate::variants::{batches, steps};
 use peft_core::adapter::{RewriteOptions, fold};
 use peft_core::checkpoint::{Checkpoint, SafetensorsFile};
 use peft_core::kernels::AdamW;
-use peft_core::train::{GradientCheckpointing, Preparation, StepSettings};
+use peft_core::train::{GradientCheckpointing, Preparation, RunLength, StepSettings, Warmup};
 use peft_methods::{MethodBlock, RunContext, open_adapter};
 use peft_tests::golden;
 use serde_json::Value;
@@ -36,7 +36,9 @@ fn thirty_steps_equal_pefts() {
         let mut method = block.block.method(&run).unwrap();
         let mut model = open(&base);
         let step = StepSettings { gradient_checkpointing: GradientCheckpointing::Off, loss_chunk_rows: None };
-        let preparation = Preparation { seed: 0, examples: &[], micro_batch_size: 2, step, resume: None };
+        let length = RunLength { learning_rate: 1e-3, warmup: Warmup::Steps(0), total_steps: 1, epochs: 1.0 };
+        let preparation =
+            Preparation { seed: 0, examples: &[], micro_batch_size: 2, step, length, resume: None };
         method.prepare(&mut model, &preparation).unwrap();
         let adamw = AdamW { beta_1: 0.9, beta_2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
         let losses = steps(&mut model, method.as_mut(), adamw, &batches);

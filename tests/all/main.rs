@@ -13,6 +13,7 @@ mod init;
 mod inits;
 mod kin;
 mod lamda;
+mod lora_sb;
 mod merging;
 mod nola;
 mod packing;

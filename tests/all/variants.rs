@@ -9,8 +9,8 @@ use peft_core::kernels::AdamW;
 use peft_core::model::Decoder;
 use peft_core::projection::DropoutKey;
 use peft_core::train::{
-    GradientCheckpointing, ManyOptimizer, Method, NamedOptimizer, Preparation, Progress, StepGradients,
-    StepSettings, accumulate, update_parameters,
+    GradientCheckpointing, ManyOptimizer, Method, NamedOptimizer, Preparation, Progress, RunLength,
+    StepGradients, StepSettings, Warmup, accumulate, update_parameters,
 };
 use peft_methods::Lora;
 use peft_tests::golden;
@@ -42,7 +42,9 @@ fn train(dir: &Path) -> (PathBuf, Lora, Decoder, Vec<f64>) {
     let epsilon = if json["method"]["lora_fa"].is_boolean() { 1e-12 } else { 1e-8 };
     let mut method = Lora::new(block, "base", None, Some(dir.join("initial"))).unwrap();
     let mut model = open(&base);
-    let preparation = Preparation { seed: 0, examples: &[], micro_batch_size: 2, step: STEP, resume: None };
+    let length = RunLength { learning_rate: 1e-3, warmup: Warmup::Steps(0), total_steps: 1, epochs: 1.0 };
+    let preparation =
+        Preparation { seed: 0, examples: &[], micro_batch_size: 2, step: STEP, length, resume: None };
     method.prepare(&mut model, &preparation).unwrap();
     let adamw = AdamW { beta_1: 0.9, beta_2: 0.999, epsilon, weight_decay: 0.0 };
     let losses = steps(&mut model, &mut method, adamw, &batches(&golden("variants/batches.safetensors")));
@@ -64,11 +66,13 @@ pub fn steps(
         let key = DropoutKey { seed: 0, step: step as u64, micro_batch: 0 };
         let mut sums = StepGradients::default();
         accumulate(model, &batch, scale, key, STEP, &mut sums);
-        losses.push(sums.loss_sum * scale);
+        losses.push(sums.losses().0 * scale);
         let mut gradients: BTreeMap<_, _> = sums.gradients;
         let progress = Progress { step: step as u64, total_steps: batches.len() as u64 };
-        method.before_update(model, &mut gradients, progress);
-        update_parameters(model, &mut optimizer, gradients, |name| method.peak_rate(name, RATE));
+        if method.acts_on_gradients() {
+            method.before_update(model, &mut gradients, progress);
+        }
+        update_parameters(model, &mut optimizer, gradients, None, |name| method.peak_rate(name, RATE));
     }
     losses
 }

@@ -10,7 +10,8 @@ use peft_core::model::{ComputeType, Decoder, load};
 use peft_core::projection::DropoutKey;
 use peft_core::train::plan::{BatchShape, Phase, Workload, predict};
 use peft_core::train::{
-    GradientCheckpointing, Method, MethodPlan, Preparation, StepGradients, StepSettings, accumulate, evaluate,
+    GradientCheckpointing, Method, MethodPlan, Preparation, RunLength, StepGradients, StepSettings, Warmup,
+    accumulate, evaluate,
 };
 use peft_methods::{Full, Lora};
 use peft_tests::root;
@@ -95,24 +96,28 @@ fn compare(model: &Decoder, plan: &MethodPlan, cases: &[(usize, usize, usize, Gr
         println!("{what:?}: step {ratio:.3}, evaluation {:.3}", of(Phase::Evaluation) / evaluated);
         assert!((0.95..1.13).contains(&ratio), "step {what:?}: {} of {stepped}", of(Phase::Step));
         let ratio = of(Phase::Evaluation) / evaluated;
-        assert!((0.9..1.3).contains(&ratio), "evaluation {what:?}: {} of {evaluated}", of(Phase::Evaluation));
+        assert!((0.9..1.4).contains(&ratio), "evaluation {what:?}: {} of {evaluated}", of(Phase::Evaluation));
     }
 }
 
-/// A token of a generation is written into the cache in place: no copy of any layer's keys is made.
+/// A token of a generation is written into the cache in place: no copy of any layer's keys is made. What a product lays
+/// out for itself differs between processors, so what counts is how a token's bytes grow with the cache.
 fn no_token_copies_the_cache(model: &Decoder) {
     let c = &model.config;
     for rows in [1, 4] {
         // Left padding in all rows but the first.
         let mut cache = model.cache((0..rows).map(|row| row * 8).collect());
-        model.extend(&vec![5; rows * 1000], &mut cache);
-        // The first product of a kind makes room that the others use again.
-        model.extend(&vec![6; rows], &mut cache);
-        for _ in 0..3 {
-            let step = peak_of(|| drop(model.extend(&vec![7; rows], &mut cache)));
-            let keys = (4 * rows * c.num_key_value_heads * 1024 * c.head_dim) as f64;
-            assert!(step < 0.5 * keys, "{rows} rows: {step} bytes for a token, {keys} of keys");
-        }
+        let mut bytes_after = |tokens: usize| {
+            model.extend(&vec![5; rows * tokens], &mut cache);
+            // The first product of a kind makes room that the others use again.
+            model.extend(&vec![6; rows], &mut cache);
+            let token = |_| peak_of(|| drop(model.extend(&vec![7; rows], &mut cache)));
+            (0..3).map(token).fold(0.0, f64::max)
+        };
+        let (before, after) = (bytes_after(1000), bytes_after(1000));
+        let keys = (4 * rows * c.num_key_value_heads * 1000 * c.head_dim) as f64;
+        let growth = after - before;
+        assert!(growth < 0.3 * keys, "{rows} rows: {growth} bytes more for a token, {keys} of keys");
     }
 }
 
@@ -121,6 +126,7 @@ const PREPARATION: Preparation = Preparation {
     examples: &[],
     micro_batch_size: 1,
     step: StepSettings { gradient_checkpointing: GradientCheckpointing::Off, loss_chunk_rows: None },
+    length: RunLength { learning_rate: 1e-3, warmup: Warmup::Steps(0), total_steps: 1, epochs: 1.0 },
     resume: None,
 };
 

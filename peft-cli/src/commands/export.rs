@@ -29,8 +29,13 @@ pub fn run(args: ExportArgs) -> Result<(), CliError> {
 
     let staged = StagedDir::new(&args.output)?;
     let ExportFormat::PeftLora = args.format;
-    let written =
-        write_plain_lora(adapter.as_ref(), &model.base_shapes(), (Some(base), revision), staged.path())?;
+    let written = write_plain_lora(
+        adapter.as_ref(),
+        &model.base_shapes(),
+        (Some(base), revision),
+        args.balanced,
+        staged.path(),
+    )?;
     staged.commit()?;
     let output = args.output.display().to_string();
     if args.json {

@@ -13,11 +13,12 @@ pub fn run(args: MethodsArgs) -> Result<(), CliError> {
         println!("{}", Value::from(methods));
         return Ok(());
     }
-    let mut rows = vec![["type", "what it trains", "result"].map(str::to_string).to_vec()];
+    let longest = |text: fn(&Kind) -> &str| METHODS.iter().map(|kind| text(kind).chars().count()).max();
+    let (name, about) = (longest(|kind| kind.name).unwrap_or(0), longest(|kind| kind.about).unwrap_or(0));
+    println!("  {:<name$}  {:<about$}  result", "type", "what it trains");
     for kind in METHODS {
-        rows.push(vec![kind.name.to_string(), kind.about.to_string(), result(kind).to_string()]);
+        println!("  {:<name$}  {:<about$}  {}", kind.name, kind.about, result(kind));
     }
-    print!("{}", render::table(&rows));
     println!("\nnext:\n  {} init --method {} my.yaml", render::program(), METHODS[0].name);
     Ok(())
 }

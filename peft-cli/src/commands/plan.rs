@@ -13,8 +13,8 @@ use peft_core::model::{ComputeType, ModelConfig, ProjectionShape};
 use peft_core::text::Tokenizer;
 use peft_core::train::plan::{BatchShape, Calibration, calibrate, evaluation_batches};
 use peft_core::train::{
-    Every, MethodPlan, NamedOptimizer, ParameterRole, PlannedParameter, Preparation, TrainConfig,
-    require_vocabulary, state_bytes,
+    Every, MethodPlan, NamedOptimizer, ParameterRole, PlannedParameter, TrainConfig, require_vocabulary,
+    state_bytes,
 };
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -402,14 +402,7 @@ fn measure(
     let base = open::base(&recipe.base_model, hub)?;
     let mut method = train::method(recipe, &args.recipe, &base.checkpoint, args.offline)?;
     let mut model = peft_core::model::load(&base.checkpoint, device, compute)?;
-    let preparation = Preparation {
-        seed: recipe.seed,
-        examples: &data.train,
-        micro_batch_size: recipe.micro_batch_size,
-        step: config.step,
-        resume: None,
-    };
-    method.prepare(&mut model, &preparation)?;
+    method.prepare(&mut model, &config.preparation(&data.train, None))?;
     require_vocabulary(&model, "training data", &data.train)?;
     require_vocabulary(&model, "validation data", &data.validation)?;
     let mut optimizer = NamedOptimizer::new(train::adamw(&recipe.optimizer));

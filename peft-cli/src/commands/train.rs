@@ -18,8 +18,8 @@ use peft_core::data::{DataFile, Dataset, Example, load, split_validation};
 use peft_core::kernels::AdamW;
 use peft_core::model::{ModelConfig, ties_embeddings};
 use peft_core::train::{
-    Identity, Method, NamedOptimizer, Outcome, Preparation, RunSummary, StepSettings, TrainConfig, Trainer,
-    Warmup, saved_identity,
+    Identity, Method, NamedOptimizer, Outcome, RunSummary, StepSettings, TrainConfig, Trainer, Warmup,
+    saved_identity,
 };
 use peft_methods::RunContext;
 use serde_json::{Value, json};
@@ -74,14 +74,8 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
     }
 
     let mut model = peft_core::model::load(&base.checkpoint, &device, compute)?;
-    let preparation = Preparation {
-        seed: recipe.seed,
-        examples: &train,
-        micro_batch_size: recipe.micro_batch_size,
-        step: config.step,
-        resume: resume.as_deref(),
-    };
-    method.prepare(&mut model, &preparation)?;
+    method.prepare(&mut model, &config.preparation(&train, resume.as_deref()))?;
+    method.warnings().iter().for_each(|warning| render::warning(warning));
 
     let base_sha256 = base.checkpoint.sha256();
     let trainable: u64 = model.parameters().iter().filter(|p| p.trainable).map(|p| p.numel() as u64).sum();

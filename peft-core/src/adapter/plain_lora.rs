@@ -5,9 +5,10 @@ use super::error::AdapterError;
 use super::folder::{finite_tensor, key, write_adapter};
 use super::saved::{Parts, SavedAdapter};
 use super::targets::{Pattern, Selection, TargetModules, select};
+use crate::linalg::{self, Matrix};
 use crate::model::BaseShapes;
 use crate::projection::Parameter;
-use burn::tensor::Device;
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
@@ -21,7 +22,8 @@ pub struct PlainLora {
 }
 
 /// Writes `adapter` as a plain LoRA for the same base, whose modules are `base`, into the existing folder `dir`: `ΔW = B·A`
-/// with the scale 1. `base_name` and `revision` are what its configuration says of the base.
+/// with the scale 1. With `balanced`, `B` and `A` share the singular values of `ΔW` evenly, which suits further training;
+/// otherwise they are the changes' own factors. `base_name` and `revision` are what its configuration says of the base.
 ///
 /// # Errors
 /// Those of [`SavedAdapter::parts`]; a change without exact factors, or tensors that are replaced whole; a failure to
@@ -30,6 +32,7 @@ pub fn write_plain_lora(
     adapter: &dyn SavedAdapter,
     base: &BaseShapes,
     (base_name, revision): (Option<&str>, Option<&str>),
+    balanced: bool,
     dir: &Path,
 ) -> Result<PlainLora, AdapterError> {
     let Parts { changes, whole } = adapter.parts(base, &Device::flex())?;
@@ -43,6 +46,7 @@ pub fn write_plain_lora(
             let reason = "has a change that is no product of two factors".to_string();
             return Err(AdapterError::Target { module: path.clone(), reason });
         };
+        let (b, a) = if balanced { balance(path, &b, &a)? } else { (b, a) };
         let parameters = [("lora_A", a), ("lora_B", b)]
             .map(|(part, value)| Parameter::matrix(format!("{path}.{part}.weight"), value));
         factors.insert(path.clone(), parameters);
@@ -72,6 +76,20 @@ pub fn write_plain_lora(
         .map(|factor| finite_tensor(key(&factor.name, ""), factor.shape.clone(), dir, || factor.to_host()));
     write_adapter(dir, config.to_json(), tensors.collect())?;
     Ok(PlainLora { ranks, values: parameters().map(|factor| factor.numel() as u64).sum() })
+}
+
+/// The factors with the singular values of their product shared evenly.
+fn balance(path: &str, b: &Tensor<2>, a: &Tensor<2>) -> Result<(Tensor<2>, Tensor<2>), AdapterError> {
+    let host = |factor: &Tensor<2>| {
+        let values: Vec<f32> = factor.clone().into_data().iter::<f32>().collect();
+        Matrix::from_rows(&values, factor.dims())
+    };
+    let tensor = |factor: &Matrix| {
+        Tensor::from_data(TensorData::new(factor.to_rows(), factor.dims()), (&Device::flex(), DType::F32))
+    };
+    let found = host(b).and_then(|b| linalg::balanced(&b, &host(a)?));
+    let (b, a) = found.map_err(|source| AdapterError::Decomposition { module: path.to_string(), source })?;
+    Ok((tensor(&b), tensor(&a)))
 }
 
 /// The last parts of the paths where those select the same modules, otherwise the paths.

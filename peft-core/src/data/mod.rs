@@ -35,7 +35,7 @@ pub use config::{DatasetConfig, DatasetType, MessageProperties, TrainOnEos};
 pub use epochs::{Epoch, Epochs, Rows};
 pub use error::DataError;
 pub use packing::PackingReport;
-pub use split::split_validation;
+pub use split::{samples, split_validation};
 pub use tokenise::{Example, examples_sha256};
 pub use truncation::{OnTruncation, Report};
 

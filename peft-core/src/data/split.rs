@@ -1,6 +1,6 @@
-//! Setting validation records aside.
+//! Setting validation records aside, and picking samples.
 
-use super::DataError;
+use super::{DataError, Example};
 use crate::random::Stream;
 
 /// Chooses validation records at random and returns the examples' indices as `(train, validation)`, both ascending.
@@ -37,6 +37,12 @@ pub fn split_validation(
     records.truncate(size);
     records.sort_unstable();
     Ok((0..record_of.len()).partition(|&example| records.binary_search(&record_of[example]).is_err()))
+}
+
+/// At most `count` of the examples, evenly spread over them.
+pub fn samples(examples: &[Example], count: usize) -> Vec<&Example> {
+    let count = count.min(examples.len());
+    (0..count).map(|i| &examples[i * examples.len() / count]).collect()
 }
 
 #[cfg(test)]

@@ -14,6 +14,7 @@ mod cpu;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod dropout;
 mod gated;
 mod linear;
 mod norm;
@@ -21,6 +22,7 @@ mod rms_norm;
 mod rotary;
 mod seed;
 mod segments;
+mod skip;
 #[cfg(test)]
 mod tests;
 
@@ -32,13 +34,15 @@ pub use basis::RandomBasis;
 pub use cross_entropy::{CrossEntropy, cross_entropy, head_loss};
 #[cfg(feature = "cuda")]
 pub use cuda::{fault, profile};
+pub use dropout::{Dropout, dropout};
 pub use gated::silu_gate;
 pub use linear::{AdaptedLinear, LinearInput, LowRankTerm, ScaledPairTerm, Term, adapted_linears};
-pub use norm::sum_of_squares;
+pub use norm::{Clip, clip_factor, sum_of_squares};
 pub use rms_norm::rms_norm;
 pub use rotary::rotate;
 pub use seed::backward_from;
 pub use segments::{SegmentGroup, group_segments};
+pub use skip::{Residual, Skip};
 
 use burn::tensor::{DType, Device, Tensor};
 

@@ -106,27 +106,31 @@ fn inputs_of(
 fn assembled(
     front: Front,
     maps: Maps,
+    p: f64,
     inputs: Vec<Tensor<2>>,
-) -> (LinearInput, Vec<AdaptedLinear>, Option<Tensor<2>>) {
+) -> (LinearInput, Vec<AdaptedLinear>, Option<Residual>) {
     let mut inputs = inputs.into_iter();
     let mut next = || inputs.next().unwrap();
     let raw = next();
     let input = match front {
         Front::Plain => LinearInput::Plain(raw),
-        Front::Normed => LinearInput::Normed { x: raw, weight: next(), epsilon: 1e-5 },
+        Front::Normed => LinearInput::Normed { x: raw, weight: next(), epsilon: 1e-5, skip: None },
         Front::Gated => LinearInput::Gated(raw),
     };
     let residual = next();
-    let maps = maps.iter().map(|(_, rank, bias)| AdaptedLinear {
+    let maps = maps.iter().enumerate().map(|(index, (_, rank, bias))| AdaptedLinear {
         weight: next(),
         bias: bias.then(&mut next),
         term: (*rank > 0).then(|| {
             let (a, b) = (next(), next());
-            Term::LowRank(LowRankTerm { a, b, bias: None, gain: None, scale: 0.7, mask: None })
+            // The first map keeps everything where there are more.
+            let drops = p > 0.0 && index + 1 == maps.len();
+            let dropout = drops.then_some(Dropout { p, key: 1 + index as u64 });
+            Term::LowRank(LowRankTerm { a, b, bias: None, gain: None, scale: 0.7, dropout })
         }),
     });
     let maps = maps.collect();
-    (input, maps, Some(residual))
+    (input, maps, Some(residual.into()))
 }
 
 #[test]
@@ -140,19 +144,60 @@ fn joint_linear_maps() {
     ];
     for place in &places() {
         for (front, width, maps, rows) in cases {
-            for recompute in [false, true] {
+            for (recompute, p) in [(false, 0.0), (true, 0.0), (false, 0.3)] {
                 let inputs = inputs_of(front, width, maps, rows, place);
-                let what = format!("{front:?} {width} → {maps:?}, {rows} rows, recompute {recompute}");
+                let what =
+                    format!("{front:?} {width} → {maps:?}, {rows} rows, recompute {recompute}, dropout {p}");
                 let fused = |inputs| {
-                    let (input, maps, residual) = assembled(front, maps, inputs);
+                    let (input, maps, residual) = assembled(front, maps, p, inputs);
                     adapted_linears(input, maps, residual, recompute)
                 };
                 let plain = |inputs| {
-                    let (input, maps, residual) = assembled(front, maps, inputs);
+                    let (input, maps, residual) = assembled(front, maps, p, inputs);
                     linear::plain(input, maps, residual)
                 };
                 compare(&what, place, &inputs, fused, plain);
             }
+        }
+    }
+}
+
+/// `W₂·(W₁·norm(x)) + x`, whose gradient of `x` goes around the maps as well; once with a gain, for which the norm is
+/// no part of the maps and does not wait for it.
+#[test]
+fn a_gradient_around_a_branch() {
+    let (rows, width, middle) = (9, 24, 40);
+    for place in &places() {
+        let factors = (place.0.clone(), DType::F32, place.2);
+        let inputs = [
+            random("x", [rows, width], place),
+            random("norm", [1, width], place),
+            random("w1", [middle, width], place),
+            random("w2", [width, middle], place),
+            random("a", [2, width], &factors),
+            random("b", [middle, 2], &factors),
+        ];
+        for gained in [false, true] {
+            let block = |inputs: Vec<Tensor<2>>, fused: bool| {
+                let skip = Some(Skip::default());
+                let [x, norm, w1, w2, a, b] = inputs.try_into().unwrap();
+                let input =
+                    LinearInput::Normed { x: x.clone(), weight: norm, epsilon: 1e-5, skip: skip.clone() };
+                let gain = gained.then(|| random("gain", [1, middle], &factors));
+                let dropout = Some(Dropout { p: 0.25, key: 1 << 40 });
+                let term = Term::LowRank(LowRankTerm { a, b, bias: None, gain, scale: 0.7, dropout });
+                let first = vec![AdaptedLinear { weight: w1, bias: None, term: Some(term) }];
+                let second = vec![AdaptedLinear { weight: w2, bias: None, term: None }];
+                let residual = Some(Residual { value: x, skip });
+                if fused {
+                    let y = adapted_linears(input, first, None, false);
+                    adapted_linears(LinearInput::Plain(y), second, residual, false)
+                } else {
+                    linear::plain(LinearInput::Plain(linear::plain(input, first, None)), second, residual)
+                }
+            };
+            let what = format!("gained {gained}");
+            compare(&what, place, &inputs, |inputs| block(inputs, true), |inputs| block(inputs, false));
         }
     }
 }
@@ -172,14 +217,13 @@ fn terms_with_gain_dropout_and_bias() {
         ];
         for dropped in [false, true] {
             let maps = |inputs: &[Tensor<2>]| {
-                let mask = random("mask", [rows, width], &factors).greater_elem(0.0).float().mul_scalar(2.0);
                 let term = LowRankTerm {
                     a: inputs[2].clone(),
                     b: inputs[3].clone(),
                     bias: Some(inputs[4].clone()),
                     gain: Some(inputs[5].clone()),
                     scale: 1.5,
-                    mask: dropped.then_some(mask),
+                    dropout: dropped.then_some(Dropout { p: 0.4, key: 3 }),
                 };
                 vec![AdaptedLinear { weight: inputs[1].clone(), bias: None, term: Some(Term::LowRank(term)) }]
             };
@@ -207,7 +251,8 @@ fn gains_and_scaled_pairs() {
         };
         let scaled = |vectors: &[Tensor<2>]| {
             let ([a, b], (outer, inner)) = (pair.clone(), (vectors[0].clone(), vectors[1].clone()));
-            Term::ScaledPair(ScaledPairTerm { a, b, inner, outer, mask: None })
+            let dropout = Some(Dropout { p: 0.2, key: 5 });
+            Term::ScaledPair(ScaledPairTerm { a, b, inner, outer, dropout })
         };
         type MakesTerm<'a> = &'a dyn Fn(&[Tensor<2>]) -> Term;
         let terms: [(&str, usize, MakesTerm); 2] = [("gains", width, &gains), ("scaled pair", rank, &scaled)];
@@ -253,18 +298,27 @@ fn gains_and_a_scaled_pair_by_hand() {
     let gain = |v: Vec<f32>| Some(matrix(v, [1, 2]));
     assert_eq!(run(Term::Gains { input: gain(vec![2., 1.]), output: gain(vec![1., -1.]) }), [5., -11.]);
     assert_eq!(run(Term::Gains { input: None, output: gain(vec![2., 1.]) }), [8., 8.]);
-    let pair = |mask| {
+    let pair = |dropout| {
         Term::ScaledPair(ScaledPairTerm {
             a: matrix(vec![1., 1.], [1, 2]),
             b: matrix(vec![1., 2.], [2, 1]),
             inner: matrix(vec![3.], [1, 1]),
             outer: matrix(vec![1., 2.], [1, 2]),
-            mask,
+            dropout,
         })
     };
     assert_eq!(run(pair(None)), [10., 32.]);
     // Under the mask [2, 0] the pair alone sees [2, 0].
-    assert_eq!(run(pair(gain(vec![2., 0.]))), [10., 32.]);
+    assert_eq!(run(pair(Some(dropping([2., 0.])))), [10., 32.]);
+}
+
+/// A dropout whose factors of two elements are these.
+fn dropping(factors: [f32; 2]) -> Dropout {
+    let has = |dropout: &Dropout| {
+        let ones = Tensor::<2>::ones([1, 2], &Device::flex());
+        super::dropout::plain(ones, *dropout).try_into_vec_as::<f32>().unwrap() == factors
+    };
+    (0..).map(|key| Dropout { p: 0.5, key }).find(has).unwrap()
 }
 
 /// x = [1, 2, 3]; W = 0; A = [[3, 4, 5]], B = [[1], [2]], s = 2: x·Aᵀ = 26, so y = 2·26·[1, 2] + b + residual.
@@ -281,10 +335,10 @@ fn a_low_rank_term_by_hand() {
             bias: None,
             gain: None,
             scale: 2.0,
-            mask: None,
+            dropout: None,
         })),
     };
-    let residual = Some(matrix(vec![10., 20.], [1, 2]));
+    let residual = Some(matrix(vec![10., 20.], [1, 2]).into());
     let x = LinearInput::Plain(matrix(vec![1., 2., 3.], [1, 3]));
     let y: Vec<f32> = adapted_linears(x, vec![map], residual, false).try_into_vec_as().unwrap();
     assert_eq!(y, [62.5, 123.5]);
@@ -295,7 +349,7 @@ fn a_low_rank_term_by_hand() {
 fn a_gain_and_a_bias_by_hand() {
     let device = Device::flex();
     let matrix = |v: Vec<f32>, dims: [usize; 2]| Tensor::<2>::from_data(TensorData::new(v, dims), &device);
-    let run = |gain: Option<Vec<f32>>, mask: Option<Vec<f32>>| {
+    let run = |gain: Option<Vec<f32>>, dropout: Option<Dropout>| {
         let map = AdaptedLinear {
             weight: matrix(vec![1., 0., 0., 1.], [2, 2]),
             bias: Some(matrix(vec![10., 20.], [1, 2])),
@@ -305,7 +359,7 @@ fn a_gain_and_a_bias_by_hand() {
                 bias: Some(matrix(vec![0.5, 0.25], [1, 2])),
                 gain: gain.map(|gain| matrix(gain, [1, 2])),
                 scale: 2.0,
-                mask: mask.map(|mask| matrix(mask, [1, 2])),
+                dropout,
             })),
         };
         let x = LinearInput::Plain(matrix(vec![1., 2.], [1, 2]));
@@ -314,7 +368,27 @@ fn a_gain_and_a_bias_by_hand() {
     assert_eq!(run(None, None), [18., 34.5]);
     assert_eq!(run(Some(vec![2., 0.5]), None), [26., 27.25]);
     // With the mask [2, 0] the input is [2, 0]: low = 2·(2·[1, 2] + [0.5, 0.25]) = [5, 8.5], base [2, 0].
-    assert_eq!(run(Some(vec![2., 0.5]), Some(vec![2., 0.])), [23., 26.25]);
+    assert_eq!(run(Some(vec![2., 0.5]), Some(dropping([2., 0.]))), [23., 26.25]);
+}
+
+/// Which elements stay is the same everywhere, at any width, and about as many as asked for.
+#[test]
+fn dropped_elements() {
+    let cpu = (Device::flex(), DType::F32, 0.0);
+    for (rows, columns, p) in [(3, 5, 0.5), (70, 333, 0.1), (64, 256, 0.9)] {
+        let dropout = Dropout { p, key: 0x1234_5678_9abc_def0 };
+        let ones = |place: &(Device, DType, f32)| Tensor::<2>::ones([rows, columns], (&place.0, place.1));
+        let expected: Vec<f32> = super::dropout::plain(ones(&cpu), dropout).try_into_vec_as().unwrap();
+        let kept = expected.iter().filter(|value| **value != 0.0).count() as f64;
+        let count = (rows * columns) as f64;
+        assert!((kept - count * (1.0 - p)).abs() < 4.0 * (count * p * (1.0 - p)).sqrt(), "{kept} of {count}");
+        for place in &places() {
+            let what = format!("{rows} × {columns}");
+            let x = [random("x", [rows, columns], place)];
+            let found = |inputs: Vec<Tensor<2>>| super::dropout(inputs[0].clone(), dropout);
+            compare(&what, place, &x, found, |inputs| super::dropout::plain(inputs[0].clone(), dropout));
+        }
+    }
 }
 
 #[test]
@@ -497,9 +571,26 @@ fn updates_of_many_parameters() {
         let expected = one_by_one.reduce(|sum, square| sum + square).unwrap();
         assert_close("squares", squares.unwrap(), expected, 1e-5);
         let expected = updates().into_iter().map(|update| optimizer.update(update));
-        for (found, expected) in optimizer.update_all(updates()).into_iter().zip(expected) {
+        for (found, expected) in optimizer.update_all(updates(), None).into_iter().zip(expected) {
             for (found, expected) in found.into_iter().zip(expected) {
                 assert_close("update", found, expected, 1e-5);
+            }
+        }
+        // A norm of 5 clipped to 2; one of 1, which stays; one that is not finite, which changes nothing.
+        for (norm, max_norm, factor) in [(5f32, 2.0, 0.4), (1.0, 2.0, 1.0), (f32::NAN, 2.0, 0.0)] {
+            let sum_of_squares = Tensor::from_data([norm * norm], (&place.0, DType::F32));
+            let clip = Clip { sum_of_squares, max_norm };
+            let expected = updates().into_iter().map(|mut update| {
+                update.gradient = update.gradient.mul_scalar(factor);
+                match norm.is_finite() {
+                    true => optimizer.update(update),
+                    false => [update.parameter, update.moment_1, update.moment_2],
+                }
+            });
+            for (found, expected) in optimizer.update_all(updates(), Some(&clip)).into_iter().zip(expected) {
+                for (found, expected) in found.into_iter().zip(expected) {
+                    assert_close(&format!("norm {norm}"), found, expected, 1e-5);
+                }
             }
         }
     }

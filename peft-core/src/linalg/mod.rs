@@ -4,6 +4,7 @@
 //! callers run several matrices side by side. Values enter and leave as row-major f32 ([`Matrix::from_rows`],
 //! [`Matrix::to_rows`]), and finiteness is checked where they enter.
 
+mod balanced;
 mod eigen;
 mod error;
 mod inverse;
@@ -13,6 +14,7 @@ mod randomized_svd;
 mod svd;
 mod top_svd;
 
+pub use balanced::balanced;
 pub use eigen::{SymmetricEigen, symmetric_eigen};
 pub use error::LinalgError;
 pub use inverse::spd_inverse;

@@ -86,7 +86,7 @@ impl Decoder {
             }
             None => {
                 let embedding = &self.embed_tokens;
-                let term = embedding.head_term(tape, &x);
+                let term = embedding.head_term(tape);
                 let map = AdaptedLinear { weight: tape.read(&embedding.weight), bias: None, term };
                 let input = LinearInput::Plain(x.clone());
                 let logits = adapted_linears(input, vec![map], None, tape.recomputes());

@@ -77,7 +77,7 @@ impl Form for Combination {
         vec![&mut self.a.coefficients, &mut self.b.coefficients]
     }
 
-    fn term(&self, tape: &Tape, path: &str, x: &Tensor<2>, _weight: &Tensor<2>) -> Term {
+    fn term(&self, tape: &Tape, path: &str, _x: &Tensor<2>, _weight: &Tensor<2>) -> Term {
         let read = |factor: &CombinedFactor| match factor.coefficients.trainable {
             true => tape.leaf(&factor.name, &factor.value),
             false => factor.value.clone(),
@@ -88,7 +88,7 @@ impl Form for Combination {
             bias: None,
             gain: None,
             scale: self.scale,
-            mask: tape.dropout_mask(path, self.dropout, x.dims(), &x.device().without_autodiff()),
+            dropout: tape.dropout(path, self.dropout),
         })
     }
 
@@ -98,11 +98,6 @@ impl Form for Combination {
 
     fn factors(&self) -> Option<(Tensor<2>, Tensor<2>)> {
         Some((self.b.value.clone().mul_scalar(self.scale), self.a.value.clone()))
-    }
-
-    /// The mask of the dropout has its shape.
-    fn reads_input(&self) -> bool {
-        self.dropout > 0.0
     }
 }
 

@@ -4,6 +4,7 @@
 //! algebraic forms, one file each; methods decide where it attaches and with which initial values.
 
 mod combination;
+mod core;
 mod embedding;
 mod form;
 mod gains;
@@ -14,6 +15,7 @@ mod random_pair;
 mod spectral;
 mod tape;
 
+pub use self::core::Core;
 pub use combination::{Combination, CombinedFactor, pull_back, refresh};
 pub use embedding::{Embedding, TokenRows};
 pub use form::Form;
@@ -25,7 +27,7 @@ pub use random_pair::RandomPair;
 pub use spectral::Spectral;
 pub use tape::{DropoutKey, InputObserver, Tape};
 
-use crate::kernels::{AdaptedLinear, LinearInput, adapted_linears};
+use crate::kernels::{AdaptedLinear, LinearInput, Residual, adapted_linears};
 use burn::tensor::Tensor;
 use std::ops::{Deref, DerefMut};
 
@@ -43,6 +45,8 @@ pub enum Delta {
     Combination(Combination),
     /// `s·(B·S − B₀·S₀)·A`, with columns of `B` that stop training.
     Spectral(Spectral),
+    /// `s·B·R·A`.
+    Core(Core),
 }
 
 impl Deref for Delta {
@@ -55,6 +59,7 @@ impl Deref for Delta {
             Delta::RandomPair(form) => form,
             Delta::Combination(form) => form,
             Delta::Spectral(form) => form,
+            Delta::Core(form) => form,
         }
     }
 }
@@ -67,6 +72,7 @@ impl DerefMut for Delta {
             Delta::RandomPair(form) => form,
             Delta::Combination(form) => form,
             Delta::Spectral(form) => form,
+            Delta::Core(form) => form,
         }
     }
 }
@@ -111,7 +117,7 @@ pub fn project(
     tape: &Tape,
     projections: &[&Projection],
     input: LinearInput,
-    residual: Option<Tensor<2>>,
+    residual: Option<Residual>,
 ) -> Tensor<2> {
     // Some changes and observers look at the value that the projections get.
     let is_read =

@@ -98,17 +98,18 @@ impl Form for Spectral {
         [&mut self.a, &mut self.b, &mut self.core].into_iter().chain(&mut self.offset).collect()
     }
 
-    fn term(&self, tape: &Tape, path: &str, x: &Tensor<2>, _weight: &Tensor<2>) -> Term {
+    fn term(&self, tape: &Tape, path: &str, _x: &Tensor<2>, _weight: &Tensor<2>) -> Term {
         let a = self.a.value.clone();
-        let term = |b, mask| LowRankTerm { a: a.clone(), b, bias: None, gain: None, scale: self.scale, mask };
-        let mask = tape.dropout_mask(path, self.dropout, x.dims(), &x.device().without_autodiff());
+        let scale = self.scale;
+        let term = |b, dropout| LowRankTerm { a: a.clone(), b, bias: None, gain: None, scale, dropout };
+        let dropout = tape.dropout(path, self.dropout);
         let product = self.product(tape.read(&self.b), tape.read(&self.core));
-        match (&self.offset, mask) {
-            (None, mask) => Term::LowRank(term(product, mask)),
+        match (&self.offset, dropout) {
+            (None, dropout) => Term::LowRank(term(product, dropout)),
             (Some(offset), None) => Term::LowRank(term(product - offset.value.clone(), None)),
             // What the base is lessened by meets the input as the base does.
-            (Some(offset), mask) => {
-                Term::Sum(vec![term(product, mask), term(offset.value.clone().neg(), None)])
+            (Some(offset), dropout) => {
+                Term::Sum(vec![term(product, dropout), term(offset.value.clone().neg(), None)])
             }
         }
     }
@@ -120,18 +121,13 @@ impl Form for Spectral {
     fn factors(&self) -> Option<(Tensor<2>, Tensor<2>)> {
         Some((self.factor(), self.a.value.clone()))
     }
-
-    /// The mask of the dropout has its shape.
-    fn reads_input(&self) -> bool {
-        self.dropout > 0.0
-    }
 }
 
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
     use super::*;
-    use crate::kernels::LinearInput;
+    use crate::kernels::{LinearInput, dropout};
     use crate::projection::{Delta, DropoutKey, Projection, project};
     use crate::random::Stream;
     use burn::tensor::{Device, TensorData};
@@ -216,7 +212,7 @@ mod tests {
         let x = random([4, 5], 7);
         let here = projection(form.clone());
         let y = project(&Tape::untracked(KEY), &[&here], LinearInput::Plain(x.clone()), None);
-        let mask = Tape::untracked(KEY).dropout_mask("p", 0.5, [4, 5], &Device::flex()).unwrap();
+        let dropped = dropout(x.clone(), Tape::untracked(KEY).dropout("p", 0.5).unwrap());
         let path = form
             .b
             .value
@@ -226,7 +222,7 @@ mod tests {
             .matmul(form.a.value.clone());
         let taken = form.offset.unwrap().value.matmul(form.a.value).mul_scalar(SCALE);
         let base = here.weight.value - taken;
-        assert_close(y, x.clone().matmul(base.transpose()) + (x * mask).matmul(path.transpose()));
+        assert_close(y, x.clone().matmul(base.transpose()) + dropped.matmul(path.transpose()));
     }
 
     #[test]

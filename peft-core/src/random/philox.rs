@@ -17,15 +17,15 @@ pub fn philox_blocks<const LANES: usize>(key: [u32; 2], mut words: [[u64; LANES]
     let mut key = key;
     for _ in 0..ROUNDS {
         let [key_0, key_1] = key.map(u64::from);
-        let [w_0, w_1, w_2, w_3] = &mut words;
+        #[allow(clippy::needless_range_loop)] // Four arrays in step: this is what becomes vectors.
         for lane in 0..LANES {
             // 32 by 32 bits: the product cannot overflow.
-            let product_0 = first.wrapping_mul(w_0[lane] & LOW);
-            let product_1 = second.wrapping_mul(w_2[lane] & LOW);
-            w_0[lane] = (product_1 >> 32) ^ w_1[lane] ^ key_0;
-            w_1[lane] = product_1;
-            w_2[lane] = (product_0 >> 32) ^ w_3[lane] ^ key_1;
-            w_3[lane] = product_0;
+            let product_0 = first.wrapping_mul(words[0][lane] & LOW);
+            let product_1 = second.wrapping_mul(words[2][lane] & LOW);
+            words[0][lane] = (product_1 >> 32) ^ words[1][lane] ^ key_0;
+            words[1][lane] = product_1;
+            words[2][lane] = (product_0 >> 32) ^ words[3][lane] ^ key_1;
+            words[3][lane] = product_0;
         }
         key = [key[0].wrapping_add(WEYL[0]), key[1].wrapping_add(WEYL[1])];
     }

@@ -2,6 +2,7 @@
 
 use super::error::TrainError;
 use super::optimizer::ParameterOptimizer;
+use super::schedule::Warmup;
 use super::step::StepSettings;
 use crate::data::Example;
 use crate::model::{Decoder, ModelConfig, ParameterShape};
@@ -21,8 +22,23 @@ pub struct Preparation<'a> {
     pub micro_batch_size: usize,
     /// How a step runs.
     pub step: StepSettings,
+    /// How long and how fast the run goes.
+    pub length: RunLength,
     /// The checkpoint folder that the run goes on from; the trained values in it are read after the preparation.
     pub resume: Option<&'a Path>,
+}
+
+/// How long and how fast a run goes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RunLength {
+    /// Peak rate.
+    pub learning_rate: f64,
+    /// Its rise.
+    pub warmup: Warmup,
+    /// Optimizer steps in all.
+    pub total_steps: u64,
+    /// Passes over the data.
+    pub epochs: f64,
 }
 
 /// Where a run stands.
@@ -76,7 +92,14 @@ pub trait Method {
     ) {
     }
 
-    /// Acts on the gradients of the step after `progress`, by parameter name, after clipping and before the update.
+    /// Whether [`before_update`](Self::before_update) does anything. If not, the step need not wait for the size of its
+    /// gradients: they are clipped where they are.
+    fn acts_on_gradients(&self) -> bool {
+        false
+    }
+
+    /// Acts on the gradients of the step after `progress`, by parameter name, after clipping and before the update, where
+    /// [`acts_on_gradients`](Self::acts_on_gradients) says so.
     fn before_update(
         &mut self,
         _model: &Decoder,
@@ -101,6 +124,11 @@ pub trait Method {
     /// Peak learning rate of the parameter `name` in a run whose own is `learning_rate`.
     fn peak_rate(&self, _name: &str, learning_rate: f64) -> f64 {
         learning_rate
+    }
+
+    /// What the user should know about the preparation.
+    fn warnings(&self) -> &[String] {
+        &[]
     }
 
     /// What the method must remember at this moment.

@@ -3,6 +3,7 @@
 mod course;
 mod error;
 mod evaluate;
+mod layer_gradients;
 mod loss;
 mod memory;
 mod method;
@@ -18,8 +19,11 @@ mod trainer;
 
 pub use error::TrainError;
 pub use evaluate::{Evaluation, Generation, evaluate, exact_match};
+pub use layer_gradients::layer_gradients;
 pub use memory::{DeviceMemory, device_memory, peak_memory_bytes, resident_bytes};
-pub use method::{Method, MethodPlan, MethodState, ParameterRole, PlannedParameter, Preparation, Progress};
+pub use method::{
+    Method, MethodPlan, MethodState, ParameterRole, PlannedParameter, Preparation, Progress, RunLength,
+};
 pub use metrics::{EvalMetrics, StepMetrics};
 pub use optimizer::{
     ManyOptimizer, MemoryChange, NamedOptimizer, OptimizerStep, ParameterOptimizer, ParameterStep,
@@ -30,7 +34,7 @@ pub use selection::{BestMetric, EarlyStopping, Every, Selection};
 pub use state::{Fingerprint, Identity, saved_identity, state_bytes};
 pub use step::{
     GradientCheckpointing, GradientSink, MicroBatch, MicroBatchLoss, StepGradients, StepSettings, accumulate,
-    backward, global_norm,
+    backward,
 };
 pub use trainer::{
     Observer, Outcome, RunSummary, Stopped, TrainConfig, Trainer, latest_checkpoint, require_vocabulary,

@@ -26,6 +26,14 @@ pub enum Warmup {
 }
 
 impl Warmup {
+    /// As a share of a run of `total` steps.
+    pub fn share(self, total: u64) -> f64 {
+        match self {
+            Warmup::Steps(steps) => steps as f64 / total.max(1) as f64,
+            Warmup::Ratio(ratio) => ratio,
+        }
+    }
+
     /// In steps of a run of `total`.
     pub fn steps(self, total: u64) -> u64 {
         match self {
@@ -62,5 +70,6 @@ mod tests {
         assert!((Schedule::Cosine.factor(4, 2, 6) - 0.5).abs() < 1e-12);
         assert_eq!(Schedule::Constant.factor(5, 2, 6), 1.0);
         assert_eq!(Warmup::Ratio(0.1).steps(15), 2);
+        assert_eq!((Warmup::Ratio(0.1).share(15), Warmup::Steps(3).share(15)), (0.1, 0.2));
     }
 }

@@ -11,6 +11,7 @@ pub(super) mod basis;
 pub(crate) mod buffers;
 pub(crate) mod bytes;
 pub(crate) mod cross_entropy;
+pub(crate) mod dropout;
 pub(crate) mod gated;
 pub(crate) mod linear;
 pub(crate) mod matmul;

@@ -89,18 +89,20 @@ impl Module {
 
     /// Whether its change is more than the kernels have, and is composed on top of them.
     fn is_composed(self) -> bool {
-        let is_low_rank = self.rank > 0 && (self.dropout || self.part);
+        let is_low_rank = self.rank > 0 && self.part;
         is_low_rank || self.gain || self.input_gain || self.scaled_rank > 0
     }
 
-    /// What the low-rank path keeps for itself, by token: the product with `A`; under dropout mask and masked input;
-    /// under a gain the two products that it scales. A gain alone keeps what it scales and, in front of the weight, what
+    /// What the low-rank path keeps for itself, by token: the product with `A`; under dropout, where it is composed, what
+    /// is left of the input, and without kernels the mask too; under a gain the two products that it scales. A gain alone keeps what it scales and, in front of the weight, what
     /// it makes of that; vectors around a frozen pair keep the two products that they scale.
-    fn keeps(self, rows: u64, columns: u64) -> u64 {
-        let masked = match (self.dropout, self.frozen_factor && !self.gain) {
-            (false, _) => 0,
-            (true, false) => 2 * columns,
-            (true, true) => columns,
+    fn keeps(self, rows: u64, columns: u64, has_kernels: bool) -> u64 {
+        let masked = if self.dropout {
+            let reads_left = !self.frozen_factor || self.gain;
+            let left = u64::from(reads_left && (self.is_composed() || !has_kernels));
+            (left + u64::from(!has_kernels)) * columns
+        } else {
+            0
         };
         let gained = match (self.gain, self.rank) {
             (false, _) => 0,
@@ -215,8 +217,19 @@ impl LayerShape {
             (wide, hidden),
             (hidden, wide),
         ];
-        let modules = self.modules.iter().zip(dims).take(last + 1).skip(first);
-        modules.map(|(module, (rows, columns))| module.keeps(rows, columns)).sum()
+        let (modules, has_kernels) = (self.modules.iter().zip(dims), self.machine.has_kernels());
+        let modules = modules.take(last + 1).skip(first);
+        modules.map(|(module, (rows, columns))| module.keeps(rows, columns, has_kernels)).sum()
+    }
+
+    /// Features by token of the largest input that dropout makes a copy of for a moment.
+    fn dropped(&self) -> u64 {
+        let [.., down] = self.modules;
+        match self.modules.iter().any(|module| module.dropout) {
+            true if down.dropout => self.wide,
+            true => self.hidden.max(self.query),
+            false => 0,
+        }
     }
 
     /// Whether the normed or gated input of the modules from `first` to `last` is kept: for what is composed on it, it
@@ -296,7 +309,7 @@ impl LayerShape {
             return feed_forward.max(attention.saturating_sub(self.keeps_feed_forward(batch, checkpointing)));
         }
         // Output, its gradient and the gradient of the sum; gradients of the gated and of gate with up.
-        let feed_forward = tokens * element * (3 * self.hidden + 3 * self.wide);
+        let feed_forward = tokens * element * (3 * self.hidden + 3 * self.wide + self.dropped());
         let scratch = match (self.joint, self.machine.host) {
             // Prepared queries, keys and values with the gradients of each query head's, in whole panels; keys and
             // values once more.

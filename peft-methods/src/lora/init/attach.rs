@@ -2,12 +2,13 @@
 
 use super::error::InitError;
 use super::{
-    EvaDirections, corda, eva_directions, input_covariances, lora_ga, pissa_niter, samples, weight_gradients,
+    EvaDirections, corda, eva_directions, input_covariances, lora_ga, pissa_niter, weight_gradients,
 };
 use peft_core::adapter::{
     Adapter, AdapterError, InitLoraWeights, InitialFactors, LoraConfig, LowRankModule, Pattern, Patterns,
     Place, TargetModules, attach_factors, olora, pissa,
 };
+use peft_core::data::samples;
 use peft_core::linalg::Matrix;
 use peft_core::model::Decoder;
 use peft_core::projection::Delta;

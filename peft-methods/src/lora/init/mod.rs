@@ -22,4 +22,4 @@ pub use incremental_pca::IncrementalPca;
 pub use lora_ga::lora_ga;
 pub use orthogonal::orthogonal;
 pub use pissa_niter::pissa_niter;
-pub use statistics::{Covariances, input_covariances, samples, weight_gradients};
+pub use statistics::{Covariances, input_covariances, weight_gradients};

@@ -10,12 +10,6 @@ use peft_core::train::{StepSettings, backward};
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// At most `count` of the examples, evenly spread over the file.
-pub fn samples(examples: &[Example], count: usize) -> Vec<&Example> {
-    let count = count.min(examples.len());
-    (0..count).map(|i| &examples[i * examples.len() / count]).collect()
-}
-
 /// Which of the wanted modules stand for the others: those after them that see the same input.
 ///
 /// The projections of one layer that share an input follow each other (q, k, v; gate, up).
