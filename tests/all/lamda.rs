@@ -8,7 +8,8 @@ use peft_core::linalg::{Matrix, svd, top_svd};
 use peft_core::model::Decoder;
 use peft_core::projection::{Delta, Spectral};
 use peft_core::train::{
-    GradientCheckpointing, Method, NamedOptimizer, Preparation, Progress, StepSettings, update_parameters,
+    GradientCheckpointing, Method, NamedOptimizer, Preparation, Progress, RunLength, StepSettings, Warmup,
+    update_parameters,
 };
 use peft_methods::{MethodBlock, RunContext, open_adapter};
 use peft_tests::{golden, peft_ok, root};
@@ -72,7 +73,8 @@ fn prepared(block: Value) -> (Box<dyn Method>, Decoder) {
     let mut method = block.block.method(&run).unwrap();
     let mut model = open(&root().join(BASE));
     let step = StepSettings { gradient_checkpointing: GradientCheckpointing::Off, loss_chunk_rows: None };
-    let preparation = Preparation { seed: 7, examples: &[], micro_batch_size: 2, step, resume: None };
+    let length = RunLength { learning_rate: 1e-2, warmup: Warmup::Steps(0), total_steps: 50, epochs: 1.0 };
+    let preparation = Preparation { seed: 7, examples: &[], micro_batch_size: 2, step, length, resume: None };
     method.prepare(&mut model, &preparation).unwrap();
     (method, model)
 }
@@ -138,7 +140,7 @@ fn frozen_columns_do_not_move() {
         for parameter in model.parameters().into_iter().filter(|parameter| parameter.trainable) {
             gradients.insert(parameter.name.clone(), parameter.value.clone().add_scalar(0.1));
         }
-        update_parameters(&mut model, &mut optimizer, gradients, |_| 1e-2);
+        update_parameters(&mut model, &mut optimizer, gradients, None, |_| 1e-2);
         let now = whole(&model);
         for ((before, frozen), (now, _)) in before.iter().zip(&now) {
             for (row_before, row_now) in before.chunks(4).zip(now.chunks(4)) {

@@ -64,6 +64,7 @@ pub fn calibrate(
         sums.losses();
         let forward_and_backward = start.elapsed().as_secs_f64();
         let start = Instant::now();
+        model.pull_back(&mut sums.gradients);
         update_parameters(model, optimizer, sums.gradients, None, |_| 0.0);
         // The first step warms up.
         if step > 0 {
