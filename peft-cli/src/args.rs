@@ -23,6 +23,8 @@ pub enum Command {
     Methods(MethodsArgs),
     /// Run a recipe: adapt a base model to data.
     Train(TrainArgs),
+    /// Run a recipe with several methods, rates and seeds, and set the results beside each other.
+    Compare(CompareArgs),
     /// Loss, perplexity, token accuracy and exact match on a data file.
     #[command(alias = "eval")]
     Evaluate(EvaluateArgs),
@@ -167,6 +169,28 @@ pub struct TrainArgs {
     /// Make no network connection at all.
     #[arg(long)]
     pub offline: bool,
+}
+
+/// `peft compare`. Runs that are finished are not run again, interrupted ones go on.
+#[derive(Args)]
+pub struct CompareArgs {
+    /// A recipe with a `compare` block in place of `method`.
+    pub recipe: PathBuf,
+    /// Where results go, in place of the recipe's `output_dir`.
+    #[arg(long, value_name = "DIR")]
+    pub output_dir: Option<PathBuf>,
+    /// Set a key of the recipe, dots for nesting: `--override compare.seeds=[1,2]`. May be repeated.
+    #[arg(long = "override", value_name = "KEY=VALUE", num_args = 1..)]
+    pub overrides: Vec<String>,
+    /// Train nothing: write table and page again from the runs that are there.
+    #[arg(long)]
+    pub summary: bool,
+    /// Make no network connection at all.
+    #[arg(long)]
+    pub offline: bool,
+    /// Print one JSON object in place of the table.
+    #[arg(long)]
+    pub json: bool,
 }
 
 /// The model to use.

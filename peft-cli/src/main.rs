@@ -15,6 +15,7 @@ mod recipe;
 mod render;
 mod report;
 mod tensorboard;
+mod utc;
 mod yaml;
 
 use clap::Parser;
@@ -28,6 +29,7 @@ fn main() -> ExitCode {
         args::Command::Init(args) => commands::init::run(args).map(done),
         args::Command::Methods(args) => commands::methods::run(args).map(done),
         args::Command::Train(args) => commands::train::run(args),
+        args::Command::Compare(args) => commands::compare::run(args),
         args::Command::Evaluate(args) => commands::evaluate::run(args).map(done),
         args::Command::Generate(args) => commands::generate::run(args).map(done),
         args::Command::Merge(args) => commands::merge::run(args).map(done),

@@ -3,6 +3,7 @@
 
 mod adapters;
 mod card;
+mod compare;
 mod contract;
 mod doctor;
 mod families;

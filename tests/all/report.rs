@@ -25,7 +25,7 @@ fn run_in(dir: &Path) -> PathBuf {
 }
 
 /// Every tag that opens is closed, in order.
-fn assert_well_formed(html: &str) {
+pub fn assert_well_formed(html: &str) {
     const VOID: [&str; 5] = ["meta", "link", "br", "img", "!DOCTYPE"];
     let mut open: Vec<&str> = Vec::new();
     let mut rest = html;
@@ -50,7 +50,7 @@ fn assert_well_formed(html: &str) {
 }
 
 /// The page as Chromium has it once it has settled, with what it had to complain of; `None` without a Chromium.
-fn in_chromium(page: &Path, profile: &Path) -> Option<(String, String)> {
+pub fn in_chromium(page: &Path, profile: &Path) -> Option<(String, String)> {
     let out = Command::new("chromium")
         .args(["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"])
         .args(["--disable-background-networking", "--disable-component-update", "--disable-sync"])

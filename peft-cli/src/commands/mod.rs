@@ -1,5 +1,6 @@
 //! One command, one file.
 
+pub mod compare;
 pub mod doctor;
 pub mod evaluate;
 pub mod export;

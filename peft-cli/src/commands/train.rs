@@ -1,8 +1,8 @@
 //! `peft train`: run a recipe.
 
 mod folder;
-mod identity;
-mod signals;
+pub(super) mod identity;
+pub(super) mod signals;
 
 use super::data;
 use crate::args::TrainArgs;
@@ -17,6 +17,7 @@ use peft_core::checkpoint::{Checkpoint, Headers, write_file};
 use peft_core::data::{DataFile, Dataset, Example, load, split_validation};
 use peft_core::kernels::AdamW;
 use peft_core::model::{ModelConfig, ties_embeddings};
+use peft_core::text::Tokenizer;
 use peft_core::train::{
     Identity, Method, Outcome, RunSummary, StepSettings, TrainConfig, Trainer, Warmup, saved_identity,
 };
@@ -25,9 +26,11 @@ use serde_json::{Value, json};
 use signals::StopSignal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Instant;
 
 /// Runs the command. A run that a signal stopped is no error, but its exit code says so.
 pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
+    let begun = Instant::now();
     let mut overrides = args.overrides;
     if let Some(dir) = &args.output_dir {
         overrides.push(format!("output_dir={}", Value::from(dir.display().to_string())));
@@ -54,12 +57,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
 
     // Templates that write the date write the one of the run's first start, also after a resume.
     let now = args.resume.as_ref().and_then(|_| started_at(&output_dir)).unwrap_or_else(unix_seconds);
-    let options = data::recipe_options(&recipe, Some(now))?;
-    let dataset = load(&recipe.datasets, &base.tokenizer, &options)?;
-    let held_out = match recipe.eval_datasets.as_slice() {
-        [] => None,
-        configs => Some(load(configs, &base.tokenizer, &options)?),
-    };
+    let (dataset, held_out) = datasets(&recipe, &base.tokenizer, now)?;
     let Examples { train, validation, eval_files } = examples(&recipe, &dataset, held_out)?;
 
     let mut config = train_config(&recipe, &output_dir);
@@ -160,6 +158,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
     };
     if let Value::Object(map) = &mut run_info {
         map.insert("result".to_string(), result_json(&summary));
+        map.insert("total_seconds".to_string(), begun.elapsed().as_secs_f64().into());
     }
     folder.write_json("run.json", &run_info)?;
     let card = users_card.unwrap_or_else(|| {
@@ -180,7 +179,24 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn unix_seconds() -> u64 {
+/// The training data, and validation data of its own where the recipe names any. `now` is what templates that write the
+/// date are told, in seconds since 1970.
+pub(super) fn datasets(
+    recipe: &Recipe,
+    tokenizer: &Tokenizer,
+    now: u64,
+) -> Result<(Dataset, Option<Dataset>), CliError> {
+    let options = data::recipe_options(recipe, Some(now))?;
+    let dataset = load(&recipe.datasets, tokenizer, &options)?;
+    let held_out = match recipe.eval_datasets.as_slice() {
+        [] => None,
+        configs => Some(load(configs, tokenizer, &options)?),
+    };
+    Ok((dataset, held_out))
+}
+
+/// The time, in seconds since 1970.
+pub(super) fn unix_seconds() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(0, |since| since.as_secs())
 }
@@ -234,7 +250,7 @@ pub(super) struct Examples {
     pub(super) train: Vec<Example>,
     pub(super) validation: Vec<Example>,
     /// Files of the validation examples, where those do not come from the training files.
-    eval_files: Vec<DataFile>,
+    pub(super) eval_files: Vec<DataFile>,
 }
 
 /// The validation examples are `held_out` if there is such data, else a part of the data set.
@@ -297,7 +313,7 @@ fn device_name(device: &burn::tensor::Device) -> String {
 }
 
 /// The kind of device, whatever its number.
-fn device_kind(device: &burn::tensor::Device) -> &'static str {
+pub(super) fn device_kind(device: &burn::tensor::Device) -> &'static str {
     if *device == burn::tensor::Device::flex() { "cpu" } else { "cuda" }
 }
 

@@ -25,6 +25,20 @@ const MAX_DEPTH: usize = 16;
 /// # Errors
 /// Anything wrong with the file, naming key and nearest known key.
 pub fn read(path: &Path, overrides: &[String]) -> Result<Recipe, CliError> {
+    let recipe = value(path, overrides)?;
+    if recipe.get("compare").is_some() {
+        let message =
+            "`compare` is a key for `peft compare`, which runs several methods; here stands one `method`";
+        return Err(CliError::Recipe { path: path.to_path_buf(), message: message.to_string() });
+    }
+    resolve(recipe).map_err(|message| CliError::Recipe { path: path.to_path_buf(), message })
+}
+
+/// Reads a file of keys and values and applies `overrides`.
+///
+/// # Errors
+/// A file that is no such, and overrides that fit nowhere.
+pub fn value(path: &Path, overrides: &[String]) -> Result<Value, CliError> {
     let wrong = |message: String| CliError::Recipe { path: path.to_path_buf(), message };
     let text = String::from_utf8(read_bounded(path, MAX_RECIPE_BYTES)?)
         .map_err(|error| wrong(format!("not UTF-8 text: {error}")))?;
@@ -39,9 +53,17 @@ pub fn read(path: &Path, overrides: &[String]) -> Result<Recipe, CliError> {
         let new: Value = serde_saphyr::from_str(text).unwrap_or_else(|_| Value::String(text.to_string()));
         set(&mut value, key, new).map_err(|message| CliError::flag("--override", message))?;
     }
-    aliases::rename(&mut value).map_err(wrong)?;
-    let recipe: Recipe = strict::parse(&value).map_err(wrong)?;
-    recipe.check().map_err(wrong)?;
+    Ok(value)
+}
+
+/// The recipe of these keys and values, with every default.
+///
+/// # Errors
+/// A message that names the key and the nearest known one.
+pub fn resolve(mut value: Value) -> Result<Recipe, String> {
+    aliases::rename(&mut value)?;
+    let recipe: Recipe = strict::parse(&value)?;
+    recipe.check()?;
     Ok(recipe)
 }
 

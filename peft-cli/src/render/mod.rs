@@ -1,11 +1,13 @@
 //! What people see: errors, warnings, tables, progress.
 
+mod comparison;
 mod plan;
 mod progress;
 mod run;
 mod tokens;
 mod transfers;
 
+pub use comparison::ComparisonProgress;
 pub use plan::plan;
 pub use progress::Progress;
 pub use run::{run_plan, run_stopped, run_summary};

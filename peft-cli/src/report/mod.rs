@@ -4,10 +4,12 @@
 //! policy forbids every request and every script but that one, so text from data stays text.
 
 mod chart;
+pub mod comparison;
 mod header;
 mod html;
 mod run;
 mod scale;
+mod scatter;
 mod sections;
 mod series;
 
@@ -15,8 +17,9 @@ use crate::error::CliError;
 use chart::{Chart, Curve, Look};
 use html::escape;
 use peft_core::checkpoint::write_file;
-use run::{Line, Run};
+pub use run::{Line, Run};
 use scale::Unit;
+pub use scale::scientific;
 use series::{Point, smooth};
 use sha2::{Digest, Sha256};
 use std::path::{Path, PathBuf};
@@ -35,11 +38,6 @@ pub fn write(output_dir: &Path) -> Result<PathBuf, CliError> {
 }
 
 fn page(run: &Run) -> String {
-    let title = escape(&header::title(run));
-    let policy = format!(
-        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{}'",
-        base64(&Sha256::digest(SCRIPT.as_bytes()))
-    );
     let mut body = header::html(run);
     body.push_str(&curves(run));
     for section in [
@@ -52,13 +50,22 @@ fn page(run: &Run) -> String {
     ] {
         body.push_str(&section);
     }
+    document(&format!("{} · fine-tuning report", escape(&header::title(run))), &body)
+}
+
+/// A page with that title and content, both HTML.
+fn document(title: &str, body: &str) -> String {
+    let policy = format!(
+        "default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{}'",
+        base64(&Sha256::digest(SCRIPT.as_bytes()))
+    );
     format!(
         "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
          <meta http-equiv=\"Content-Security-Policy\" content=\"{}\">\n\
          <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
          <meta name=\"color-scheme\" content=\"light dark\">\n\
          <link rel=\"icon\" href=\"data:,\">\n\
-         <title>{title} · fine-tuning report</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{body}</main>\n\
+         <title>{title}</title>\n<style>\n{STYLE}</style>\n</head>\n<body>\n<main>\n{body}</main>\n\
          <script>{SCRIPT}</script>\n</body>\n</html>\n",
         escape(&policy)
     )

@@ -4,6 +4,7 @@ use super::html::{escape, shorten};
 use super::run::{Generation, Run};
 use super::section;
 use crate::render;
+use crate::utc;
 use serde_json::Value;
 use std::fmt::Write;
 
@@ -177,7 +178,7 @@ pub fn environment(run: &Run) -> String {
         ("device", text("/device").map(|name| name.replace("Device<", "").replace('>', ""))),
         ("type of weights", text("/dtype").map(|dtype| dtype.to_lowercase())),
         ("seed", text("/seed")),
-        ("started", run.get("/started_at").as_u64().map(utc)),
+        ("started", run.get("/started_at").as_u64().map(utc::minute)),
         ("base", text("/base/name")),
         ("base, SHA-256", text("/base/sha256")),
     ]
@@ -228,21 +229,6 @@ fn list(facts: &[(&str, String)]) -> String {
     format!("<dl class=\"list\">\n{items}</dl>\n")
 }
 
-/// A time as date and minute in UTC.
-fn utc(unix_seconds: u64) -> String {
-    let (days, minutes) = (unix_seconds / 86_400, unix_seconds / 60 % 1440);
-    // Days since 1970 to a date of the proleptic Gregorian calendar, with years that begin in March.
-    let days = days + 719_468;
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year_of_era = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let from_march = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * from_march + 2) / 5 + 1;
-    let month = if from_march < 10 { from_march + 3 } else { from_march - 9 };
-    let year = year_of_era + era * 400 + u64::from(month <= 2);
-    format!("{year}-{month:02}-{day:02} {:02}:{:02} UTC", minutes / 60, minutes % 60)
-}
-
 #[cfg(test)]
 mod tests {
     use super::super::run::Line;
@@ -263,12 +249,5 @@ mod tests {
         assert!(html.contains("<b>4.0 MiB</b>") && html.contains("<b>8.0 MiB</b>"), "{html}");
         assert!(html.contains("“step”") && !html.contains("logits"), "{html}");
         assert_eq!(memory(&Run { info: Value::Null, ..run }), "");
-    }
-
-    #[test]
-    fn times() {
-        assert_eq!(utc(0), "1970-01-01 00:00 UTC");
-        assert_eq!(utc(951_782_400), "2000-02-29 00:00 UTC");
-        assert_eq!(utc(1_767_225_599), "2025-12-31 23:59 UTC");
     }
 }

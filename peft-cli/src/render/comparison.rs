@@ -1,0 +1,68 @@
+//! The course of a comparison on stderr: a bar on a terminal, a line for each run.
+
+use indicatif::{ProgressBar, ProgressStyle};
+use std::io::IsTerminal;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+/// How often the running run's metrics are looked at.
+const PAUSE: Duration = Duration::from_millis(500);
+
+/// Watches a comparison.
+pub struct ComparisonProgress {
+    bar: Option<ProgressBar>,
+    total: usize,
+    done: usize,
+    looked: Instant,
+}
+
+impl ComparisonProgress {
+    /// Before the first of `total` runs.
+    pub fn new(total: usize) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| ProgressBar::new(total as u64));
+        if let Some((bar, style)) =
+            bar.as_ref().zip(ProgressStyle::with_template("{bar:24} {pos}/{len} {msg}").ok())
+        {
+            bar.set_style(style);
+        }
+        Self { bar, total, done: 0, looked: Instant::now() }
+    }
+
+    /// A run begins.
+    pub fn began(&self, name: &str) {
+        if let Some(bar) = &self.bar {
+            bar.set_message(name.to_string());
+        }
+    }
+
+    /// Shows how far the run has come, by the last line of its metrics.
+    pub fn look(&mut self, name: &str, metrics: &Path) {
+        let Some(bar) = self.bar.as_ref().filter(|_| self.looked.elapsed() > PAUSE) else { return };
+        self.looked = Instant::now();
+        let text = std::fs::read_to_string(metrics).unwrap_or_default();
+        let last = text.lines().rev().find_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+        if let Some(step) = last.and_then(|line| line["step"].as_u64()) {
+            bar.set_message(format!("{name} · step {step}"));
+        }
+    }
+
+    /// A run ended, or had ended before.
+    pub fn ended(&mut self, name: &str, said: &str) {
+        self.done += 1;
+        let line = format!("{:>3}/{} {name} · {}", self.done, self.total, super::printable(said));
+        match &self.bar {
+            Some(bar) => {
+                bar.inc(1);
+                bar.println(line);
+            }
+            None => eprintln!("{line}"),
+        }
+    }
+
+    /// Takes the bar away.
+    pub fn clear(&self) {
+        if let Some(bar) = &self.bar {
+            bar.finish_and_clear();
+        }
+    }
+}
