@@ -20,6 +20,7 @@ pub struct Collector {
 
 /// What was seen so far.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // There is one a module.
 enum Seen {
     /// Nothing.
     Nothing,
