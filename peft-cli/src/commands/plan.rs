@@ -177,9 +177,10 @@ pub fn run(args: PlanArgs) -> Result<(), CliError> {
         .map(|measured| measured.seconds(&forecast.batches, course.steps, course.evaluations, evaluated));
     let own: u64 = method.model.parameters().iter().map(|parameter| parameter.numel()).sum();
     // What is computed from parameters is none.
-    let added = method.parameters.iter().filter(|parameter| {
-        !matches!(parameter.role, ParameterRole::Own | ParameterRole::Computed { .. })
-    });
+    let added = method
+        .parameters
+        .iter()
+        .filter(|parameter| !matches!(parameter.role, ParameterRole::Own | ParameterRole::Computed { .. }));
     let (modules, excluded) = modules(&method);
     let report = Report {
         base: base_report(&recipe, &model, &base, compute),
