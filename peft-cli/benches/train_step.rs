@@ -13,13 +13,13 @@ mod shapes;
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use peft_core::data::{Example, collate};
-use peft_core::kernels::{AdamW, fault, trim_memory};
+use peft_core::kernels::{AdamW, Clip, fault, trim_memory};
 use peft_core::model::Decoder;
 use peft_core::projection::{Delta, DropoutKey, LowRank, Parameter};
 use peft_core::random::Stream;
 use peft_core::train::{
     GradientCheckpointing, NamedOptimizer, StepGradients, StepSettings, accumulate, device_memory,
-    global_norm, peak_memory_bytes, update_parameters,
+    peak_memory_bytes, update_parameters,
 };
 use serde_json::json;
 use shapes::{Failure, median, random_model};
@@ -28,6 +28,7 @@ use std::time::Instant;
 fn main() -> Result<(), Failure> {
     let (mut shape, mut name, mut dtype) = ("25m".to_string(), "cpu".to_string(), None);
     let (mut batch, mut seq, mut rank, mut steps) = (4, 256, 8, 10);
+    let mut dropout = 0.0;
     let mut checkpointing = GradientCheckpointing::Off;
     let (mut gradients, mut losses) = (false, false);
     let mut words = std::env::args().skip(1);
@@ -41,6 +42,7 @@ fn main() -> Result<(), Failure> {
             "--seq" => seq = value()?.parse()?,
             "--rank" => rank = value()?.parse()?,
             "--steps" => steps = value()?.parse()?,
+            "--dropout" => dropout = value()?.parse()?,
             "--checkpointing" => {
                 checkpointing = match value()?.as_str() {
                     "false" => GradientCheckpointing::Off,
@@ -58,7 +60,7 @@ fn main() -> Result<(), Failure> {
     }
     let (device, compute) = shapes::device(&name, dtype.as_deref())?;
     let mut model = random_model(&shape, &device, compute)?;
-    add_lora(&mut model, rank, &device);
+    add_lora(&mut model, rank, dropout, &device);
     let mut draws = Stream::new(0, "tokens", "", &[]);
     let vocab = model.config.vocab_size as u64;
     let examples: Vec<Example> = (0..batch)
@@ -78,10 +80,6 @@ fn main() -> Result<(), Failure> {
         let key = DropoutKey { seed: 0, step, micro_batch: 0 };
         let mut sums = StepGradients::default();
         accumulate(&model, &batch, 1.0 / batch.targets.len() as f64, key, settings, &mut sums);
-        last = sums.loss_sum / batch.targets.len() as f64;
-        if losses {
-            println!("{step} {last}");
-        }
         if gradients {
             for (name, gradient) in sums.gradients {
                 let values: Vec<f32> = gradient.try_into_vec_as()?;
@@ -92,11 +90,17 @@ fn main() -> Result<(), Failure> {
             }
             return fault().map_or(Ok(()), |fault| Err(fault.into()));
         }
-        let norm = global_norm(&sums.gradients);
-        assert!(norm.is_finite(), "a gradient is not finite");
-        update_parameters(&mut model, &mut optimizer, sums.gradients, |_| 1e-4);
+        let sum_of_squares = sums.sum_of_squares().ok_or("nothing trains")?;
+        let clip = Clip { sum_of_squares, max_norm: 1.0 };
+        let of_step = std::mem::take(&mut sums.gradients);
+        update_parameters(&mut model, &mut optimizer, of_step, Some(&clip), |_| 1e-4);
         trim_memory();
         enqueued.push(start.elapsed().as_secs_f64());
+        assert!(clip.factor().is_some(), "a gradient is not finite");
+        last = sums.losses().0 / batch.targets.len() as f64;
+        if losses {
+            println!("{step} {last}");
+        }
         device.sync()?;
         #[cfg(feature = "cuda")]
         if name == "cuda" {
@@ -127,7 +131,7 @@ fn main() -> Result<(), Failure> {
     println!(
         "{}",
         json!({
-            "device": name, "shape": shape, "batch": examples.len(), "seq": seq, "rank": rank,
+            "device": name, "shape": shape, "batch": examples.len(), "seq": seq, "rank": rank, "dropout": dropout,
             "checkpointing": format!("{checkpointing:?}"), "step_ms": step * 1e3, "first_step_ms": first * 1e3,
             "enqueue_ms": median(enqueued) * 1e3, "tokens_per_second": tokens as f64 / step,
             "tera_operations": operations / 1e12, "tera_operations_per_second": operations / step / 1e12,
@@ -140,7 +144,7 @@ fn main() -> Result<(), Failure> {
 }
 
 /// LoRA on every projection but the head, `B` not zero so that every gradient is there.
-fn add_lora(model: &mut Decoder, rank: usize, device: &Device) {
+fn add_lora(model: &mut Decoder, rank: usize, dropout: f64, device: &Device) {
     let layers = model.config.num_hidden_layers * 7;
     for projection in model.projections_mut().take(layers) {
         let [out, inputs] = projection.dims();
@@ -161,7 +165,7 @@ fn add_lora(model: &mut Decoder, rank: usize, device: &Device) {
             bias: None,
             magnitude: None,
             scale: 2.0,
-            dropout: 0.0,
+            dropout,
             removed: None,
         }));
     }

@@ -116,6 +116,8 @@ impl ExportArgs {
 pub enum ExportFormat {
     /// A plain LoRA that Hugging Face PEFT loads, where the changes have exact low-rank factors.
     PeftLora,
+    /// A SHiRA that Hugging Face PEFT loads, of a sparse adapter.
+    PeftShira,
 }
 
 /// `peft doctor`.

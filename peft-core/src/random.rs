@@ -13,6 +13,10 @@
 //! * floats, normals, bounded integers and shuffles come from those words as each method says, by additions,
 //!   multiplications, divisions and square roots alone, which IEEE 754 rounds the same on every machine.
 
+mod philox;
+
+pub use philox::philox_blocks;
+
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use sha2::{Digest, Sha256};

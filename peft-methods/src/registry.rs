@@ -2,9 +2,12 @@
 
 use crate::full::FULL;
 use crate::ia3::IA3;
+use crate::lamda::LAMDA;
 use crate::lora::LORA;
 use crate::lora_sb::{CoreAdapter, LORA_SB, LORA_XS};
+use crate::nola::NOLA;
 use crate::selected::{BITFIT, NORM_ONLY, TRAIN_ONLY};
+use crate::sparse::SPARSE;
 use crate::vera::VERA;
 use peft_core::adapter::{AdapterError, FileFormat, SavedAdapter};
 use peft_core::checkpoint::{Checkpoint, Headers};
@@ -18,8 +21,20 @@ use std::fmt::Debug;
 use std::path::Path;
 
 /// Every method, as they are listed.
-pub static METHODS: &[&Kind] =
-    &[&LORA, &LORA_XS, &LORA_SB, &VERA, &IA3, &NORM_ONLY, &BITFIT, &TRAIN_ONLY, &FULL];
+pub static METHODS: &[&Kind] = &[
+    &LORA,
+    &LORA_XS,
+    &LORA_SB,
+    &VERA,
+    &NOLA,
+    &LAMDA,
+    &SPARSE,
+    &IA3,
+    &NORM_ONLY,
+    &BITFIT,
+    &TRAIN_ONLY,
+    &FULL,
+];
 
 /// A method as the program knows it before a recipe names it.
 #[derive(Debug)]

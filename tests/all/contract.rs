@@ -14,9 +14,8 @@ use peft_core::projection::{DropoutKey, Parameter};
 use peft_core::random::Stream;
 use peft_core::text::Tokenizer;
 use peft_core::train::{
-    EvalMetrics, Every, GradientCheckpointing, Identity, Method, NamedOptimizer, Observer, Outcome,
-    Preparation, RunLength, Schedule, StepGradients, StepMetrics, StepSettings, TrainConfig, Trainer, Warmup,
-    accumulate,
+    EvalMetrics, Every, GradientCheckpointing, Identity, Method, Observer, Outcome, Preparation, RunLength,
+    Schedule, StepGradients, StepMetrics, StepSettings, TrainConfig, Trainer, Warmup, accumulate,
 };
 use peft_methods::{METHODS, MethodBlock, RunContext, open_adapter};
 use peft_tests::{golden, root};
@@ -41,6 +40,8 @@ struct Case {
     knows_base: bool,
     /// Whether its changes are products of two factors.
     is_low_rank: bool,
+    /// Whether the size of its files depends on what is in them.
+    compresses: bool,
     /// Blocks that are refused, with a part of what is said.
     refused: &'static [(&'static str, &'static str)],
 }
@@ -54,6 +55,7 @@ const CASES: &[Case] = &[
         starts_at_base: true,
         knows_base: false,
         is_low_rank: true,
+        compresses: false,
         refused: &[
             (r#"{"type": "lora", "r": 0}"#, "r is 0"),
             (r#"{"type": "lora", "target_modules": ["q_porj"]}"#, "q_proj"),
@@ -68,6 +70,7 @@ const CASES: &[Case] = &[
         starts_at_base: true,
         knows_base: false,
         is_low_rank: false,
+        compresses: false,
         refused: &[(r#"{"type": "lora", "use_dora": true, "lora_bias": true}"#, "exclude each other")],
     },
     Case {
@@ -79,6 +82,7 @@ const CASES: &[Case] = &[
         starts_at_base: false,
         knows_base: false,
         is_low_rank: true,
+        compresses: false,
         refused: &[
             (r#"{"type": "lora_xs", "r": 0}"#, "r is 0"),
             (r#"{"type": "lora_xs", "r": 13, "target_modules": "all-linear"}"#, "too small for r: 13"),
@@ -94,6 +98,7 @@ const CASES: &[Case] = &[
         starts_at_base: false,
         knows_base: false,
         is_low_rank: true,
+        compresses: false,
         refused: &[
             (r#"{"type": "lora_sb", "r": 8, "lora_alpha": 16}"#, "no scale to tune"),
             (r#"{"type": "lora_sb", "r": 19, "target_modules": ["k_proj"]}"#, "too small for r: 19"),
@@ -111,6 +116,7 @@ const CASES: &[Case] = &[
         starts_at_base: true,
         knows_base: false,
         is_low_rank: false,
+        compresses: false,
         refused: &[(r#"{"type": "full", "r": 3}"#, "no key `r`")],
     },
     Case {
@@ -121,6 +127,7 @@ const CASES: &[Case] = &[
         starts_at_base: true,
         knows_base: false,
         is_low_rank: false,
+        compresses: false,
         refused: &[
             (r#"{"type": "ia3", "target_modules": ["k_prj"]}"#, "k_proj"),
             (r#"{"type": "ia3", "target_modules": ["embed_tokens"]}"#, "embed_tokens"),
@@ -134,11 +141,94 @@ const CASES: &[Case] = &[
         starts_at_base: true,
         knows_base: false,
         is_low_rank: true,
+        compresses: false,
         refused: &[
             (r#"{"type": "vera", "r": 0}"#, "r is 0"),
             (r#"{"type": "vera", "d_initial": 0.0}"#, "d_initial"),
             (r#"{"type": "vera", "vera_dropout": 1.0}"#, "vera_dropout"),
         ],
+    },
+    Case {
+        block: r#"{"type": "sparse", "num_tunable_weights": 300, "target_modules": ["q_proj", "down_proj"],
+                   "values_dtype": "float32"}"#,
+        base: "llama_bias",
+        // ⌊300·N/ΣN⌋ a module.
+        trained: 2 * (300 * 24 * 24 / (2 * (24 * 24 + 24 * 12)) + 300 * 24 * 12 / (2 * (24 * 24 + 24 * 12))),
+        starts_at_base: true,
+        knows_base: true,
+        is_low_rank: false,
+        compresses: true,
+        refused: &[
+            (r#"{"type": "sparse", "density": 0.0}"#, "density is 0"),
+            (r#"{"type": "sparse", "density": 1.0, "target_modules": ["q_proj"]}"#, "lower density"),
+            (r#"{"type": "sparse", "num_tunable_weights": 3}"#, "no value"),
+            (r#"{"type": "sparse", "selection_accumulation_steps": 20}"#, "reselection_steps"),
+            (r#"{"type": "sparse", "target_modules": ["embed_tokens"]}"#, "embedding"),
+        ],
+    },
+    Case {
+        block: r#"{"type": "sparse", "criterion": "moment_approximation", "momentum": 0.5, "num_tunable_weights": 97,
+                   "target_modules": ["v_proj"], "values_dtype": "float32"}"#,
+        base: "llama_gqa_tied",
+        trained: 2 * 48,
+        starts_at_base: true,
+        knows_base: true,
+        is_low_rank: false,
+        compresses: true,
+        refused: &[(r#"{"type": "sparse", "target_modules": ["lm_head"]}"#, "tie_word_embeddings")],
+    },
+    Case {
+        block: r#"{"type": "nola", "r": 4, "num_basis_a": 40, "num_basis_b": 24, "target_modules": ["q_proj", "down_proj"]}"#,
+        base: "llama_bias",
+        // k + l a module.
+        trained: 2 * 2 * (40 + 24),
+        starts_at_base: true,
+        knows_base: false,
+        is_low_rank: true,
+        compresses: false,
+        refused: &[
+            (r#"{"type": "nola", "num_basis_a": 0}"#, "num_basis_a is 0"),
+            (r#"{"type": "nola", "offset_a": "none"}"#, "no gradient"),
+            (r#"{"type": "nola", "target_modules": ["embed_tokens"]}"#, "embed_tokens"),
+            (r#"{"type": "nola", "seed_policy": "per_layer"}"#, "per_module"),
+        ],
+    },
+    Case {
+        block: r#"{"type": "nola", "r": 3, "num_basis_a": 30, "num_basis_b": 30, "seed_policy": "shared", "basis_scale": "none", "offset_a": "none", "alpha_init": "random", "target_modules": "all-linear"}"#,
+        base: "llama_gqa_tied",
+        trained: 2 * 7 * (30 + 30),
+        starts_at_base: true,
+        knows_base: false,
+        is_low_rank: true,
+        compresses: false,
+        refused: &[(r#"{"type": "nola", "coefficient_bits": 16}"#, "none of 32, 8 and 4")],
+    },
+    Case {
+        block: r#"{"type": "lamda", "r": 4, "lora_alpha": 6, "eta": 0.8, "target_modules": ["q_proj", "down_proj"]}"#,
+        base: "llama_bias",
+        // r² + out·r a module, before columns freeze.
+        trained: 2 * 2 * (4 * 4 + 24 * 4),
+        starts_at_base: true,
+        knows_base: true,
+        is_low_rank: true,
+        compresses: false,
+        refused: &[
+            (r#"{"type": "lamda", "r": 13, "target_modules": ["down_proj"]}"#, "no rank of 13"),
+            (r#"{"type": "lamda", "r": 4, "eta": 1.2}"#, "eta is 1.2"),
+            (r#"{"type": "lamda", "r": 4, "rank_pattern": {"q": 2}}"#, "no target"),
+            (r#"{"type": "lamda", "r": 0}"#, "r is 0"),
+        ],
+    },
+    Case {
+        block: r#"{"type": "lamda", "r": 3, "lora_alpha": 3, "eta": 0.0, "init": "svd_no_residual", "target_modules": "all-linear"}"#,
+        base: "llama_gqa_tied",
+        // r² a module.
+        trained: 2 * 7 * 3 * 3,
+        starts_at_base: true,
+        knows_base: true,
+        is_low_rank: true,
+        compresses: false,
+        refused: &[(r#"{"type": "lamda", "r": 3, "eta": 0.0, "compat_released": true}"#, "divides by eta")],
     },
     Case {
         block: r#"{"type": "norm_only"}"#,
@@ -147,6 +237,7 @@ const CASES: &[Case] = &[
         starts_at_base: true,
         knows_base: false,
         is_low_rank: false,
+        compresses: false,
         refused: &[(r#"{"type": "norm_only", "target_modules": ["q_norm"]}"#, "input_layernorm")],
     },
     Case {
@@ -157,6 +248,7 @@ const CASES: &[Case] = &[
         starts_at_base: true,
         knows_base: true,
         is_low_rank: false,
+        compresses: false,
         refused: &[(r#"{"type": "bitfit", "r": 1}"#, "unknown key")],
     },
     Case {
@@ -166,6 +258,7 @@ const CASES: &[Case] = &[
         starts_at_base: true,
         knows_base: true,
         is_low_rank: false,
+        compresses: false,
         refused: &[
             (r#"{"type": "train_only"}"#, "parameters is missing"),
             (r#"{"type": "train_only", "parameters": "v_proj"}"#, "no whole name"),
@@ -222,6 +315,7 @@ impl Case {
             let moved = parameter.to_host().iter().map(|v| v + 0.1 * stream.normal() as f32).collect();
             set(parameter, moved);
         }
+        model.refresh();
         (method, model)
     }
 
@@ -265,6 +359,7 @@ fn gradients(model: &Decoder, batch: &Batch) -> BTreeMap<String, Vec<f32>> {
     let key = DropoutKey { seed: 0, step: 0, micro_batch: 0 };
     let mut step = StepGradients::default();
     accumulate(model, batch, 1.0 / batch.targets.len() as f64, key, STEP, &mut step);
+    model.pull_back(&mut step.gradients);
     step.gradients.into_iter().map(|(name, gradient)| (name, gradient.try_into_vec_as().unwrap())).collect()
 }
 
@@ -348,7 +443,10 @@ fn plans_are_what_happens() {
         let files = std::fs::read_dir(&out).unwrap().map(|entry| entry.unwrap().path());
         let weights = files.filter(|path| path.extension().is_some_and(|e| e == "safetensors"));
         let bytes: u64 = weights.map(|path| path.metadata().unwrap().len()).sum();
-        assert_eq!(bytes, plan.artifact_bytes, "{}", case.block);
+        match case.compresses {
+            true => assert!(bytes.abs_diff(plan.artifact_bytes) < bytes / 20, "{}: {bytes}", case.block),
+            false => assert_eq!(bytes, plan.artifact_bytes, "{}", case.block),
+        }
         std::fs::remove_dir_all(&out).unwrap();
     }
 }
@@ -399,6 +497,7 @@ fn gradients_are_those_of_the_dense_change() {
                 let values = pairs.map(|(value, d)| value + by * d).collect();
                 set(parameter, values);
             }
+            shifted.refresh();
             let mut sum = 0.0;
             let mut add = |name: String, change: Tensor<2>| {
                 let change: Vec<f32> = change.try_into_vec_as().unwrap();
@@ -503,8 +602,9 @@ fn a_product_of_factors_is_a_plain_lora() {
             assert_eq!(modules, changes.len(), "{}", case.block);
             let mut attached = open(&case.base_dir());
             lora.attach(&mut attached).unwrap();
+            // Balanced factors are others, and round otherwise.
             let difference = relative_difference(&logits(&attached), &logits(&model));
-            assert!(difference < 1e-5, "{}: {difference:.1e}", case.block);
+            assert!(difference < 3e-5, "{}: {difference:.1e}", case.block);
         }
     }
 }
@@ -529,7 +629,11 @@ fn a_damaged_file_is_refused_by_name() {
         broken[end - 4..].copy_from_slice(&f32::NAN.to_le_bytes());
         std::fs::write(&file, &broken).unwrap();
         let error = fits(open_adapter(&saved).unwrap().as_ref(), &base).unwrap_err();
-        assert!(matches!(error, AdapterError::NonFinite { .. }), "{}: {error}", case.block);
+        let is_told = match case.compresses {
+            true => error.is_bad_input() && error.to_string().contains("adapter_model"),
+            false => matches!(error, AdapterError::NonFinite { .. }),
+        };
+        assert!(is_told, "{}: {error}", case.block);
         std::fs::write(&file, &bytes[..end - 4]).unwrap();
         assert!(open_adapter(&saved).is_err(), "{}: a cut file is taken", case.block);
         std::fs::remove_file(&file).unwrap();
@@ -650,12 +754,13 @@ pub fn train(
     method.prepare(&mut model, &preparation).unwrap();
     let artifact = output_dir.join(method.artifact());
     let adamw = AdamW { beta_1: 0.9, beta_2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
+    let optimizer = method.optimizer(&adamw);
     let tokenizer = Tokenizer::from_dir(root().join(crate::program::BASE)).unwrap();
     std::fs::create_dir_all(output_dir).unwrap();
     let trainer = Trainer {
         model: &mut model,
         method,
-        optimizer: Box::new(NamedOptimizer::new(adamw)),
+        optimizer,
         tokenizer: &tokenizer,
         train: &examples,
         validation: &[],

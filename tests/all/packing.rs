@@ -36,8 +36,9 @@ fn step(
         let key = DropoutKey { seed: 0, step: 0, micro_batch: 0 };
         accumulate(model, batch, scale, key, settings, &mut sums);
     }
+    let loss = sums.losses().0 * scale;
     let gradients = sums.gradients.into_iter().map(|(name, g)| (name, g.try_into_vec_as().unwrap()));
-    (sums.loss_sum * scale, gradients.collect())
+    (loss, gradients.collect())
 }
 
 /// Checkpoints with: nothing special, a bias, norms on the heads, a window shorter than the segments, layers without

@@ -71,6 +71,10 @@ impl Method for Changing {
         self.watched += gradient.square().sum().into_scalar::<f32>();
     }
 
+    fn acts_on_gradients(&self) -> bool {
+        true
+    }
+
     fn before_update(
         &mut self,
         model: &Decoder,
@@ -179,7 +183,7 @@ fn an_optimizers_memory_is_changed_and_dropped() {
     };
     let step = |optimizer: &mut NamedOptimizer<AdamW>| -> f32 {
         let step = ParameterStep { name: "p", learning_rate: 1.0, value: one(), gradient: one() };
-        1.0 - optimizer.step(vec![step]).remove(0).into_scalar::<f32>()
+        1.0 - optimizer.step(vec![step], None).remove(0).into_scalar::<f32>()
     };
     let mut optimizer = adamw();
     assert!(!optimizer.remembers("p"));

@@ -66,11 +66,13 @@ pub fn steps(
         let key = DropoutKey { seed: 0, step: step as u64, micro_batch: 0 };
         let mut sums = StepGradients::default();
         accumulate(model, &batch, scale, key, STEP, &mut sums);
-        losses.push(sums.loss_sum * scale);
+        losses.push(sums.losses().0 * scale);
         let mut gradients: BTreeMap<_, _> = sums.gradients;
         let progress = Progress { step: step as u64, total_steps: batches.len() as u64 };
-        method.before_update(model, &mut gradients, progress);
-        update_parameters(model, &mut optimizer, gradients, |name| method.peak_rate(name, RATE));
+        if method.acts_on_gradients() {
+            method.before_update(model, &mut gradients, progress);
+        }
+        update_parameters(model, &mut optimizer, gradients, None, |name| method.peak_rate(name, RATE));
     }
     losses
 }

@@ -7,15 +7,17 @@ use peft_core::checkpoint::Checkpoint;
 use peft_core::data::{Example, collate};
 use peft_core::kernels::trim_memory;
 use peft_core::model::{ComputeType, Decoder, load};
-use peft_core::projection::DropoutKey;
+use peft_core::projection::{DropoutKey, Parameter};
 use peft_core::train::plan::{BatchShape, Phase, Workload, predict};
 use peft_core::train::{
     GradientCheckpointing, Method, MethodPlan, Preparation, RunLength, StepGradients, StepSettings, Warmup,
-    accumulate, evaluate,
+    accumulate, evaluate, layer_gradients,
 };
 use peft_methods::{Full, Lora};
 use peft_tests::root;
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::collections::BTreeSet;
+use std::convert::Infallible;
 use std::sync::atomic::{AtomicUsize, Ordering::SeqCst};
 
 /// The system's allocator, with an account of what is alive.
@@ -96,24 +98,28 @@ fn compare(model: &Decoder, plan: &MethodPlan, cases: &[(usize, usize, usize, Gr
         println!("{what:?}: step {ratio:.3}, evaluation {:.3}", of(Phase::Evaluation) / evaluated);
         assert!((0.95..1.13).contains(&ratio), "step {what:?}: {} of {stepped}", of(Phase::Step));
         let ratio = of(Phase::Evaluation) / evaluated;
-        assert!((0.9..1.3).contains(&ratio), "evaluation {what:?}: {} of {evaluated}", of(Phase::Evaluation));
+        assert!((0.9..1.4).contains(&ratio), "evaluation {what:?}: {} of {evaluated}", of(Phase::Evaluation));
     }
 }
 
-/// A token of a generation is written into the cache in place: no copy of any layer's keys is made.
+/// A token of a generation is written into the cache in place: no copy of any layer's keys is made. What a product lays
+/// out for itself differs between processors, so what counts is how a token's bytes grow with the cache.
 fn no_token_copies_the_cache(model: &Decoder) {
     let c = &model.config;
     for rows in [1, 4] {
         // Left padding in all rows but the first.
         let mut cache = model.cache((0..rows).map(|row| row * 8).collect());
-        model.extend(&vec![5; rows * 1000], &mut cache);
-        // The first product of a kind makes room that the others use again.
-        model.extend(&vec![6; rows], &mut cache);
-        for _ in 0..3 {
-            let step = peak_of(|| drop(model.extend(&vec![7; rows], &mut cache)));
-            let keys = (4 * rows * c.num_key_value_heads * 1024 * c.head_dim) as f64;
-            assert!(step < 0.5 * keys, "{rows} rows: {step} bytes for a token, {keys} of keys");
-        }
+        let mut bytes_after = |tokens: usize| {
+            model.extend(&vec![5; rows * tokens], &mut cache);
+            // The first product of a kind makes room that the others use again.
+            model.extend(&vec![6; rows], &mut cache);
+            let token = |_| peak_of(|| drop(model.extend(&vec![7; rows], &mut cache)));
+            (0..3).map(token).fold(0.0, f64::max)
+        };
+        let (before, after) = (bytes_after(1000), bytes_after(1000));
+        let keys = (4 * rows * c.num_key_value_heads * 1000 * c.head_dim) as f64;
+        let growth = after - before;
+        assert!(growth < 0.3 * keys, "{rows} rows: {growth} bytes more for a token, {keys} of keys");
     }
 }
 
@@ -125,6 +131,38 @@ const PREPARATION: Preparation = Preparation {
     length: RunLength { learning_rate: 1e-3, warmup: Warmup::Steps(0), total_steps: 1, epochs: 1.0 },
     resume: None,
 };
+
+/// Gradients of whole weights over several batches: those of one layer are there at a time, summed and just made.
+fn gradients_come_layer_by_layer(mut model: Decoder) {
+    let layers = model.layers().len();
+    let is_wanted = |p: &&Parameter| p.name.ends_with("_proj.weight");
+    let wanted: Vec<&Parameter> = model.parameters().into_iter().filter(is_wanted).collect();
+    let layer_bytes = 4 * wanted.iter().map(|p| p.numel()).sum::<usize>() / layers;
+    let wanted: BTreeSet<String> = wanted.into_iter().map(|p| p.name.clone()).collect();
+    let example = Example { ids: vec![5, 6, 7, 8], supervised: vec![true; 4] };
+    let batches: Vec<_> = (0..3).map(|_| (collate(&[&example], 0), 0.1)).collect();
+    let mut calls = 0;
+    let peak = peak_of(|| {
+        let Ok(()) = layer_gradients(&mut model, &wanted, &batches, PREPARATION.step, |gradients| {
+            calls += 1;
+            drop(gradients);
+            Ok::<(), Infallible>(())
+        });
+    });
+    assert_eq!(calls, layers);
+    // Beside them stand the buffers of the products, as they do where the gradients of all layers are held.
+    model.parameters_mut().into_iter().for_each(|p| p.trainable = wanted.contains(&p.name));
+    let mut sums = StepGradients::default();
+    let of_all = peak_of(|| {
+        for (batch, factor) in &batches {
+            let key = DropoutKey { seed: 0, step: 0, micro_batch: 0 };
+            accumulate(&model, batch, *factor, key, PREPARATION.step, &mut sums);
+        }
+    });
+    let saved = (of_all - peak) / layer_bytes as f64;
+    println!("gradients by layer: {saved:.2} layers' weights of {layers} saved");
+    assert!(saved > 0.6 * (layers - 1) as f64, "{saved:.2} layers' weights are saved");
+}
 
 /// Short and long, few and many supervised tokens, the whole graph, without norms and gates, and layer by layer.
 const CASES: [(usize, usize, usize, GradientCheckpointing); 8] = [
@@ -143,6 +181,7 @@ const CASES: [(usize, usize, usize, GradientCheckpointing); 8] = [
 fn a_tokens_bytes_are_few_and_a_steps_bytes_are_predicted() {
     let checkpoint = Checkpoint::open(&root().join("recipes/quickstart/base")).unwrap();
     no_token_copies_the_cache(&load(&checkpoint, &Device::flex(), ComputeType::F32).unwrap());
+    gradients_come_layer_by_layer(load(&checkpoint, &Device::flex(), ComputeType::F32).unwrap());
     for method in [
         r#"{"r": 16, "target_modules": "all-linear"}"#,
         r#"{"r": 16, "target_modules": "all-linear", "lora_dropout": 0.1}"#,

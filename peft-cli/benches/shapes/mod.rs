@@ -1,4 +1,5 @@
 //! Randomly initialised Llamas of known shapes.
+#![allow(dead_code)] // Each bench takes what it needs.
 
 use burn::tensor::Device;
 use peft_core::checkpoint::{Checkpoint, CheckpointError, Dtype, LazyTensor, from_f32, write_safetensors};
@@ -44,11 +45,31 @@ pub fn device(name: &str, dtype: Option<&str>) -> Result<(Device, ComputeType), 
     Ok((device, compute))
 }
 
+/// What the operations of a layer and the head are sized by.
+#[derive(Clone, Copy)]
+pub struct Sizes {
+    pub hidden: usize,
+    pub intermediate: usize,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub head_dim: usize,
+    pub vocab: usize,
+}
+
+/// The sizes of the shape of that name.
+pub fn sizes(shape: &str) -> Result<Sizes, Failure> {
+    let (hidden, intermediate, _, heads, kv_heads, head_dim, vocab, _) = named(shape)?;
+    Ok(Sizes { hidden, intermediate, heads, kv_heads, head_dim, vocab })
+}
+
+fn named(shape: &str) -> Result<Shape, Failure> {
+    let found = SHAPES.iter().find(|(name, _)| *name == shape);
+    found.map(|(_, shape)| *shape).ok_or_else(|| format!("no such shape: {shape}").into())
+}
+
 /// A Llama of the shape with uniform weights of deviation 0.02.
 pub fn random_model(shape: &str, device: &Device, compute: ComputeType) -> Result<Decoder, Failure> {
-    let found = SHAPES.iter().find(|(name, _)| *name == shape);
-    let (_, (hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, tied)) =
-        *found.ok_or_else(|| format!("no such shape: {shape}"))?;
+    let (hidden, intermediate, layers, heads, kv_heads, head_dim, vocab, tied) = named(shape)?;
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
         "intermediate_size": intermediate, "num_hidden_layers": layers, "num_attention_heads": heads,

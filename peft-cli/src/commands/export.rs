@@ -3,14 +3,47 @@
 use crate::args::{ExportArgs, ExportFormat};
 use crate::error::CliError;
 use crate::{open, render, yaml};
-use peft_core::adapter::write_plain_lora;
+use peft_core::adapter::{SavedAdapter, write_plain_lora};
 use peft_core::checkpoint::{StagedDir, resolve_headers};
 use peft_core::model::ModelConfig;
+use peft_methods::{ShiraReport, SparseAdapter, export_shira};
 use serde_json::{Value, json};
+use std::path::Path;
 
 /// Runs the command.
 pub fn run(args: ExportArgs) -> Result<(), CliError> {
     let adapter = open::adapter(args.source(), args.offline)?;
+    match args.format {
+        ExportFormat::PeftLora => peft_lora(&args, adapter.as_ref()),
+        ExportFormat::PeftShira => peft_shira(&args, &adapter.folder().dir),
+    }
+}
+
+/// A sparse adapter as a SHiRA.
+fn peft_shira(args: &ExportArgs, dir: &Path) -> Result<(), CliError> {
+    let adapter = SparseAdapter::open(dir)?;
+    let staged = StagedDir::new(&args.output)?;
+    let ShiraReport { r, values, padding } = export_shira(&adapter, staged.path())?;
+    staged.commit()?;
+    if args.json {
+        let output = args.output.display().to_string();
+        let report =
+            json!({"output": output, "format": "peft-shira", "r": r, "values": values, "padding": padding});
+        println!("{report}");
+        return Ok(());
+    }
+    let rows = vec![
+        vec!["format".to_string(), "SHiRA, exact".to_string()],
+        vec!["r".to_string(), r.to_string()],
+        vec!["values".to_string(), render::count(values as u64)],
+        vec!["zeros added to fill r·(out + in) a module".to_string(), render::count(padding as u64)],
+    ];
+    print!("{}", render::table(&rows));
+    Ok(())
+}
+
+/// An adapter of low rank as a plain LoRA.
+fn peft_lora(args: &ExportArgs, adapter: &dyn SavedAdapter) -> Result<(), CliError> {
     let folder = adapter.folder();
     let named = |key: &str| folder.config.get(key).and_then(Value::as_str);
     // The revision in the adapter belongs to the base that it names.
@@ -28,9 +61,8 @@ pub fn run(args: ExportArgs) -> Result<(), CliError> {
     model.require_in(&headers)?;
 
     let staged = StagedDir::new(&args.output)?;
-    let ExportFormat::PeftLora = args.format;
     let written = write_plain_lora(
-        adapter.as_ref(),
+        adapter,
         &model.base_shapes(),
         (Some(base), revision),
         args.balanced,

@@ -13,8 +13,7 @@ use peft_core::model::{ComputeType, ModelConfig, ProjectionShape};
 use peft_core::text::Tokenizer;
 use peft_core::train::plan::{BatchShape, Calibration, calibrate, evaluation_batches};
 use peft_core::train::{
-    Every, MethodPlan, NamedOptimizer, ParameterRole, PlannedParameter, TrainConfig, require_vocabulary,
-    state_bytes,
+    Every, MethodPlan, ParameterRole, PlannedParameter, TrainConfig, require_vocabulary, state_bytes,
 };
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
@@ -177,7 +176,11 @@ pub fn run(args: PlanArgs) -> Result<(), CliError> {
     let seconds = calibration
         .map(|measured| measured.seconds(&forecast.batches, course.steps, course.evaluations, evaluated));
     let own: u64 = method.model.parameters().iter().map(|parameter| parameter.numel()).sum();
-    let added = method.parameters.iter().filter(|parameter| parameter.role != ParameterRole::Own);
+    // What is computed from parameters is none.
+    let added = method
+        .parameters
+        .iter()
+        .filter(|parameter| !matches!(parameter.role, ParameterRole::Own | ParameterRole::Computed { .. }));
     let (modules, excluded) = modules(&method);
     let report = Report {
         base: base_report(&recipe, &model, &base, compute),
@@ -250,10 +253,13 @@ fn modules(method: &MethodPlan) -> (Vec<ModuleReport>, Vec<String>) {
         module.shapes.insert(dims);
         module.trainable += here().filter(|p| p.trainable).map(|p| p.shape.numel()).sum::<u64>();
         module.ranks.extend(here().filter_map(|parameter| match parameter.role {
-            ParameterRole::Factor { rank, .. } => Some(rank),
+            ParameterRole::Factor { rank, .. } | ParameterRole::Computed { rank, .. } => Some(rank),
             ParameterRole::Own => (parameter.shape.shape.len() == 2).then_some(0),
             ParameterRole::Scaling { rank, .. } => Some(rank),
-            ParameterRole::Gain | ParameterRole::InputGain | ParameterRole::Part => None,
+            ParameterRole::Sparse { .. }
+            | ParameterRole::Gain
+            | ParameterRole::InputGain
+            | ParameterRole::Part => None,
         }));
     }
     found.extend(norms(method));
@@ -405,6 +411,6 @@ fn measure(
     method.prepare(&mut model, &config.preparation(&data.train, None))?;
     require_vocabulary(&model, "training data", &data.train)?;
     require_vocabulary(&model, "validation data", &data.validation)?;
-    let mut optimizer = NamedOptimizer::new(train::adamw(&recipe.optimizer));
-    Ok(calibrate(&mut model, &mut optimizer, config, &data.train, &data.validation))
+    let mut optimizer = method.optimizer(&train::adamw(&recipe.optimizer));
+    Ok(calibrate(&mut model, optimizer.as_mut(), config, &data.train, &data.validation))
 }

@@ -19,8 +19,7 @@ use peft_core::kernels::AdamW;
 use peft_core::model::{ModelConfig, ties_embeddings};
 use peft_core::text::Tokenizer;
 use peft_core::train::{
-    Identity, Method, NamedOptimizer, Outcome, RunSummary, StepSettings, TrainConfig, Trainer, Warmup,
-    saved_identity,
+    Identity, Method, Outcome, RunSummary, StepSettings, TrainConfig, Trainer, Warmup, saved_identity,
 };
 use peft_methods::RunContext;
 use serde_json::{Value, json};
@@ -79,11 +78,12 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
     let trainable: u64 = model.parameters().iter().filter(|p| p.trainable).map(|p| p.numel() as u64).sum();
     let total: u64 = model.parameters().iter().map(|p| p.numel() as u64).sum();
     let artifact = method.artifact();
+    let optimizer = method.optimizer(&adamw(&recipe.optimizer));
     let stop = StopSignal::listen()?;
     let mut trainer = Trainer {
         model: &mut model,
         method: method.as_mut(),
-        optimizer: Box::new(NamedOptimizer::new(adamw(&recipe.optimizer))),
+        optimizer,
         tokenizer: &base.tokenizer,
         train: &train,
         validation: &validation,

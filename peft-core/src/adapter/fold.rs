@@ -170,7 +170,10 @@ fn change_embedding(rewrite: &mut Rewrite, and_head: bool, change: impl Fn() -> 
 }
 
 /// The modules of a checkpoint, by its tensors' names.
-pub(super) fn base_shapes(base: &Checkpoint) -> Result<BaseShapes, AdapterError> {
+///
+/// # Errors
+/// A configuration that cannot be understood.
+pub fn base_shapes(base: &Checkpoint) -> Result<BaseShapes, AdapterError> {
     let mut shapes = BaseShapes { tied: ties_embeddings(base)?, ..BaseShapes::default() };
     for name in base.names() {
         if let Some(path) = name.strip_suffix(".weight") {

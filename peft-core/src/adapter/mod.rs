@@ -29,7 +29,7 @@ pub use drift::{
 };
 pub use error::AdapterError;
 pub use file::{Adapter, LORA_FORMAT, LowRankModule, Resolved, RowsModule};
-pub use fold::{FoldReport, fold, fold_into};
+pub use fold::{FoldReport, base_shapes, fold, fold_into};
 pub use folder::{
     AdapterFolder, FileFormat, Layout, PREFIX, WEIGHTS_FILE, common_config, finite_tensor, key, open_adapter,
     parameter_tensor, weights_bytes, write_adapter,

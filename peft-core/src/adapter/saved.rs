@@ -20,6 +20,7 @@ pub struct Parts {
 }
 
 /// How an adapter is folded into a checkpoint.
+#[derive(Default)]
 pub struct Folding<'a> {
     /// What becomes of the tensors.
     pub rewrite: Rewrite<'a>,

@@ -6,6 +6,7 @@
 //! ```
 
 use super::backend::{Kernels, served, with_backend};
+use super::norm::Clip;
 use burn::optim::{LearningRate, Optimizer, RecordState, StateSink, StateSource};
 use burn::tensor::{Device, Tensor};
 
@@ -62,13 +63,25 @@ impl AdamW {
         (1.0 - self.beta_1.powf(time as f64), (1.0 - self.beta_2.powf(time as f64)).sqrt())
     }
 
-    /// Updates many f32 parameters of one device together: returns θ, m and v of each, in order. Where nobody else
-    /// holds them, they keep their memory.
-    pub fn update_all(&self, updates: Vec<Update<Tensor<2>>>) -> Vec<[Tensor<2>; 3]> {
+    /// Updates many f32 parameters of one device together, with clipped gradients: returns θ, m and v of each, in order.
+    /// Where nobody else holds them, they keep their memory. Gradients whose norm is not finite change nothing.
+    pub fn update_all(&self, updates: Vec<Update<Tensor<2>>>, clip: Option<&Clip>) -> Vec<[Tensor<2>; 3]> {
         let Some(first) = updates.first() else { return Vec::new() };
         match served(&first.gradient.device(), first.gradient.dtype()) {
-            Some(served) => with_backend!(served, fused(self, updates)),
-            None => updates.into_iter().map(|update| self.update(update)).collect(),
+            Some(served) => with_backend!(served, fused(self, updates, clip)),
+            None => {
+                let factor = clip.map_or(Some(1.0), Clip::factor);
+                let one = |mut update: Update<Tensor<2>>| match factor {
+                    None => [update.parameter, update.moment_1, update.moment_2],
+                    Some(factor) => {
+                        if factor < 1.0 {
+                            update.gradient = update.gradient.mul_scalar(factor);
+                        }
+                        self.update(update)
+                    }
+                };
+                updates.into_iter().map(one).collect()
+            }
         }
     }
 
@@ -88,7 +101,11 @@ impl AdamW {
     }
 }
 
-fn fused<B: Kernels>(optimizer: &AdamW, updates: Vec<Update<Tensor<2>>>) -> Vec<[Tensor<2>; 3]> {
+fn fused<B: Kernels>(
+    optimizer: &AdamW,
+    updates: Vec<Update<Tensor<2>>>,
+    clip: Option<&Clip>,
+) -> Vec<[Tensor<2>; 3]> {
     let updates = updates.into_iter().map(|update| Update {
         parameter: B::primitive(update.parameter),
         gradient: B::primitive(update.gradient),
@@ -97,7 +114,8 @@ fn fused<B: Kernels>(optimizer: &AdamW, updates: Vec<Update<Tensor<2>>>) -> Vec<
         rate: update.rate,
         time: update.time,
     });
-    let updated = B::adamw(optimizer, updates.collect());
+    let clip = clip.map(|clip| (B::primitive(clip.sum_of_squares.clone()), clip.max_norm));
+    let updated = B::adamw(optimizer, updates.collect(), clip);
     updated.into_iter().map(|tensors| tensors.map(B::tensor)).collect()
 }
 

@@ -5,7 +5,9 @@
 use super::adamw::{AdamW, Update};
 use super::attention::{AttentionInputs, AttentionShape};
 use super::cross_entropy::CrossEntropyParts;
+use super::dropout::Dropout;
 use super::linear::{LinearGradients, Part, Wanted};
+use super::sparse::{self, SparseGradients, SparsePattern};
 use burn::backend::autodiff::ops::NodeGuard;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, AutodiffBackend, Backend};
@@ -43,14 +45,18 @@ pub(super) trait Kernels: Backend {
     /// `w ∘ x/√(mean(x²) + ε)` by rows; `w` has one row.
     fn rms_norm(x: &FloatTensor<Self>, weight: &FloatTensor<Self>, epsilon: f32) -> FloatTensor<Self>;
 
-    /// Gradients of [`rms_norm`](Self::rms_norm) for `x` and, if wanted, for `w`.
+    /// Gradients of [`rms_norm`](Self::rms_norm) for `x`, with `added` added to it, and, if wanted, for `w`.
     fn rms_norm_backward(
         x: &FloatTensor<Self>,
         weight: &FloatTensor<Self>,
         epsilon: f32,
         dy: &FloatTensor<Self>,
+        added: Option<&FloatTensor<Self>>,
         wants_weight: bool,
     ) -> (FloatTensor<Self>, Option<FloatTensor<Self>>);
+
+    /// `x` with some elements dropped, the others made larger.
+    fn dropout(x: &FloatTensor<Self>, dropout: &Dropout) -> FloatTensor<Self>;
 
     /// `silu(g) ∘ u` of `[g u]`.
     fn silu_gate(gate_up: &FloatTensor<Self>) -> FloatTensor<Self>;
@@ -58,7 +64,8 @@ pub(super) trait Kernels: Backend {
     /// Gradient of [`silu_gate`](Self::silu_gate) for `[g u]`.
     fn silu_gate_backward(gate_up: &FloatTensor<Self>, dy: &FloatTensor<Self>) -> FloatTensor<Self>;
 
-    /// `[x·W₁ᵀ + b₁ + s₁·(x·A₁ᵀ)·B₁ᵀ, …] + residual`, and all `x·Aᵢᵀ` side by side if there are any.
+    /// `[x·W₁ᵀ + b₁ + s₁·(x₁·A₁ᵀ)·B₁ᵀ, …] + residual`, where `xᵢ` is `x` with what the term drops dropped, and all
+    /// `xᵢ·Aᵢᵀ` side by side if there are any.
     fn linears(
         x: &FloatTensor<Self>,
         parts: &[Part<FloatTensor<Self>>],
@@ -73,6 +80,27 @@ pub(super) trait Kernels: Backend {
         parts: &[Part<FloatTensor<Self>>],
         wanted: &Wanted,
     ) -> LinearGradients<FloatTensor<Self>>;
+
+    /// `y + x·Δᵀ` with the values `[1, entries]` of `Δ` at the pattern's positions; `y` is used up.
+    fn add_sparse(
+        y: FloatTensor<Self>,
+        x: &FloatTensor<Self>,
+        values: &FloatTensor<Self>,
+        pattern: &SparsePattern,
+    ) -> FloatTensor<Self> {
+        sparse::add_by_blocks::<Self>(y, x, values, pattern)
+    }
+
+    /// Gradients of [`add_sparse`](Self::add_sparse): of the input where `values` are given, of the values where wanted.
+    fn sparse_gradients(
+        dy: &FloatTensor<Self>,
+        x: &FloatTensor<Self>,
+        values: Option<&FloatTensor<Self>>,
+        pattern: &SparsePattern,
+        wants_values: bool,
+    ) -> SparseGradients<FloatTensor<Self>> {
+        sparse::gradients_by_blocks::<Self>(dy, x, values, pattern, wants_values)
+    }
 
     /// Whether [`attend`](Self::attend) takes these heads.
     fn attends(shape: &AttentionShape, dtype: DType) -> bool;
@@ -92,8 +120,13 @@ pub(super) trait Kernels: Backend {
         dy: &FloatTensor<Self>,
     ) -> FloatTensor<Self>;
 
-    /// AdamW's update of f32 tensors: parameter, first and second moment of each.
-    fn adamw(optimizer: &AdamW, updates: Vec<Update<FloatTensor<Self>>>) -> Vec<[FloatTensor<Self>; 3]>;
+    /// AdamW's update of f32 tensors: parameter, first and second moment of each. `clip` is the sum of the gradients'
+    /// squares and the largest norm, as in [`Clip`](super::norm::Clip).
+    fn adamw(
+        optimizer: &AdamW,
+        updates: Vec<Update<FloatTensor<Self>>>,
+        clip: Option<(FloatTensor<Self>, f64)>,
+    ) -> Vec<[FloatTensor<Self>; 3]>;
 
     /// Σ x² of f32 tensors, one at least.
     fn sum_of_squares(tensors: Vec<FloatTensor<Self>>) -> FloatTensor<Self>;

@@ -12,8 +12,11 @@
 
 use super::as_dtype;
 use super::backend::{Kernels, Tracked, constant, has_graph, lift, served, with_backend};
+use super::dropout::{self, Dropout};
 use super::gated::{silu_gate, split_gate};
 use super::rms_norm::rms_norm;
+use super::skip::{Residual, Skip};
+use super::sparse::{SparseTerm, add_sparse};
 use burn::backend::autodiff::NodeId;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
@@ -34,14 +37,14 @@ pub struct LowRankTerm {
     pub gain: Option<Tensor<2>>,
     /// `s`.
     pub scale: f64,
-    /// Dropout mask of the term's input, already divided by the keep probability, `[tokens, in]`.
-    pub mask: Option<Tensor<2>>,
+    /// What is dropped of the term's input.
+    pub dropout: Option<Dropout>,
 }
 
 impl LowRankTerm {
     /// Whether it is `s·B·A` and nothing more.
     fn is_plain(&self) -> bool {
-        self.bias.is_none() && self.gain.is_none() && self.mask.is_none()
+        self.bias.is_none() && self.gain.is_none()
     }
 }
 
@@ -49,6 +52,8 @@ impl LowRankTerm {
 pub enum Term {
     /// A low-rank product on top.
     LowRank(LowRankTerm),
+    /// Several of them, without gains.
+    Sum(Vec<LowRankTerm>),
     /// Factors: `y = ((h ∘ l_in)·Wᵀ + b) ∘ l_out`.
     Gains {
         /// `l_in`, `[1, in]`.
@@ -58,9 +63,11 @@ pub enum Term {
     },
     /// A frozen pair between two vectors on top.
     ScaledPair(ScaledPairTerm),
+    /// A sparse product on top.
+    Sparse(SparseTerm),
 }
 
-/// The term `((x ∘ mask)·Aᵀ ∘ d)·Bᵀ ∘ b` of an adapted linear map, of which the vectors alone have gradients.
+/// The term `(x'·Aᵀ ∘ d)·Bᵀ ∘ b`, where `x'` is `x` after dropout, of an adapted linear map, of which the vectors alone have gradients.
 pub struct ScaledPairTerm {
     /// `A`, `[rank, in]`.
     pub a: Tensor<2>,
@@ -70,17 +77,17 @@ pub struct ScaledPairTerm {
     pub inner: Tensor<2>,
     /// `b`, `[1, out]`.
     pub outer: Tensor<2>,
-    /// Dropout mask of the term's input, already divided by the keep probability, `[tokens, in]`.
-    pub mask: Option<Tensor<2>>,
+    /// What is dropped of the term's input.
+    pub dropout: Option<Dropout>,
 }
 
 impl ScaledPairTerm {
     /// The term on `x` `[tokens, in]`.
-    fn of(self, x: Tensor<2>) -> Tensor<2> {
+    fn of(self, x: Tensor<2>, drop: fn(Tensor<2>, Dropout) -> Tensor<2>) -> Tensor<2> {
         let dtype = x.dtype();
-        let ScaledPairTerm { a, b, inner, outer, mask } = self;
-        let x = match mask {
-            Some(mask) => x * as_dtype(mask, dtype),
+        let ScaledPairTerm { a, b, inner, outer, dropout } = self;
+        let x = match dropout {
+            Some(dropout) => drop(x, dropout),
             None => x,
         };
         let down = x.matmul(as_dtype(a, dtype).transpose()) * as_dtype(inner, dtype);
@@ -93,14 +100,14 @@ impl Term {
     fn is_plain(&self) -> bool {
         match self {
             Term::LowRank(term) => term.is_plain(),
-            Term::Gains { .. } | Term::ScaledPair(_) => false,
+            Term::Sum(_) | Term::Gains { .. } | Term::ScaledPair(_) | Term::Sparse(_) => false,
         }
     }
 
     fn into_low_rank(self) -> Option<LowRankTerm> {
         match self {
             Term::LowRank(term) => Some(term),
-            Term::Gains { .. } | Term::ScaledPair(_) => None,
+            Term::Sum(_) | Term::Gains { .. } | Term::ScaledPair(_) | Term::Sparse(_) => None,
         }
     }
 
@@ -110,12 +117,18 @@ impl Term {
         h: Tensor<2>,
         bias: Option<Tensor<2>>,
         product: impl Fn(Tensor<2>) -> Tensor<2>,
+        drop: fn(Tensor<2>, Dropout) -> Tensor<2>,
     ) -> Tensor<2> {
         let bias = bias.map(|bias| as_dtype(bias, h.dtype()));
         match self {
             Term::LowRank(term) => {
                 let y = product(h.clone());
-                add(with_term(h, y, term, product), bias)
+                add(with_term(h, y, term, product, drop), bias)
+            }
+            Term::Sum(terms) => {
+                let y = product(h.clone());
+                let sum = |y, term| with_term(h.clone(), y, term, &product, drop);
+                add(terms.into_iter().fold(y, sum), bias)
             }
             Term::Gains { input, output } => {
                 let dtype = h.dtype();
@@ -127,8 +140,9 @@ impl Term {
             }
             Term::ScaledPair(term) => {
                 let y = product(h.clone());
-                add(y + term.of(h), bias)
+                add(y + term.of(h, drop), bias)
             }
+            Term::Sparse(term) => add_sparse(add(product(h.clone()), bias), h, term),
         }
     }
 }
@@ -156,6 +170,8 @@ pub enum LinearInput {
         weight: Tensor<2>,
         /// The norm's ε.
         epsilon: f64,
+        /// Where a gradient of `x` may be left that passes by the maps.
+        skip: Option<Skip>,
     },
     /// `silu(g) ∘ u` of `[g u]`, `[tokens, 2·in]`.
     Gated(Tensor<2>),
@@ -173,7 +189,7 @@ impl LinearInput {
     pub fn value(self) -> Tensor<2> {
         match self {
             LinearInput::Plain(x) => x,
-            LinearInput::Normed { x, weight, epsilon } => rms_norm(x, weight, epsilon),
+            LinearInput::Normed { x, weight, epsilon, .. } => rms_norm(x, weight, epsilon),
             LinearInput::Gated(gate_up) => silu_gate(gate_up),
         }
     }
@@ -190,7 +206,7 @@ const MOST: usize = 3;
 pub fn adapted_linears(
     input: LinearInput,
     maps: Vec<AdaptedLinear>,
-    residual: Option<Tensor<2>>,
+    residual: Option<Residual>,
     recompute: bool,
 ) -> Tensor<2> {
     let dtype = input.tensor().dtype();
@@ -210,11 +226,13 @@ pub fn adapted_linears(
             with_backend!(served, fused(input, maps, None, recompute))
         };
         outputs.push(match term {
-            Some(term) if !term.is_plain() => term.composed(h.clone(), bias, |h| bare(h, None, None)),
+            Some(term) if !term.is_plain() => {
+                term.composed(h.clone(), bias, |h| bare(h, None, None), dropout::dropout)
+            }
             term => bare(h.clone(), term, bias),
         });
     }
-    add(joined(outputs), residual)
+    add(joined(outputs), residual.map(|residual| residual.value))
 }
 
 fn joined(mut outputs: Vec<Tensor<2>>) -> Tensor<2> {
@@ -235,12 +253,13 @@ fn with_term(
     y: Tensor<2>,
     term: LowRankTerm,
     product: impl Fn(Tensor<2>) -> Tensor<2>,
+    drop: fn(Tensor<2>, Dropout) -> Tensor<2>,
 ) -> Tensor<2> {
     let dtype = h.dtype();
-    let LowRankTerm { a, b, bias, gain, scale, mask } = term;
-    let dropped = mask.is_some();
-    let input = match mask {
-        Some(mask) => h * as_dtype(mask, dtype),
+    let LowRankTerm { a, b, bias, gain, scale, dropout } = term;
+    let dropped = dropout.is_some();
+    let input = match dropout {
+        Some(dropout) => drop(h, dropout),
         None => h,
     };
     // The scale goes onto the [tokens, rank] product, the smallest tensor on the way.
@@ -262,10 +281,10 @@ fn with_term(
 }
 
 /// The composition of burn's operations.
-pub(super) fn plain(input: LinearInput, maps: Vec<AdaptedLinear>, residual: Option<Tensor<2>>) -> Tensor<2> {
+pub(super) fn plain(input: LinearInput, maps: Vec<AdaptedLinear>, residual: Option<Residual>) -> Tensor<2> {
     let h = match input {
         LinearInput::Plain(x) => x,
-        LinearInput::Normed { x, weight, epsilon } => super::rms_norm::plain(x, weight, epsilon),
+        LinearInput::Normed { x, weight, epsilon, .. } => super::rms_norm::plain(x, weight, epsilon),
         LinearInput::Gated(gate_up) => {
             let (gate, up) = split_gate(gate_up);
             super::gated::plain(gate, up)
@@ -276,11 +295,11 @@ pub(super) fn plain(input: LinearInput, maps: Vec<AdaptedLinear>, residual: Opti
         let transposed = as_dtype(weight, dtype).transpose();
         let product = |h: Tensor<2>| h.matmul(transposed.clone());
         match term {
-            Some(term) => term.composed(h.clone(), bias, product),
+            Some(term) => term.composed(h.clone(), bias, product, dropout::plain),
             None => add(product(h.clone()), bias.map(|bias| as_dtype(bias, dtype))),
         }
     });
-    add(joined(outputs.collect()), residual)
+    add(joined(outputs.collect()), residual.map(|residual| residual.value))
 }
 
 /// A map as a backend has it.
@@ -290,8 +309,21 @@ pub(super) struct Part<T> {
     pub weight: T,
     /// `b`, `[1, out]`, likewise.
     pub bias: Option<T>,
-    /// `A` `[rank, in]` and `B` `[out, rank]` in a type of their own, and `s`.
-    pub factors: Option<(T, T, f32)>,
+    /// The low-rank term.
+    pub factors: Option<Factors<T>>,
+}
+
+/// A low-rank term as a backend has it.
+#[derive(Clone, Debug)]
+pub(super) struct Factors<T> {
+    /// `A`, `[rank, in]`, in a type of its own.
+    pub a: T,
+    /// `B`, `[out, rank]`, likewise.
+    pub b: T,
+    /// `s`.
+    pub scale: f32,
+    /// What is dropped of its input.
+    pub dropout: Option<Dropout>,
 }
 
 /// Which gradients [`Kernels::linears_backward`] is to compute.
@@ -299,8 +331,21 @@ pub(super) struct Part<T> {
 pub(super) struct Wanted {
     /// That of the input.
     pub input: bool,
-    /// Of each map: weight, bias, factors.
-    pub parts: Vec<(bool, bool, bool)>,
+    /// Of each map.
+    pub parts: Vec<WantedPart>,
+}
+
+/// Which gradients of one map are wanted.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct WantedPart {
+    /// That of `W`.
+    pub weight: bool,
+    /// That of `b`.
+    pub bias: bool,
+    /// That of `A`.
+    pub a: bool,
+    /// That of `B`.
+    pub b: bool,
 }
 
 /// Gradients of [`Kernels::linears`].
@@ -317,8 +362,10 @@ pub(super) struct PartGradients<T> {
     pub weight: Option<T>,
     /// Of `b`, in its type.
     pub bias: Option<T>,
-    /// Of `A` and `B`, in their types.
-    pub factors: Option<(T, T)>,
+    /// Of `A`, in its type.
+    pub a: Option<T>,
+    /// Of `B`, in its type.
+    pub b: Option<T>,
 }
 
 /// The function in front of the maps, with what its backward needs.
@@ -352,32 +399,33 @@ const INPUTS: usize = 3 + 4 * MOST;
 fn fused<B: Kernels>(
     input: LinearInput,
     maps: Vec<AdaptedLinear>,
-    residual: Option<Tensor<2>>,
+    residual: Option<Residual>,
     recompute: bool,
 ) -> Tensor<2> {
     let dtype = input.tensor().dtype();
     let mut tensors: [Option<Tensor<2>>; INPUTS] = std::array::from_fn(|_| None);
-    let (kind, raw, norm) = match input {
-        LinearInput::Plain(x) => (Kind::Plain, x, None),
-        LinearInput::Normed { x, weight, epsilon } => {
-            (Kind::Normed(epsilon as f32), x, Some(as_dtype(weight, dtype)))
+    let (kind, raw, norm, arriving) = match input {
+        LinearInput::Plain(x) => (Kind::Plain, x, None, None),
+        LinearInput::Normed { x, weight, epsilon, skip } => {
+            (Kind::Normed(epsilon as f32), x, Some(as_dtype(weight, dtype)), skip)
         }
-        LinearInput::Gated(gate_up) => (Kind::Gated, gate_up, None),
+        LinearInput::Gated(gate_up) => (Kind::Gated, gate_up, None, None),
     };
+    let (residual, leaving) = residual.map(|residual| (residual.value, residual.skip)).unzip();
     (tensors[0], tensors[1], tensors[2]) = (Some(raw), norm, residual);
-    let mut scales = Vec::with_capacity(maps.len());
+    let mut terms = Vec::with_capacity(maps.len());
     for (map, slots) in maps.into_iter().zip(tensors[3..].chunks_exact_mut(4)) {
         slots[0] = Some(as_dtype(map.weight, dtype));
         slots[1] = map.bias.map(|bias| as_dtype(bias, dtype));
-        scales.push(map.term.and_then(Term::into_low_rank).map(|term| {
+        terms.push(map.term.and_then(Term::into_low_rank).map(|term| {
             (slots[2], slots[3]) = (Some(term.a), Some(term.b));
-            term.scale as f32
+            (term.scale as f32, term.dropout)
         }));
     }
 
     if !tensors.iter().flatten().any(has_graph) {
         let primitives = tensors.map(|tensor| tensor.map(B::primitive));
-        let (saved, parts, residual) = assemble::<B>(kind, primitives, &scales);
+        let (saved, parts, residual) = assemble::<B>(kind, primitives, &terms);
         let (y, _) = B::together(|| B::linears(&saved.h::<B>(), &parts, residual.as_ref()));
         return B::tensor(y);
     }
@@ -387,7 +435,7 @@ fn fused<B: Kernels>(
     let nodes: [NodeGuard; INPUTS] =
         tracked.each_ref().map(|tensor| tensor.as_ref().map_or_else(filler, Tracked::<B>::node));
     let primitives = tracked.map(|tensor| tensor.map(Tracked::<B>::into_primitive));
-    let (mut saved, parts, residual) = assemble::<B>(kind, primitives, &scales);
+    let (mut saved, parts, residual) = assemble::<B>(kind, primitives, &terms);
     let prepared = LinearBackward.prepare::<NoCheckpointing>(nodes).compute_bound().stateful();
     let (h, (y, down)) = B::together(|| {
         let h = saved.h::<B>();
@@ -399,7 +447,8 @@ fn fused<B: Kernels>(
             if !recompute {
                 saved.keep(&h);
             }
-            prepared.finish(State { saved, down, parts }, y)
+            arriving.iter().for_each(Skip::expect);
+            prepared.finish(State { saved, down, parts, arriving, leaving: leaving.flatten() }, y)
         }
         OpsKind::UnTracked(prepared) => prepared.finish(y),
     })
@@ -418,7 +467,7 @@ type Assembled<T> = (Saved<T>, Vec<Part<T>>, Option<T>);
 fn assemble<B: Kernels>(
     kind: Kind,
     tensors: [Option<FloatTensor<B>>; INPUTS],
-    scales: &[Option<f32>],
+    terms: &[Option<(f32, Option<Dropout>)>],
 ) -> Assembled<FloatTensor<B>> {
     let mut tensors = tensors.into_iter();
     let mut next = || tensors.next().flatten();
@@ -428,9 +477,9 @@ fn assemble<B: Kernels>(
         (Kind::Gated, Some(gate_up), _) => Saved::Gated { gate_up, h: None },
         (_, raw, _) => Saved::Plain(raw.expect("every map has an input")),
     };
-    let parts = scales.iter().map(|scale| {
+    let parts = terms.iter().map(|term| {
         let (weight, bias, a, b) = (next(), next(), next(), next());
-        let factors = a.zip(b).zip(*scale).map(|((a, b), scale)| (a, b, scale));
+        let factors = a.zip(b).zip(*term).map(|((a, b), (scale, dropout))| Factors { a, b, scale, dropout });
         Part { weight: weight.expect("every map has a weight"), bias, factors }
     });
     let parts = parts.collect();
@@ -443,6 +492,10 @@ struct State<T> {
     saved: Saved<T>,
     down: Option<T>,
     parts: Vec<Part<T>>,
+    /// Where a gradient of the normed input may have been left.
+    arriving: Option<Skip>,
+    /// Where the gradient of the residual may be left.
+    leaving: Option<Skip>,
 }
 
 #[derive(Debug)]
@@ -453,7 +506,8 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
 
     fn backward(self, ops: Ops<Self::State, INPUTS>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
-        let State { saved, down, parts } = ops.state;
+        let State { saved, down, parts, arriving, leaving } = ops.state;
+        let passing: Option<FloatTensor<B>> = arriving.and_then(|skip| skip.take());
         let [raw, norm, residual, of_maps @ ..] = ops.parents.map(|node| node.map(|node| node.id));
         let wanted = Wanted {
             input: raw.is_some() || norm.is_some(),
@@ -461,7 +515,8 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
                 .chunks_exact(4)
                 .take(parts.len())
                 .map(|nodes| {
-                    (nodes[0].is_some(), nodes[1].is_some(), nodes[2].is_some() || nodes[3].is_some())
+                    let [weight, bias, a, b] = [0, 1, 2, 3].map(|slot| nodes[slot].is_some());
+                    WantedPart { weight, bias, a, b }
                 })
                 .collect(),
         };
@@ -470,7 +525,7 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
             let of_input = gradients.input.take().map(|dh| match &saved {
                 Saved::Plain(_) => (dh, None),
                 Saved::Normed { x, weight, epsilon, .. } => {
-                    B::rms_norm_backward(x, weight, *epsilon, &dh, norm.is_some())
+                    B::rms_norm_backward(x, weight, *epsilon, &dh, passing.as_ref(), norm.is_some())
                 }
                 Saved::Gated { gate_up, .. } => (B::silu_gate_backward(gate_up, &dh), None),
             });
@@ -481,13 +536,15 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
                 grads.register::<B>(node, gradient);
             }
         };
-        register(residual, Some(dy));
+        if residual.is_some() {
+            let dy = leaving.map_or(Some(dy.clone()), |skip| skip.leave(dy));
+            register(residual, dy);
+        }
         for (part, nodes) in gradients.parts.into_iter().zip(of_maps.chunks_exact(4)) {
             register(nodes[0], part.weight);
             register(nodes[1], part.bias);
-            let (a, b) = part.factors.unzip();
-            register(nodes[2], a);
-            register(nodes[3], b);
+            register(nodes[2], part.a);
+            register(nodes[3], part.b);
         }
         if let Some((dx, dw)) = of_input {
             register(raw, Some(dx));

@@ -9,10 +9,12 @@
 mod adamw;
 mod attention;
 mod backend;
+mod basis;
 mod cpu;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod dropout;
 mod gated;
 mod linear;
 mod norm;
@@ -20,6 +22,8 @@ mod rms_norm;
 mod rotary;
 mod seed;
 mod segments;
+mod skip;
+mod sparse;
 #[cfg(test)]
 mod tests;
 
@@ -27,16 +31,20 @@ pub use adamw::{AdamW, AdamWState, Update};
 pub use attention::{
     AttentionShape, Rotation, Visibility, attends_jointly, attention, causal_mask, joint_attention,
 };
+pub use basis::RandomBasis;
 pub use cross_entropy::{CrossEntropy, cross_entropy, head_loss};
 #[cfg(feature = "cuda")]
 pub use cuda::{fault, profile};
+pub use dropout::{Dropout, dropout};
 pub use gated::silu_gate;
 pub use linear::{AdaptedLinear, LinearInput, LowRankTerm, ScaledPairTerm, Term, adapted_linears};
-pub use norm::sum_of_squares;
+pub use norm::{Clip, clip_factor, sum_of_squares};
 pub use rms_norm::rms_norm;
 pub use rotary::rotate;
 pub use seed::backward_from;
 pub use segments::{SegmentGroup, group_segments};
+pub use skip::{Residual, Skip};
+pub use sparse::{BackwardObserver, PatternError, SparsePattern, SparseTerm, add_sparse, sampled_products};
 
 use burn::tensor::{DType, Device, Tensor};
 

@@ -61,7 +61,7 @@ impl<B: Kernels> Backward<B, 2> for NormBackward {
         let dy = grads.consume::<B>(&ops.node);
         let [of_x, of_weight] = ops.parents;
         let (x, weight) = ops.state;
-        let (dx, dw) = B::rms_norm_backward(&x, &weight, self.epsilon, &dy, of_weight.is_some());
+        let (dx, dw) = B::rms_norm_backward(&x, &weight, self.epsilon, &dy, None, of_weight.is_some());
         if let Some(node) = of_x {
             grads.register::<B>(node.id, dx);
         }

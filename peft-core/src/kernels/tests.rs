@@ -3,10 +3,13 @@
 #![allow(clippy::unwrap_used)]
 
 use super::attention::{AttentionShape, Rotation, Visibility, attention, causal_mask, joint_attention};
+use super::backend::Kernels;
 use super::linear::{self, AdaptedLinear, LinearInput, LowRankTerm, ScaledPairTerm, Term, adapted_linears};
 use super::*;
 use crate::random::Stream;
+use burn::backend::Flex;
 use burn::tensor::{Int, TensorData};
+use std::sync::Arc;
 
 /// Where kernels are tried, in which type, and how far they may be from the composition relative to the largest value.
 fn places() -> Vec<(Device, DType, f32)> {
@@ -106,27 +109,31 @@ fn inputs_of(
 fn assembled(
     front: Front,
     maps: Maps,
+    p: f64,
     inputs: Vec<Tensor<2>>,
-) -> (LinearInput, Vec<AdaptedLinear>, Option<Tensor<2>>) {
+) -> (LinearInput, Vec<AdaptedLinear>, Option<Residual>) {
     let mut inputs = inputs.into_iter();
     let mut next = || inputs.next().unwrap();
     let raw = next();
     let input = match front {
         Front::Plain => LinearInput::Plain(raw),
-        Front::Normed => LinearInput::Normed { x: raw, weight: next(), epsilon: 1e-5 },
+        Front::Normed => LinearInput::Normed { x: raw, weight: next(), epsilon: 1e-5, skip: None },
         Front::Gated => LinearInput::Gated(raw),
     };
     let residual = next();
-    let maps = maps.iter().map(|(_, rank, bias)| AdaptedLinear {
+    let maps = maps.iter().enumerate().map(|(index, (_, rank, bias))| AdaptedLinear {
         weight: next(),
         bias: bias.then(&mut next),
         term: (*rank > 0).then(|| {
             let (a, b) = (next(), next());
-            Term::LowRank(LowRankTerm { a, b, bias: None, gain: None, scale: 0.7, mask: None })
+            // The first map keeps everything where there are more.
+            let drops = p > 0.0 && index + 1 == maps.len();
+            let dropout = drops.then_some(Dropout { p, key: 1 + index as u64 });
+            Term::LowRank(LowRankTerm { a, b, bias: None, gain: None, scale: 0.7, dropout })
         }),
     });
     let maps = maps.collect();
-    (input, maps, Some(residual))
+    (input, maps, Some(residual.into()))
 }
 
 #[test]
@@ -140,19 +147,60 @@ fn joint_linear_maps() {
     ];
     for place in &places() {
         for (front, width, maps, rows) in cases {
-            for recompute in [false, true] {
+            for (recompute, p) in [(false, 0.0), (true, 0.0), (false, 0.3)] {
                 let inputs = inputs_of(front, width, maps, rows, place);
-                let what = format!("{front:?} {width} → {maps:?}, {rows} rows, recompute {recompute}");
+                let what =
+                    format!("{front:?} {width} → {maps:?}, {rows} rows, recompute {recompute}, dropout {p}");
                 let fused = |inputs| {
-                    let (input, maps, residual) = assembled(front, maps, inputs);
+                    let (input, maps, residual) = assembled(front, maps, p, inputs);
                     adapted_linears(input, maps, residual, recompute)
                 };
                 let plain = |inputs| {
-                    let (input, maps, residual) = assembled(front, maps, inputs);
+                    let (input, maps, residual) = assembled(front, maps, p, inputs);
                     linear::plain(input, maps, residual)
                 };
                 compare(&what, place, &inputs, fused, plain);
             }
+        }
+    }
+}
+
+/// `W₂·(W₁·norm(x)) + x`, whose gradient of `x` goes around the maps as well; once with a gain, for which the norm is
+/// no part of the maps and does not wait for it.
+#[test]
+fn a_gradient_around_a_branch() {
+    let (rows, width, middle) = (9, 24, 40);
+    for place in &places() {
+        let factors = (place.0.clone(), DType::F32, place.2);
+        let inputs = [
+            random("x", [rows, width], place),
+            random("norm", [1, width], place),
+            random("w1", [middle, width], place),
+            random("w2", [width, middle], place),
+            random("a", [2, width], &factors),
+            random("b", [middle, 2], &factors),
+        ];
+        for gained in [false, true] {
+            let block = |inputs: Vec<Tensor<2>>, fused: bool| {
+                let skip = Some(Skip::default());
+                let [x, norm, w1, w2, a, b] = inputs.try_into().unwrap();
+                let input =
+                    LinearInput::Normed { x: x.clone(), weight: norm, epsilon: 1e-5, skip: skip.clone() };
+                let gain = gained.then(|| random("gain", [1, middle], &factors));
+                let dropout = Some(Dropout { p: 0.25, key: 1 << 40 });
+                let term = Term::LowRank(LowRankTerm { a, b, bias: None, gain, scale: 0.7, dropout });
+                let first = vec![AdaptedLinear { weight: w1, bias: None, term: Some(term) }];
+                let second = vec![AdaptedLinear { weight: w2, bias: None, term: None }];
+                let residual = Some(Residual { value: x, skip });
+                if fused {
+                    let y = adapted_linears(input, first, None, false);
+                    adapted_linears(LinearInput::Plain(y), second, residual, false)
+                } else {
+                    linear::plain(LinearInput::Plain(linear::plain(input, first, None)), second, residual)
+                }
+            };
+            let what = format!("gained {gained}");
+            compare(&what, place, &inputs, |inputs| block(inputs, true), |inputs| block(inputs, false));
         }
     }
 }
@@ -172,14 +220,13 @@ fn terms_with_gain_dropout_and_bias() {
         ];
         for dropped in [false, true] {
             let maps = |inputs: &[Tensor<2>]| {
-                let mask = random("mask", [rows, width], &factors).greater_elem(0.0).float().mul_scalar(2.0);
                 let term = LowRankTerm {
                     a: inputs[2].clone(),
                     b: inputs[3].clone(),
                     bias: Some(inputs[4].clone()),
                     gain: Some(inputs[5].clone()),
                     scale: 1.5,
-                    mask: dropped.then_some(mask),
+                    dropout: dropped.then_some(Dropout { p: 0.4, key: 3 }),
                 };
                 vec![AdaptedLinear { weight: inputs[1].clone(), bias: None, term: Some(Term::LowRank(term)) }]
             };
@@ -207,7 +254,8 @@ fn gains_and_scaled_pairs() {
         };
         let scaled = |vectors: &[Tensor<2>]| {
             let ([a, b], (outer, inner)) = (pair.clone(), (vectors[0].clone(), vectors[1].clone()));
-            Term::ScaledPair(ScaledPairTerm { a, b, inner, outer, mask: None })
+            let dropout = Some(Dropout { p: 0.2, key: 5 });
+            Term::ScaledPair(ScaledPairTerm { a, b, inner, outer, dropout })
         };
         type MakesTerm<'a> = &'a dyn Fn(&[Tensor<2>]) -> Term;
         let terms: [(&str, usize, MakesTerm); 2] = [("gains", width, &gains), ("scaled pair", rank, &scaled)];
@@ -253,18 +301,27 @@ fn gains_and_a_scaled_pair_by_hand() {
     let gain = |v: Vec<f32>| Some(matrix(v, [1, 2]));
     assert_eq!(run(Term::Gains { input: gain(vec![2., 1.]), output: gain(vec![1., -1.]) }), [5., -11.]);
     assert_eq!(run(Term::Gains { input: None, output: gain(vec![2., 1.]) }), [8., 8.]);
-    let pair = |mask| {
+    let pair = |dropout| {
         Term::ScaledPair(ScaledPairTerm {
             a: matrix(vec![1., 1.], [1, 2]),
             b: matrix(vec![1., 2.], [2, 1]),
             inner: matrix(vec![3.], [1, 1]),
             outer: matrix(vec![1., 2.], [1, 2]),
-            mask,
+            dropout,
         })
     };
     assert_eq!(run(pair(None)), [10., 32.]);
     // Under the mask [2, 0] the pair alone sees [2, 0].
-    assert_eq!(run(pair(gain(vec![2., 0.]))), [10., 32.]);
+    assert_eq!(run(pair(Some(dropping([2., 0.])))), [10., 32.]);
+}
+
+/// A dropout whose factors of two elements are these.
+fn dropping(factors: [f32; 2]) -> Dropout {
+    let has = |dropout: &Dropout| {
+        let ones = Tensor::<2>::ones([1, 2], &Device::flex());
+        super::dropout::plain(ones, *dropout).try_into_vec_as::<f32>().unwrap() == factors
+    };
+    (0..).map(|key| Dropout { p: 0.5, key }).find(has).unwrap()
 }
 
 /// x = [1, 2, 3]; W = 0; A = [[3, 4, 5]], B = [[1], [2]], s = 2: x·Aᵀ = 26, so y = 2·26·[1, 2] + b + residual.
@@ -281,10 +338,10 @@ fn a_low_rank_term_by_hand() {
             bias: None,
             gain: None,
             scale: 2.0,
-            mask: None,
+            dropout: None,
         })),
     };
-    let residual = Some(matrix(vec![10., 20.], [1, 2]));
+    let residual = Some(matrix(vec![10., 20.], [1, 2]).into());
     let x = LinearInput::Plain(matrix(vec![1., 2., 3.], [1, 3]));
     let y: Vec<f32> = adapted_linears(x, vec![map], residual, false).try_into_vec_as().unwrap();
     assert_eq!(y, [62.5, 123.5]);
@@ -295,7 +352,7 @@ fn a_low_rank_term_by_hand() {
 fn a_gain_and_a_bias_by_hand() {
     let device = Device::flex();
     let matrix = |v: Vec<f32>, dims: [usize; 2]| Tensor::<2>::from_data(TensorData::new(v, dims), &device);
-    let run = |gain: Option<Vec<f32>>, mask: Option<Vec<f32>>| {
+    let run = |gain: Option<Vec<f32>>, dropout: Option<Dropout>| {
         let map = AdaptedLinear {
             weight: matrix(vec![1., 0., 0., 1.], [2, 2]),
             bias: Some(matrix(vec![10., 20.], [1, 2])),
@@ -305,7 +362,7 @@ fn a_gain_and_a_bias_by_hand() {
                 bias: Some(matrix(vec![0.5, 0.25], [1, 2])),
                 gain: gain.map(|gain| matrix(gain, [1, 2])),
                 scale: 2.0,
-                mask: mask.map(|mask| matrix(mask, [1, 2])),
+                dropout,
             })),
         };
         let x = LinearInput::Plain(matrix(vec![1., 2.], [1, 2]));
@@ -314,7 +371,27 @@ fn a_gain_and_a_bias_by_hand() {
     assert_eq!(run(None, None), [18., 34.5]);
     assert_eq!(run(Some(vec![2., 0.5]), None), [26., 27.25]);
     // With the mask [2, 0] the input is [2, 0]: low = 2·(2·[1, 2] + [0.5, 0.25]) = [5, 8.5], base [2, 0].
-    assert_eq!(run(Some(vec![2., 0.5]), Some(vec![2., 0.])), [23., 26.25]);
+    assert_eq!(run(Some(vec![2., 0.5]), Some(dropping([2., 0.]))), [23., 26.25]);
+}
+
+/// Which elements stay is the same everywhere, at any width, and about as many as asked for.
+#[test]
+fn dropped_elements() {
+    let cpu = (Device::flex(), DType::F32, 0.0);
+    for (rows, columns, p) in [(3, 5, 0.5), (70, 333, 0.1), (64, 256, 0.9)] {
+        let dropout = Dropout { p, key: 0x1234_5678_9abc_def0 };
+        let ones = |place: &(Device, DType, f32)| Tensor::<2>::ones([rows, columns], (&place.0, place.1));
+        let expected: Vec<f32> = super::dropout::plain(ones(&cpu), dropout).try_into_vec_as().unwrap();
+        let kept = expected.iter().filter(|value| **value != 0.0).count() as f64;
+        let count = (rows * columns) as f64;
+        assert!((kept - count * (1.0 - p)).abs() < 4.0 * (count * p * (1.0 - p)).sqrt(), "{kept} of {count}");
+        for place in &places() {
+            let what = format!("{rows} × {columns}");
+            let x = [random("x", [rows, columns], place)];
+            let found = |inputs: Vec<Tensor<2>>| super::dropout(inputs[0].clone(), dropout);
+            compare(&what, place, &x, found, |inputs| super::dropout::plain(inputs[0].clone(), dropout));
+        }
+    }
 }
 
 #[test]
@@ -497,10 +574,144 @@ fn updates_of_many_parameters() {
         let expected = one_by_one.reduce(|sum, square| sum + square).unwrap();
         assert_close("squares", squares.unwrap(), expected, 1e-5);
         let expected = updates().into_iter().map(|update| optimizer.update(update));
-        for (found, expected) in optimizer.update_all(updates()).into_iter().zip(expected) {
+        for (found, expected) in optimizer.update_all(updates(), None).into_iter().zip(expected) {
             for (found, expected) in found.into_iter().zip(expected) {
                 assert_close("update", found, expected, 1e-5);
             }
         }
+        // A norm of 5 clipped to 2; one of 1, which stays; one that is not finite, which changes nothing.
+        for (norm, max_norm, factor) in [(5f32, 2.0, 0.4), (1.0, 2.0, 1.0), (f32::NAN, 2.0, 0.0)] {
+            let sum_of_squares = Tensor::from_data([norm * norm], (&place.0, DType::F32));
+            let clip = Clip { sum_of_squares, max_norm };
+            let expected = updates().into_iter().map(|mut update| {
+                update.gradient = update.gradient.mul_scalar(factor);
+                match norm.is_finite() {
+                    true => optimizer.update(update),
+                    false => [update.parameter, update.moment_1, update.moment_2],
+                }
+            });
+            for (found, expected) in optimizer.update_all(updates(), Some(&clip)).into_iter().zip(expected) {
+                for (found, expected) in found.into_iter().zip(expected) {
+                    assert_close(&format!("norm {norm}"), found, expected, 1e-5);
+                }
+            }
+        }
     }
+}
+
+/// A pattern with an empty row, a full row and random entries.
+fn pattern([rows, columns]: [usize; 2]) -> Arc<SparsePattern> {
+    let mut stream = Stream::new(7, "test", "pattern", &[]);
+    let places = (0..(rows * columns) as u32).filter(|place| match place / columns as u32 {
+        0 => false,
+        1 => true,
+        _ => stream.uniform() < 0.2,
+    });
+    Arc::new(SparsePattern::new([rows, columns], places.collect()).unwrap())
+}
+
+fn term(values: Tensor<2>, pattern: &Arc<SparsePattern>) -> SparseTerm {
+    SparseTerm { values, pattern: pattern.clone(), observer: None }
+}
+
+#[test]
+fn sparse_changes() {
+    for place in &places() {
+        let factors = (place.0.clone(), DType::F32, place.2);
+        for (tokens, dims) in [(1, [3, 5]), (16, [12, 7]), (37, [18, 40])] {
+            let pattern = pattern(dims);
+            let inputs = [
+                random("y", [tokens, dims[0]], place),
+                random("x", [tokens, dims[1]], place),
+                random("values", [1, pattern.len()], &factors),
+            ];
+            let parts = |inputs: Vec<Tensor<2>>| {
+                (inputs[0].clone(), inputs[1].clone(), term(inputs[2].clone(), &pattern))
+            };
+            let found = |inputs: Vec<Tensor<2>>| {
+                let (y, x, term) = parts(inputs);
+                add_sparse(y, x, term)
+            };
+            // The dense weight: `y + x·Δᵀ` with Δ built by hand.
+            let expected = |inputs: Vec<Tensor<2>>| {
+                let [y, x, values] = inputs.try_into().unwrap();
+                let place: Vec<f32> = (0..pattern.len() * dims[0] * dims[1])
+                    .map(|i| {
+                        let (entry, place) = (i / (dims[0] * dims[1]), i % (dims[0] * dims[1]));
+                        f32::from(pattern.positions()[entry] as usize == place)
+                    })
+                    .collect();
+                let shape = [pattern.len(), dims[0] * dims[1]];
+                let place = Tensor::<2>::from_data(TensorData::new(place, shape), (&y.device(), DType::F32));
+                let dense = values.matmul(place).reshape(dims);
+                let dtype = y.dtype();
+                as_dtype(as_dtype(y, DType::F32) + as_dtype(x, DType::F32).matmul(dense.transpose()), dtype)
+            };
+            compare(&format!("{tokens} tokens, {dims:?}"), place, &inputs, found, expected);
+        }
+    }
+}
+
+/// What elsewhere stands in for the kernels of the CPU does the same.
+#[test]
+fn sparse_changes_by_dense_blocks() {
+    let place = &places()[0];
+    let (tokens, dims) = (21, [18, 20]);
+    let pattern = pattern(dims);
+    let y: Tensor<2> = random("y", [tokens, dims[0]], place);
+    let x: Tensor<2> = random("x", [tokens, dims[1]], place);
+    let values: Tensor<2> = random("values", [1, pattern.len()], place);
+    let p = |tensor: &Tensor<2>| Flex::primitive(tensor.clone());
+    let t = |primitive| Flex::tensor::<2>(primitive);
+    let found = t(sparse::add_by_blocks::<Flex>(p(&y), &p(&x), &p(&values), &pattern));
+    assert_close("sum", found, t(Flex::add_sparse(p(&y), &p(&x), &p(&values), &pattern)), 1e-5);
+    for values in [Some(p(&values)), None] {
+        let found = sparse::gradients_by_blocks::<Flex>(&p(&y), &p(&x), values.as_ref(), &pattern, true);
+        let expected = Flex::sparse_gradients(&p(&y), &p(&x), values.as_ref(), &pattern, true);
+        assert_eq!((found.input.is_some(), expected.input.is_some()), (values.is_some(), values.is_some()));
+        if let Some((found, expected)) = found.input.zip(expected.input) {
+            assert_close("dx", t(found), t(expected), 1e-5);
+        }
+        assert_close("dvalues", t(found.values.unwrap()), t(expected.values.unwrap()), 1e-5);
+    }
+}
+
+#[derive(Debug, Default)]
+struct Seen(std::sync::Mutex<Vec<Tensor<2>>>);
+
+impl BackwardObserver for Seen {
+    fn observe(&self, x: &Tensor<2>, dy: &Tensor<2>) {
+        self.0.lock().unwrap().push(dy.clone().transpose().matmul(x.clone()));
+    }
+}
+
+/// The observer can tell the dense gradient of the weight, whose entries at the positions are the values' gradient.
+#[test]
+fn observers_of_sparse_changes() {
+    let place = &places()[0];
+    let (tokens, dims) = (9, [6, 11]);
+    let pattern = pattern(dims);
+    let x: Tensor<2> = random("x", [tokens, dims[1]], place);
+    let values = leaf(&random("values", [1, pattern.len()], place));
+    let seen = Arc::new(Seen::default());
+    let term = SparseTerm { observer: Some(seen.clone()), ..term(values.clone(), &pattern) };
+    let y = add_sparse(random("y", [tokens, dims[0]], place), x.clone(), term);
+    let dy: Tensor<2> = random("dy", [tokens, dims[0]], place);
+    let mut gradients = backward_from(y, dy.clone());
+    let dense = seen.0.lock().unwrap().pop().unwrap();
+    let of_values = values.grad_remove(&mut gradients).unwrap();
+    assert_close("observed", pattern.gather(dense), of_values.clone(), 1e-5);
+    assert_close("products", sampled_products(x, dy, &pattern), of_values, 1e-6);
+}
+
+#[test]
+fn patterns_are_checked() {
+    let pattern = |positions: &[u32]| SparsePattern::new([2, 3], positions.to_vec()).map(|_| ());
+    assert_eq!(pattern(&[0, 3, 5]), Ok(()));
+    assert_eq!(pattern(&[]), Ok(()));
+    assert_eq!(pattern(&[0, 6]), Err(PatternError::Outside { position: 6, places: 6 }));
+    assert_eq!(pattern(&[1, 1]), Err(PatternError::Order { position: 1, before: 1 }));
+    assert_eq!(pattern(&[4, 2]), Err(PatternError::Order { position: 2, before: 4 }));
+    let large = SparsePattern::new([1 << 16, 1 << 15], Vec::new()).map(|_| ());
+    assert_eq!(large, Err(PatternError::TooLarge(1 << 16, 1 << 15)));
 }

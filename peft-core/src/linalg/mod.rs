@@ -1,7 +1,7 @@
 //! Dense linear algebra on host memory.
 //!
-//! Everything is computed in f64 and by one thread, so that a result depends on nothing but the machine and the input;
-//! callers run several matrices side by side. Values enter and leave as row-major f32 ([`Matrix::from_rows`],
+//! Decompositions are computed in f64 and by one thread, so that a result depends on nothing but the machine and the
+//! input; callers run several matrices side by side. Values enter and leave as row-major f32 ([`Matrix::from_rows`],
 //! [`Matrix::to_rows`]), and finiteness is checked where they enter.
 
 mod balanced;
@@ -12,6 +12,7 @@ mod matrix;
 mod qr;
 mod randomized_svd;
 mod svd;
+mod top_k;
 mod top_svd;
 
 pub use balanced::balanced;
@@ -22,6 +23,7 @@ pub use matrix::Matrix;
 pub use qr::{Qr, qr};
 pub use randomized_svd::{Sketch, randomized_svd};
 pub use svd::{Svd, svd};
+pub use top_k::{NotFinite, magnitude, top_k};
 pub use top_svd::top_svd;
 
 #[cfg(test)]

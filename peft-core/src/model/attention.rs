@@ -3,7 +3,7 @@
 use super::cache::KeyValueCache;
 use super::context::{Context, Layout, Sequences};
 use crate::kernels::{
-    AttentionShape, LinearInput, attends_jointly, attention, joint_attention, rms_norm, rotate,
+    AttentionShape, LinearInput, Residual, attends_jointly, attention, joint_attention, rms_norm, rotate,
 };
 use crate::projection::{Parameter, Projection, Tape, project};
 use burn::tensor::Tensor;
@@ -31,7 +31,7 @@ impl Attention {
         &self,
         tape: &Tape,
         input: LinearInput,
-        residual: Tensor<2>,
+        residual: Residual,
         context: &Context,
         cache: Option<&mut KeyValueCache>,
     ) -> Tensor<2> {

@@ -10,8 +10,12 @@ use super::layer::Layer;
 use super::shapes::BaseShapes;
 use crate::data::Batch;
 use crate::kernels::{AdaptedLinear, LinearInput, adapted_linears, rms_norm};
-use crate::projection::{Embedding, InputObserver, Parameter, Projection, Tape, TokenRows, project};
+use crate::projection::{
+    Combination, Delta, Embedding, InputObserver, Parameter, Projection, Tape, TokenRows, project, pull_back,
+    refresh,
+};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use std::collections::BTreeMap;
 
 /// A decoder-only transformer on a device.
 #[derive(Debug, Clone)]
@@ -82,7 +86,7 @@ impl Decoder {
             }
             None => {
                 let embedding = &self.embed_tokens;
-                let term = embedding.head_term(tape, &x);
+                let term = embedding.head_term(tape);
                 let map = AdaptedLinear { weight: tape.read(&embedding.weight), bias: None, term };
                 let input = LinearInput::Plain(x.clone());
                 let logits = adapted_linears(input, vec![map], None, tape.recomputes());
@@ -209,6 +213,37 @@ impl Decoder {
     /// Every projection, to be changed.
     pub fn projections_mut(&mut self) -> impl Iterator<Item = &mut Projection> {
         self.layers.iter_mut().flat_map(Layer::projections_mut).chain(&mut self.lm_head)
+    }
+
+    /// Brings up to date what forwards read instead of the parameters that it is computed from: to be called whenever
+    /// parameters have changed.
+    pub fn refresh(&mut self) {
+        refresh(self.projections_mut().filter_map(|projection| match &mut projection.delta {
+            Some(Delta::Combination(form)) => Some(form),
+            _ => None,
+        }));
+    }
+
+    /// Makes gradients of the parameters, by name, of those of what forwards read instead of them.
+    pub fn pull_back(&self, gradients: &mut BTreeMap<String, Tensor<2>>) {
+        pull_back(self.combinations(), gradients);
+    }
+
+    /// Name and shape of everything that a step gives a gradient for: the parameters that train, and what is read
+    /// instead of them.
+    pub fn differentiated(&self) -> Vec<(&str, [usize; 2])> {
+        let trained = self.parameters().into_iter().filter(|parameter| parameter.trainable);
+        let trained = trained.map(|parameter| (parameter.name.as_str(), parameter.value.dims()));
+        let factors = self.combinations().flat_map(|form| [&form.a, &form.b]);
+        let factors = factors.filter(|factor| factor.coefficients.trainable);
+        trained.chain(factors.map(|factor| (factor.name(), factor.value().dims()))).collect()
+    }
+
+    fn combinations(&self) -> impl Iterator<Item = &Combination> {
+        self.projections().filter_map(|projection| match &projection.delta {
+            Some(Delta::Combination(form)) => Some(form),
+            _ => None,
+        })
     }
 
     /// Modules of the base that hold a weight, by path as transformers spells it, with the weight's shape. A head that

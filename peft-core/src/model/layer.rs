@@ -3,7 +3,7 @@
 use super::attention::Attention;
 use super::cache::KeyValueCache;
 use super::context::Context;
-use crate::kernels::LinearInput;
+use crate::kernels::{LinearInput, Residual, Skip};
 use crate::projection::{Parameter, Projection, Tape, project};
 use burn::tensor::Tensor;
 
@@ -28,16 +28,19 @@ impl Layer {
         context: &Context,
         cache: Option<&mut KeyValueCache>,
     ) -> Tensor<2> {
-        let normed = |x: &Tensor<2>, norm: &Parameter| LinearInput::Normed {
-            x: x.clone(),
-            weight: tape.read(norm),
-            epsilon: self.epsilon,
+        // What a block's norm reads, and what is added to its result.
+        let block = |x: Tensor<2>, norm: &Parameter| {
+            let skip = Some(Skip::default());
+            let weight = tape.read(norm);
+            let input =
+                LinearInput::Normed { x: x.clone(), weight, epsilon: self.epsilon, skip: skip.clone() };
+            (input, Residual { value: x, skip })
         };
-        let input = normed(&x, &self.input_norm);
-        let x = self.attention.forward(tape, input, x, context, cache);
-        let input = normed(&x, &self.post_attention_norm);
+        let (input, residual) = block(x, &self.input_norm);
+        let x = self.attention.forward(tape, input, residual, context, cache);
+        let (input, residual) = block(x, &self.post_attention_norm);
         let gate_up = project(tape, &[&self.gate_proj, &self.up_proj], input, None);
-        project(tape, &[&self.down_proj], LinearInput::Gated(gate_up), Some(x))
+        project(tape, &[&self.down_proj], LinearInput::Gated(gate_up), Some(residual))
     }
 
     /// The seven projections, in the order q, k, v, o, gate, up, down.

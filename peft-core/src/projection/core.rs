@@ -45,14 +45,14 @@ impl Form for Core {
         vec![&mut self.a, &mut self.b, &mut self.core]
     }
 
-    fn term(&self, tape: &Tape, path: &str, x: &Tensor<2>, _weight: &Tensor<2>) -> Term {
+    fn term(&self, tape: &Tape, path: &str, _weight: &Tensor<2>) -> Term {
         Term::LowRank(LowRankTerm {
             a: tape.read(&self.a),
             b: tape.read(&self.b).matmul(tape.read(&self.core)),
             bias: None,
             gain: None,
             scale: self.scale,
-            mask: tape.dropout_mask(path, self.dropout, x.dims(), &x.device().without_autodiff()),
+            dropout: tape.dropout(path, self.dropout),
         })
     }
 
@@ -62,11 +62,6 @@ impl Form for Core {
 
     fn factors(&self) -> Option<(Tensor<2>, Tensor<2>)> {
         Some((self.scaled_b(), self.a.value.clone()))
-    }
-
-    /// The mask of the dropout has its shape.
-    fn reads_input(&self) -> bool {
-        self.dropout > 0.0
     }
 }
 

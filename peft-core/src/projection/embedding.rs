@@ -40,14 +40,14 @@ impl Embedding {
     }
 
     /// What the change adds to a head that shares the weight: there it is `s·Aᵀ·Bᵀ`, `[vocab, hidden]`.
-    pub fn head_term(&self, tape: &Tape, x: &Tensor<2>) -> Option<Term> {
+    pub fn head_term(&self, tape: &Tape) -> Option<Term> {
         let term = |form: &LowRank| LowRankTerm {
             a: tape.read(&form.b).transpose(),
             b: tape.read(&form.a).transpose(),
             bias: None,
             gain: None,
             scale: form.scale,
-            mask: tape.dropout_mask("lm_head", form.dropout, x.dims(), &x.device().without_autodiff()),
+            dropout: tape.dropout("lm_head", form.dropout),
         };
         self.delta.as_ref().map(|form| Term::LowRank(term(form)))
     }

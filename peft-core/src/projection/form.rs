@@ -13,9 +13,8 @@ pub trait Form: Debug + Send + Sync {
     /// Its parameters, to be changed.
     fn parameters_mut(&mut self) -> Vec<&mut Parameter>;
 
-    /// What the change adds to the forward of the module at `path` on the input `x` `[tokens, in]`. `weight` is the one
-    /// below the change.
-    fn term(&self, tape: &Tape, path: &str, x: &Tensor<2>, weight: &Tensor<2>) -> Term;
+    /// What the change adds to the forward of the module at `path`. `weight` is the one below the change.
+    fn term(&self, tape: &Tape, path: &str, weight: &Tensor<2>) -> Term;
 
     /// `ΔW` `[out, in]` in f32, relative to the weight in the base's file; `weight` is the one below the change.
     fn dense(&self, weight: &Tensor<2>) -> Tensor<2>;
@@ -33,11 +32,6 @@ pub trait Form: Debug + Send + Sync {
     /// Whether `ΔW` does not depend on the weight, so that subtracting it undoes the change.
     fn is_additive(&self) -> bool {
         true
-    }
-
-    /// Whether [`term`](Self::term) looks at the value of its input, not only at its type and device.
-    fn reads_input(&self) -> bool {
-        false
     }
 
     /// Whether a part of the base weight was taken out for the change to start from.

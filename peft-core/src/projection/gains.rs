@@ -23,7 +23,7 @@ impl Form for Gains {
         self.input.iter_mut().chain(&mut self.output).collect()
     }
 
-    fn term(&self, tape: &Tape, _path: &str, _x: &Tensor<2>, _weight: &Tensor<2>) -> Term {
+    fn term(&self, tape: &Tape, _path: &str, _weight: &Tensor<2>) -> Term {
         let read = |gain: &Option<Parameter>| gain.as_ref().map(|gain| tape.read(gain));
         Term::Gains { input: read(&self.input), output: read(&self.output) }
     }

@@ -53,7 +53,7 @@ impl LowRank {
     }
 
     /// What the change adds to a linear map with the weight `weight` `[out, in]` on the input `x` `[tokens, in]`.
-    fn low_rank_term(&self, tape: &Tape, path: &str, x: &Tensor<2>, weight: &Tensor<2>) -> LowRankTerm {
+    fn low_rank_term(&self, tape: &Tape, path: &str, weight: &Tensor<2>) -> LowRankTerm {
         let (a, b) = (&self.a.value, &self.b.value);
         LowRankTerm {
             a: tape.read(&self.a),
@@ -61,7 +61,7 @@ impl LowRank {
             bias: self.bias.as_ref().map(|bias| tape.read(bias)),
             gain: self.magnitude.as_ref().map(|magnitude| magnitude.gain(tape, weight, a, b, self.scale)),
             scale: self.scale,
-            mask: tape.dropout_mask(path, self.dropout, x.dims(), &x.device().without_autodiff()),
+            dropout: tape.dropout(path, self.dropout),
         }
     }
 }
@@ -77,8 +77,8 @@ impl Form for LowRank {
         [&mut self.a, &mut self.b].into_iter().chain(&mut self.bias).chain(magnitude).collect()
     }
 
-    fn term(&self, tape: &Tape, path: &str, x: &Tensor<2>, weight: &Tensor<2>) -> Term {
-        Term::LowRank(self.low_rank_term(tape, path, x, weight))
+    fn term(&self, tape: &Tape, path: &str, weight: &Tensor<2>) -> Term {
+        Term::LowRank(self.low_rank_term(tape, path, weight))
     }
 
     fn dense(&self, weight: &Tensor<2>) -> Tensor<2> {
@@ -104,11 +104,6 @@ impl Form for LowRank {
 
     fn is_additive(&self) -> bool {
         self.magnitude.is_none()
-    }
-
-    /// The mask of the dropout has its shape.
-    fn reads_input(&self) -> bool {
-        self.dropout > 0.0
     }
 
     fn reduces_base(&self) -> bool {

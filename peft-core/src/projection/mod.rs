@@ -3,6 +3,7 @@
 //! The base keeps the checkpoint's own layout `[out, in]` (`y = x·Wᵀ + b`). The change, a [`Delta`], is one of a few
 //! algebraic forms, one file each; methods decide where it attaches and with which initial values.
 
+mod combination;
 mod core;
 mod embedding;
 mod form;
@@ -11,9 +12,12 @@ mod low_rank;
 mod magnitude;
 mod parameter;
 mod random_pair;
+mod sparse;
+mod spectral;
 mod tape;
 
 pub use self::core::Core;
+pub use combination::{Combination, CombinedFactor, pull_back, refresh};
 pub use embedding::{Embedding, TokenRows};
 pub use form::Form;
 pub use gains::Gains;
@@ -21,9 +25,11 @@ pub use low_rank::{LowRank, Removed};
 pub use magnitude::Magnitude;
 pub use parameter::Parameter;
 pub use random_pair::RandomPair;
+pub use sparse::Sparse;
+pub use spectral::Spectral;
 pub use tape::{DropoutKey, InputObserver, Tape};
 
-use crate::kernels::{AdaptedLinear, LinearInput, adapted_linears};
+use crate::kernels::{AdaptedLinear, LinearInput, Residual, adapted_linears};
 use burn::tensor::Tensor;
 use std::ops::{Deref, DerefMut};
 
@@ -39,6 +45,12 @@ pub enum Delta {
     RandomPair(RandomPair),
     /// `s·B·R·A`.
     Core(Core),
+    /// Values at positions.
+    Sparse(Sparse),
+    /// `s·B·A` with factors that are combinations of random matrices.
+    Combination(Combination),
+    /// `s·(B·S − B₀·S₀)·A`, with columns of `B` that stop training.
+    Spectral(Spectral),
 }
 
 impl Deref for Delta {
@@ -50,6 +62,9 @@ impl Deref for Delta {
             Delta::Gains(form) => form,
             Delta::RandomPair(form) => form,
             Delta::Core(form) => form,
+            Delta::Sparse(form) => form,
+            Delta::Combination(form) => form,
+            Delta::Spectral(form) => form,
         }
     }
 }
@@ -61,6 +76,9 @@ impl DerefMut for Delta {
             Delta::Gains(form) => form,
             Delta::RandomPair(form) => form,
             Delta::Core(form) => form,
+            Delta::Sparse(form) => form,
+            Delta::Combination(form) => form,
+            Delta::Spectral(form) => form,
         }
     }
 }
@@ -105,20 +123,16 @@ pub fn project(
     tape: &Tape,
     projections: &[&Projection],
     input: LinearInput,
-    residual: Option<Tensor<2>>,
+    residual: Option<Residual>,
 ) -> Tensor<2> {
-    // Some changes and observers look at the value that the projections get.
-    let is_read =
-        projections.iter().flat_map(|projection| &projection.delta).any(|delta| delta.reads_input());
-    let input = if tape.observes() || is_read { LinearInput::Plain(input.value()) } else { input };
+    // Observers look at the value that the projections get.
+    let input = if tape.observes() { LinearInput::Plain(input.value()) } else { input };
     let maps = projections.iter().map(|projection| {
         if let LinearInput::Plain(x) = &input {
             tape.observe(&projection.path, x);
         }
-        let term = projection
-            .delta
-            .as_ref()
-            .map(|delta| delta.term(tape, &projection.path, input.tensor(), &projection.weight.value));
+        let term = projection.delta.as_ref();
+        let term = term.map(|delta| delta.term(tape, &projection.path, &projection.weight.value));
         let bias = projection.bias.as_ref().map(|bias| tape.read(bias));
         AdaptedLinear { weight: tape.read(&projection.weight), bias, term }
     });

@@ -29,13 +29,13 @@ impl Form for RandomPair {
         vec![&mut self.lambda_b, &mut self.lambda_d]
     }
 
-    fn term(&self, tape: &Tape, path: &str, x: &Tensor<2>, _weight: &Tensor<2>) -> Term {
+    fn term(&self, tape: &Tape, path: &str, _weight: &Tensor<2>) -> Term {
         Term::ScaledPair(ScaledPairTerm {
             a: self.a.clone(),
             b: self.b.clone(),
             inner: tape.read(&self.lambda_d),
             outer: tape.read(&self.lambda_b),
-            mask: tape.dropout_mask(path, self.dropout, x.dims(), &x.device().without_autodiff()),
+            dropout: tape.dropout(path, self.dropout),
         })
     }
 
@@ -46,11 +46,6 @@ impl Form for RandomPair {
 
     fn factors(&self) -> Option<(Tensor<2>, Tensor<2>)> {
         Some(self.scaled())
-    }
-
-    /// The mask of the dropout has its shape.
-    fn reads_input(&self) -> bool {
-        self.dropout > 0.0
     }
 }
 

@@ -1,8 +1,9 @@
 //! Reading parameters with or without an autodiff graph.
 
 use super::Parameter;
+use crate::kernels::Dropout;
 use crate::random::Stream;
-use burn::tensor::{DType, Device, Gradients, Tensor, TensorData};
+use burn::tensor::{Gradients, Tensor};
 use std::cell::RefCell;
 use std::collections::BTreeMap;
 
@@ -71,34 +72,30 @@ impl<'a> Tape<'a> {
 
     /// The parameter's value; on a recording tape, the parameter's leaf if it trains.
     pub fn read(&self, parameter: &Parameter) -> Tensor<2> {
-        match &self.leaves {
-            Some(leaves) if parameter.trainable => leaves
-                .borrow_mut()
-                .entry(parameter.name.clone())
-                .or_insert_with(|| parameter.value.clone().autodiff().require_grad())
-                .clone(),
-            _ => parameter.value.clone(),
+        match parameter.trainable {
+            true => self.leaf(&parameter.name, &parameter.value),
+            false => parameter.value.clone(),
         }
     }
 
-    /// The dropout mask of the module at `path`, `[rows, columns]`: 0 with probability `p`, else `1 / (1 − p)`.
-    /// `None` outside training or for `p` = 0.
-    ///
-    /// Drawn on the host, so that every device sees the same mask.
-    pub fn dropout_mask(
-        &self,
-        path: &str,
-        p: f64,
-        [rows, columns]: [usize; 2],
-        device: &Device,
-    ) -> Option<Tensor<2>> {
+    /// `value`; on a recording tape, the leaf of that name.
+    pub(super) fn leaf(&self, name: &str, value: &Tensor<2>) -> Tensor<2> {
+        match &self.leaves {
+            Some(leaves) => leaves
+                .borrow_mut()
+                .entry(name.to_string())
+                .or_insert_with(|| value.clone().autodiff().require_grad())
+                .clone(),
+            None => value.clone(),
+        }
+    }
+
+    /// What the module at `path` drops of its input, each element with probability `p`. `None` outside training or for
+    /// `p` = 0.
+    pub fn dropout(&self, path: &str, p: f64) -> Option<Dropout> {
         let key = self.dropout.filter(|_| p > 0.0)?;
         let mut stream = Stream::new(key.seed, "dropout", path, &[key.step, key.micro_batch]);
-        let keep = (1.0 / (1.0 - p)) as f32;
-        let mask: Vec<f32> = (0..rows * columns)
-            .map(|_| if f64::from(stream.uniform_f32()) < p { 0.0 } else { keep })
-            .collect();
-        Some(Tensor::from_data(TensorData::new(mask, [rows, columns]), (device, DType::F32)))
+        Some(Dropout { p, key: stream.next_u64() })
     }
 
     /// Takes the gradients of all leaves read so far, by parameter name. A leaf that the result did not depend on has

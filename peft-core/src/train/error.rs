@@ -55,6 +55,9 @@ pub enum TrainError {
     /// The method cannot give its parameters their first values.
     #[error("method: {0}")]
     Preparation(String),
+    /// The method cannot go on.
+    #[error("{0}")]
+    Method(String),
     /// A saved state does not belong to this run.
     #[error("{path}: {message}")]
     State {

@@ -1,10 +1,11 @@
 //! What a fine-tuning method is to the training loop.
 
 use super::error::TrainError;
-use super::optimizer::ParameterOptimizer;
+use super::optimizer::{NamedOptimizer, ParameterOptimizer};
 use super::schedule::Warmup;
 use super::step::StepSettings;
 use crate::data::Example;
+use crate::kernels::AdamW;
 use crate::model::{Decoder, ModelConfig, ParameterShape};
 use burn::tensor::{Tensor, TensorData};
 use serde_json::Value;
@@ -73,6 +74,11 @@ pub trait Method {
     /// What stands in the way of it.
     fn prepare(&mut self, model: &mut Decoder, preparation: &Preparation) -> crate::Result<()>;
 
+    /// The optimizer of the method's parameters; `recipe` is the one that the recipe describes.
+    fn optimizer(&mut self, recipe: &AdamW) -> Box<dyn ParameterOptimizer> {
+        Box::new(NamedOptimizer::new(recipe.clone()))
+    }
+
     /// Names of frozen weights whose dense gradients the step after `progress` is to show, micro-batch by micro-batch, to
     /// [`weight_gradient`](Self::weight_gradient).
     fn watched_weights(&self, _progress: Progress) -> Vec<String> {
@@ -83,7 +89,23 @@ pub trait Method {
     /// the micro-batches is the gradient of the step.
     fn weight_gradient(&mut self, _name: &str, _gradient: Tensor<2>) {}
 
-    /// Acts on the gradients of the step after `progress`, by parameter name, after clipping and before the update.
+    /// Acts on the summed gradients of the step after `progress`, by parameter name, before their norm is taken.
+    fn after_backward(
+        &mut self,
+        _model: &Decoder,
+        _gradients: &mut BTreeMap<String, Tensor<2>>,
+        _progress: Progress,
+    ) {
+    }
+
+    /// Whether [`before_update`](Self::before_update) does anything. If not, the step need not wait for the size of its
+    /// gradients: they are clipped where they are.
+    fn acts_on_gradients(&self) -> bool {
+        false
+    }
+
+    /// Acts on the gradients of the step after `progress`, by parameter name, after clipping and before the update, where
+    /// [`acts_on_gradients`](Self::acts_on_gradients) says so.
     fn before_update(
         &mut self,
         _model: &Decoder,
@@ -172,6 +194,19 @@ pub enum ParameterRole {
         /// Whether features of the low-rank path's input are dropped in training.
         dropout: bool,
     },
+    /// Values at positions of the weight.
+    Sparse {
+        /// Positions that a selection phase watches the gradient at, none where it watches none.
+        candidates: usize,
+    },
+    /// A factor of a low-rank change that is computed from parameters and not trained itself: it has a gradient, which
+    /// becomes theirs, and the optimizer no memory of it.
+    Computed {
+        /// `r`.
+        rank: usize,
+        /// Whether features of the low-rank path's input are dropped in training.
+        dropout: bool,
+    },
     /// A factor on the module's whole result.
     Gain,
     /// A factor on what goes into the module.
@@ -185,6 +220,23 @@ pub enum ParameterRole {
     },
     /// Another part that the method adds: a bias, rows of an embedding.
     Part,
+}
+
+impl ParameterRole {
+    /// Values that the optimizer keeps for each of the parameter's; `usual` of the recipe's optimizer.
+    pub fn moments(self, usual: u64) -> u64 {
+        match self {
+            // Two moments and an age, or sums by row and column alone.
+            ParameterRole::Sparse { candidates } => {
+                if candidates > 0 {
+                    3
+                } else {
+                    0
+                }
+            }
+            _ => usual,
+        }
+    }
 }
 
 impl PlannedParameter {

@@ -34,7 +34,7 @@ pub use selection::{BestMetric, EarlyStopping, Every, Selection};
 pub use state::{Fingerprint, Identity, saved_identity, state_bytes};
 pub use step::{
     GradientCheckpointing, GradientSink, MicroBatch, MicroBatchLoss, StepGradients, StepSettings, accumulate,
-    backward, global_norm,
+    backward,
 };
 pub use trainer::{
     Observer, Outcome, RunSummary, Stopped, TrainConfig, Trainer, latest_checkpoint, require_vocabulary,

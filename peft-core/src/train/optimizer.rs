@@ -1,6 +1,6 @@
 //! Optimizers over named parameters.
 
-use crate::kernels::{AdamW, AdamWState, Update};
+use crate::kernels::{AdamW, AdamWState, Clip, Update};
 use crate::model::Decoder;
 use crate::projection::Parameter;
 use burn::optim::{Optimizer, RecordState, StateSink, StateSource};
@@ -24,8 +24,12 @@ pub type MemoryChange<'a> = dyn FnMut(&str, Tensor<2>) -> Tensor<2> + 'a;
 
 /// An optimizer with its memory of every parameter, by name.
 pub trait ParameterOptimizer: Send {
-    /// One update of each of the parameters; returns their new values, in order.
-    fn step(&mut self, parameters: Vec<ParameterStep>) -> Vec<Tensor<2>>;
+    /// One update of each of the parameters with clipped gradients; returns their new values, in order. Gradients whose
+    /// norm is not finite change no value.
+    fn step(&mut self, parameters: Vec<ParameterStep>, clip: Option<&Clip>) -> Vec<Tensor<2>>;
+
+    /// Takes back the last step, which changed no value as its gradients were not finite.
+    fn take_back(&mut self);
 
     /// Whether it has a memory of the parameter `name`.
     fn remembers(&self, name: &str) -> bool;
@@ -50,11 +54,12 @@ pub trait ParameterOptimizer: Send {
     ) -> Result<(), String>;
 }
 
-/// Updates the parameters that have gradients, each at the rate for its name.
+/// Updates the parameters that have gradients, clipped, each at the rate for its name.
 pub fn update_parameters(
     model: &mut Decoder,
     optimizer: &mut dyn ParameterOptimizer,
     mut gradients: BTreeMap<String, Tensor<2>>,
+    clip: Option<&Clip>,
     rate: impl Fn(&str) -> f64,
 ) {
     let mut parameters: Vec<&mut Parameter> = model.parameters_mut();
@@ -67,10 +72,11 @@ pub fn update_parameters(
         let value = std::mem::replace(&mut parameter.value, placeholder);
         Some(ParameterStep { name: &parameter.name, learning_rate, value, gradient })
     });
-    let values = optimizer.step(steps.collect());
+    let values = optimizer.step(steps.collect(), clip);
     for (parameter, value) in parameters.into_iter().zip(values) {
         parameter.value = value;
     }
+    model.refresh();
 }
 
 /// A step's value, gradient, rate and memory of one parameter.
@@ -78,15 +84,34 @@ pub type OptimizerStep<O> = (Tensor<2>, Tensor<2>, f64, Option<<O as Optimizer>:
 
 /// A burn optimizer that updates many parameters at a time.
 pub trait ManyOptimizer: Optimizer {
-    /// One update of each; returns values and memories, in order.
-    fn step_many(&self, steps: Vec<OptimizerStep<Self>>) -> Vec<(Tensor<2>, Option<Self::State<2>>)> {
-        let one = |(value, gradient, rate, state)| self.step(rate, value, gradient, state);
+    /// One update of each with clipped gradients; returns values and memories, in order. Gradients whose norm is not
+    /// finite change no value.
+    fn step_many(
+        &self,
+        steps: Vec<OptimizerStep<Self>>,
+        clip: Option<&Clip>,
+    ) -> Vec<(Tensor<2>, Option<Self::State<2>>)> {
+        let factor = clip.map_or(Some(1.0), Clip::factor);
+        let one = |(value, gradient, rate, state): OptimizerStep<Self>| match factor {
+            None => (value, state),
+            Some(factor) if factor < 1.0 => self.step(rate, value, gradient.mul_scalar(factor), state),
+            Some(_) => self.step(rate, value, gradient, state),
+        };
         steps.into_iter().map(one).collect()
+    }
+
+    /// The memory as it was before an update that changed no value.
+    fn before(state: Self::State<2>) -> Self::State<2> {
+        state
     }
 }
 
 impl ManyOptimizer for AdamW {
-    fn step_many(&self, steps: Vec<OptimizerStep<Self>>) -> Vec<(Tensor<2>, Option<AdamWState<2>>)> {
+    fn step_many(
+        &self,
+        steps: Vec<OptimizerStep<Self>>,
+        clip: Option<&Clip>,
+    ) -> Vec<(Tensor<2>, Option<AdamWState<2>>)> {
         let updates: Vec<Update<Tensor<2>>> = steps
             .into_iter()
             .map(|(parameter, gradient, rate, state)| {
@@ -96,11 +121,15 @@ impl ManyOptimizer for AdamW {
             })
             .collect();
         let times: Vec<i64> = updates.iter().map(|update| update.time).collect();
-        let updated = self.update_all(updates).into_iter().zip(times);
+        let updated = self.update_all(updates, clip).into_iter().zip(times);
         let remember = |([value, moment_1, moment_2], time): ([Tensor<2>; 3], i64)| {
             (value, Some(AdamWState { moment_1, moment_2, time }))
         };
         updated.map(remember).collect()
+    }
+
+    fn before(state: AdamWState<2>) -> AdamWState<2> {
+        AdamWState { time: state.time - 1, ..state }
     }
 }
 
@@ -108,28 +137,30 @@ impl ManyOptimizer for AdamW {
 pub struct NamedOptimizer<O: ManyOptimizer> {
     optimizer: O,
     states: BTreeMap<String, O::State<2>>,
+    /// What the last step updated.
+    updated: Vec<String>,
 }
 
 impl<O: ManyOptimizer> NamedOptimizer<O> {
     /// Without memory.
     pub fn new(optimizer: O) -> Self {
-        Self { optimizer, states: BTreeMap::new() }
+        Self { optimizer, states: BTreeMap::new(), updated: Vec::new() }
     }
 }
 
 impl<O: ManyOptimizer> ParameterOptimizer for NamedOptimizer<O> {
-    fn step(&mut self, parameters: Vec<ParameterStep>) -> Vec<Tensor<2>> {
-        let mut names = Vec::with_capacity(parameters.len());
+    fn step(&mut self, parameters: Vec<ParameterStep>, clip: Option<&Clip>) -> Vec<Tensor<2>> {
+        self.updated.clear();
         let steps = parameters.into_iter().map(|ParameterStep { name, learning_rate, value, gradient }| {
-            names.push(name);
+            self.updated.push(name.to_string());
             (value, gradient, learning_rate, self.states.remove(name))
         });
         let steps = steps.collect();
-        let updated = self.optimizer.step_many(steps).into_iter().zip(names);
+        let updated = self.optimizer.step_many(steps, clip).into_iter().zip(&self.updated);
         let mut values = Vec::with_capacity(updated.len());
         for ((value, state), name) in updated {
             if let Some(state) = state {
-                self.states.insert(name.to_string(), state);
+                self.states.insert(name.clone(), state);
             }
             values.push(value);
         }
@@ -156,6 +187,14 @@ impl<O: ManyOptimizer> ParameterOptimizer for NamedOptimizer<O> {
         }
         if let Some(state) = O::State::<2>::state_unflatten(name, &mut source, device) {
             self.states.insert(name.to_string(), state);
+        }
+    }
+
+    fn take_back(&mut self) {
+        for name in std::mem::take(&mut self.updated) {
+            if let Some(state) = self.states.remove(&name) {
+                self.states.insert(name, O::before(state));
+            }
         }
     }
 

@@ -11,7 +11,7 @@ use super::method::Progress;
 use super::metrics::{EvalMetrics, JsonLines, StepMetrics};
 use super::selection::{BestMetric, Every};
 use super::state;
-use super::step::{StepGradients, accumulate, add_gradients, backward, global_norm};
+use super::step::{StepGradients, accumulate, add_gradients, backward};
 use super::trainer::{Observer, Outcome, RunSummary, Stopped, Trainer};
 use crate::data::{Batch, Epoch, Epochs, Example, Rows, collate, collate_packs};
 use crate::kernels::{fault, trim_memory};
@@ -72,7 +72,7 @@ impl<'r, 'a> Run<'r, 'a> {
         Ok(Self {
             observer,
             total: trainer.total_steps(),
-            sums: StepGradients { gradients, loss_sum: window.loss_sum, correct: window.correct },
+            sums: StepGradients::resumed(gradients, window.loss_sum, window.correct),
             saved: is_own.then_some(course.step),
             epoch: epochs.at(course.step),
             epochs,
@@ -160,27 +160,39 @@ impl<'r, 'a> Run<'r, 'a> {
         let done = self.course.window.as_ref().map_or(0, |window| window.micro_batches);
         for (micro_batch, batch) in batches.iter().enumerate().skip(done) {
             if self.is_stopping() {
+                self.course.window = (micro_batch > 0).then(|| {
+                    let (loss_sum, correct) = self.sums.losses();
+                    Window { micro_batches: micro_batch, loss_sum, correct }
+                });
                 return Ok(false);
             }
             self.accumulate(batch, scale, step, micro_batch as u64);
-            let (loss_sum, correct) = (self.sums.loss_sum, self.sums.correct);
-            self.course.window = Some(Window { micro_batches: micro_batch + 1, loss_sum, correct });
         }
         self.course.window = None;
-        let sums = std::mem::take(&mut self.sums);
-        let loss = sums.loss_sum * scale;
-        let grad_norm = global_norm(&sums.gradients);
-        // Reading the norm has waited for the device: what went wrong in this step is known now.
-        if let Some(message) = fault() {
-            return Err(TrainError::Device { step: step + 1, message }.into());
-        }
-        for (what, value) in [("loss", loss), ("gradient norm", grad_norm)] {
-            if !value.is_finite() {
-                return Err(self.not_finite(what, value).into());
-            }
-        }
+        let mut sums = std::mem::take(&mut self.sums);
         let progress = Progress { step, total_steps: self.total };
-        let rate = self.trainer.update(progress, sums.gradients, grad_norm)?;
+        let Trainer { model, method, .. } = &mut self.trainer;
+        model.pull_back(&mut sums.gradients);
+        method.after_backward(model, &mut sums.gradients, progress);
+        let sum_of_squares = sums.sum_of_squares();
+        let gradients = std::mem::take(&mut sums.gradients);
+        let read = |sums: &mut StepGradients| {
+            let squares = sum_of_squares.clone();
+            let norm = squares.map_or(0.0, |squares| f64::from(squares.into_scalar::<f32>()).sqrt());
+            (sums.losses().0 * scale, norm)
+        };
+        let (rate, loss, grad_norm);
+        if self.trainer.method.acts_on_gradients() {
+            (loss, grad_norm) = read(&mut sums);
+            self.require_usable(loss, grad_norm, false)?;
+            rate = self.trainer.update_edited(progress, gradients, grad_norm);
+        } else {
+            // The one wait of the step comes when everything is on its way.
+            rate = self.trainer.update(progress, gradients, sum_of_squares.clone());
+            (loss, grad_norm) = read(&mut sums);
+            self.require_usable(loss, grad_norm, true)?;
+        }
+        self.trainer.after_update(progress)?;
         self.course.step = step + 1;
 
         let elapsed = start.elapsed().as_secs_f64();
@@ -219,7 +231,7 @@ impl<'r, 'a> Run<'r, 'a> {
             weights.for_each(|weight| weight.trainable = trainable);
         };
         set_trainable(model, true);
-        let StepGradients { gradients, loss_sum, correct } = &mut self.sums;
+        let gradients = &mut self.sums.gradients;
         let loss = backward(model, batch, scale, key, config.step, &mut |mut new| {
             for name in &watched {
                 if let Some(gradient) = new.remove(name) {
@@ -228,9 +240,26 @@ impl<'r, 'a> Run<'r, 'a> {
             }
             add_gradients(gradients, new);
         });
-        *loss_sum += loss.loss_sum;
-        *correct += loss.correct;
+        self.sums.add_loss(loss);
         set_trainable(model, false);
+    }
+
+    /// Refuses a step on which the device failed or whose loss or gradients are not finite. `updated` says that the update
+    /// was made already, which has changed no value then.
+    fn require_usable(&mut self, loss: f64, grad_norm: f64, updated: bool) -> Result<(), TrainError> {
+        // Reading has waited for the device: what went wrong in this step is known now.
+        if let Some(message) = fault() {
+            return Err(TrainError::Device { step: self.course.step + 1, message });
+        }
+        let Some((what, value)) =
+            [("loss", loss), ("gradient norm", grad_norm)].into_iter().find(|(_, value)| !value.is_finite())
+        else {
+            return Ok(());
+        };
+        if updated {
+            self.trainer.optimizer.take_back();
+        }
+        Err(self.not_finite(what, value))
     }
 
     /// The error of a step without a usable gradient, which has not been applied: the weights are still those of the

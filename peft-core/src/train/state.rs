@@ -6,7 +6,7 @@
 
 use super::course::Course;
 use super::error::TrainError;
-use super::method::{Method, MethodState, PlannedParameter};
+use super::method::{Method, MethodState, ParameterRole, PlannedParameter};
 use super::optimizer::ParameterOptimizer;
 use crate::checkpoint::{
     Dtype, LazyTensor, SafetensorsFile, StagedDir, f32_bytes, read_bounded, remove_dir, safetensors_bytes,
@@ -180,12 +180,18 @@ pub(super) fn prune(output_dir: &Path, limit: Option<usize>, keep: &[u64]) -> Re
 /// A name that comes twice, or sizes beyond all bounds.
 pub fn state_bytes(parameters: &[PlannedParameter], moments: u64) -> Result<u64, TrainError> {
     let mut tensors = Vec::new();
-    for ParameterShape { name, shape } in parameters.iter().filter(|p| p.trainable).map(|p| &p.shape) {
+    for PlannedParameter { shape: ParameterShape { name, shape }, role, .. } in
+        parameters.iter().filter(|p| p.trainable)
+    {
         // Vectors are held as one row.
         let dims = if shape.len() == 1 { vec![1, shape[0]] } else { shape.clone() };
         let mut add = |name| tensors.push(LazyTensor::shape_only(name, Dtype::F32, dims.clone()));
         add(format!("{PARAMETER}{name}"));
-        (1..=moments).for_each(|moment| add(format!("{OPTIMIZER}{name}.moment_{moment}")));
+        (1..=role.moments(moments)).for_each(|moment| add(format!("{OPTIMIZER}{name}.moment_{moment}")));
+        if matches!(role, ParameterRole::Sparse { .. }) {
+            let positions = format!("{METHOD}{name}.positions");
+            tensors.push(LazyTensor::shape_only(positions, Dtype::I64, shape.clone()));
+        }
     }
     Ok(safetensors_bytes(Path::new(TENSORS), tensors, &BTreeMap::new())?)
 }
@@ -259,12 +265,11 @@ pub(super) fn load(
         }
     }
     if state.course.window.is_some() {
-        for parameter in model.parameters().into_iter().filter(|parameter| parameter.trainable) {
-            let key = format!("{GRADIENT}{}", parameter.name);
-            // A parameter that the loss did not depend on has no gradient.
+        for (name, dims) in model.differentiated() {
+            let key = format!("{GRADIENT}{name}");
+            // What the loss did not depend on has no gradient.
             if file.contains(&key) {
-                let sum = matrix(&file, &key, parameter.value.dims(), &device)?;
-                gradients.insert(parameter.name.clone(), sum);
+                gradients.insert(name.to_string(), matrix(&file, &key, dims, &device)?);
             }
         }
     }
@@ -314,6 +319,7 @@ pub(super) fn load_values(
         parameter.value = matrix(&file, &key, parameter.value.dims(), &device)?;
         names.push(parameter.name.clone());
     }
+    model.refresh();
     Ok(names)
 }
 

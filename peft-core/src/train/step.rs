@@ -10,7 +10,7 @@ use crate::data::Batch;
 use crate::kernels::{backward_from, sum_of_squares};
 use crate::model::{Context, Decoder};
 use crate::projection::{DropoutKey, Tape};
-use burn::tensor::Tensor;
+use burn::tensor::{Int, Tensor};
 use std::collections::BTreeMap;
 use std::ops::Range;
 
@@ -42,13 +42,13 @@ pub struct StepSettings {
 /// gradient is the sum.
 pub type GradientSink<'a> = &'a mut dyn FnMut(BTreeMap<String, Tensor<2>>);
 
-/// The loss of one micro-batch.
-#[derive(Debug, Clone, Copy)]
+/// The loss of one micro-batch, perhaps still to be computed by the device: reading it waits for the whole backward.
+#[derive(Debug, Clone)]
 pub struct MicroBatchLoss {
-    /// Sum of the losses in nats.
-    pub loss_sum: f64,
-    /// Targets predicted correctly.
-    pub correct: u64,
+    /// Sum of the losses in nats, `[1]`.
+    pub loss_sum: Tensor<1>,
+    /// Targets predicted correctly, `[1]`.
+    pub correct: Tensor<1, Int>,
 }
 
 /// What accumulates over the micro-batches of a step.
@@ -56,10 +56,37 @@ pub struct MicroBatchLoss {
 pub struct StepGradients {
     /// By parameter name: the gradient of the step's mean loss.
     pub gradients: BTreeMap<String, Tensor<2>>,
-    /// Sum of the losses in nats.
-    pub loss_sum: f64,
-    /// Targets predicted correctly.
-    pub correct: u64,
+    loss_sum: f64,
+    correct: u64,
+    /// Losses that were not read yet.
+    unread: Vec<MicroBatchLoss>,
+}
+
+impl StepGradients {
+    /// Of a step in progress.
+    pub fn resumed(gradients: BTreeMap<String, Tensor<2>>, loss_sum: f64, correct: u64) -> Self {
+        Self { gradients, loss_sum, correct, unread: Vec::new() }
+    }
+
+    /// Adds a micro-batch's loss.
+    pub fn add_loss(&mut self, loss: MicroBatchLoss) {
+        self.unread.push(loss);
+    }
+
+    /// The sum of the losses in nats and how many targets were predicted correctly. Waits for the device.
+    pub fn losses(&mut self) -> (f64, u64) {
+        for MicroBatchLoss { loss_sum, correct } in self.unread.drain(..) {
+            self.loss_sum += f64::from(loss_sum.into_scalar::<f32>());
+            self.correct += correct.into_scalar::<i64>() as u64;
+        }
+        (self.loss_sum, self.correct)
+    }
+
+    /// The sum of the squares of all gradients, `[1]`; not finite where a loss is not.
+    pub fn sum_of_squares(&self) -> Option<Tensor<1>> {
+        let squares = sum_of_squares(self.gradients.values().cloned().collect())?;
+        Some(self.unread.iter().fold(squares, |sum, loss| sum + loss.loss_sum.clone().mul_scalar(0.0)))
+    }
 }
 
 /// Adds gradients by name.
@@ -83,10 +110,9 @@ pub fn accumulate(
     settings: StepSettings,
     step: &mut StepGradients,
 ) {
-    let StepGradients { gradients, loss_sum, correct } = step;
+    let gradients = &mut step.gradients;
     let loss = backward(model, batch, scale, key, settings, &mut |new| add_gradients(gradients, new));
-    *loss_sum += loss.loss_sum;
-    *correct += loss.correct;
+    step.add_loss(loss);
 }
 
 /// Forward and backward of one micro-batch as [`accumulate`] runs it, with the gradients given to `sink` instead of
@@ -126,28 +152,23 @@ pub fn backward(
     let recorded = record(&segments[last], x, below[last]);
 
     let (loss, dy) = head_backward(model, batch, recorded.output.clone().inner(), scale, key, settings, sink);
-    // Read last: reading waits for the device, which should have the whole backward to do until then.
-    let (loss_sum, correct) = (loss.loss_sum, loss.correct);
-    let micro_batch = || MicroBatchLoss {
-        loss_sum: f64::from(loss_sum.clone().into_scalar::<f32>()),
-        correct: correct.clone().into_scalar::<i64>() as u64,
-    };
-    let Some(mut dy) = dy else { return micro_batch() };
+    let micro_batch = MicroBatchLoss { loss_sum: loss.loss_sum, correct: loss.correct };
+    let Some(mut dy) = dy else { return micro_batch };
 
     let mut recorded = Some(recorded);
     for index in (0..segments.len()).rev() {
         let again = || inputs.pop().map(|x| record(&segments[index], x, below[index]));
         let Some(Recorded { output, leaf, tape }) = recorded.take().or_else(again) else {
-            return micro_batch();
+            return micro_batch;
         };
         if !output.is_tracked() {
-            return micro_batch();
+            return micro_batch;
         }
         let mut grads = backward_from(output, dy);
         sink(tape.gradients(&mut grads));
         match leaf.grad_remove(&mut grads) {
             Some(dx) => dy = dx,
-            None => return micro_batch(),
+            None => return micro_batch,
         }
     }
 
@@ -156,7 +177,7 @@ pub fn backward(
         let mut grads = backward_from(model.embed(&tape, ids), dy);
         sink(tape.gradients(&mut grads));
     }
-    micro_batch()
+    micro_batch
 }
 
 /// The loss of a micro-batch from the last layer's `output` `[tokens, hidden]`, and the gradient of `scale · loss` there;
@@ -242,10 +263,4 @@ pub(super) fn record(
 
 fn run(model: &Decoder, segment: &Range<usize>, tape: &Tape, x: Tensor<2>, context: &Context) -> Tensor<2> {
     model.layers()[segment.clone()].iter().fold(x, |x, layer| layer.forward(tape, x, context, None))
-}
-
-/// The 2-norm over all gradients together.
-pub fn global_norm(gradients: &BTreeMap<String, Tensor<2>>) -> f64 {
-    let total = sum_of_squares(gradients.values().cloned().collect());
-    total.map_or(0.0, |total| f64::from(total.into_scalar::<f32>()).sqrt())
 }

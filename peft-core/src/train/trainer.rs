@@ -12,7 +12,7 @@ use super::state::{self, Identity, Snapshot};
 use super::step::StepSettings;
 use crate::checkpoint::{StagedDir, require_free};
 use crate::data::{Epochs, Example};
-use crate::kernels::trim_memory;
+use crate::kernels::{Clip, clip_factor, trim_memory};
 use crate::model::Decoder;
 use crate::text::Tokenizer;
 use burn::tensor::Tensor;
@@ -278,31 +278,62 @@ impl Trainer<'_> {
         }
     }
 
-    /// Updates the parameters at `progress`; returns the rate.
+    /// Updates the parameters at `progress`; returns the rate. `sum_of_squares` is that of all gradients, by which they are
+    /// clipped; where it is not finite, nothing changes but the optimizer's count of updates.
     pub(super) fn update(
+        &mut self,
+        progress: Progress,
+        gradients: BTreeMap<String, Tensor<2>>,
+        sum_of_squares: Option<Tensor<1>>,
+    ) -> f64 {
+        let max_norm = self.config.max_grad_norm.unwrap_or(f64::INFINITY);
+        let clip = sum_of_squares.map(|sum_of_squares| Clip { sum_of_squares, max_norm });
+        self.apply(progress, gradients, clip)
+    }
+
+    /// The same with the gradients, whose norm is known, clipped and given to the method first.
+    pub(super) fn update_edited(
         &mut self,
         progress: Progress,
         mut gradients: BTreeMap<String, Tensor<2>>,
         grad_norm: f64,
-    ) -> Result<f64, TrainError> {
-        let Progress { step, total_steps: total } = progress;
-        let config = &self.config;
-        let factor = config.schedule.factor(step, config.warmup.steps(total), total);
-        let clip = config.max_grad_norm.map_or(1.0, |max| (max / (grad_norm + 1e-6)).min(1.0));
-        if clip < 1.0 {
+    ) -> f64 {
+        if let Some(factor) = self.config.max_grad_norm.and_then(|max| clip_factor(grad_norm, max))
+            && factor < 1.0
+        {
             for gradient in gradients.values_mut() {
-                *gradient = gradient.clone().mul_scalar(clip);
+                *gradient = gradient.clone().mul_scalar(factor);
             }
         }
         self.method.before_update(self.model, &mut gradients, progress);
+        self.apply(progress, gradients, None)
+    }
+
+    fn apply(
+        &mut self,
+        progress: Progress,
+        gradients: BTreeMap<String, Tensor<2>>,
+        clip: Option<Clip>,
+    ) -> f64 {
+        let Progress { step, total_steps: total } = progress;
+        let config = &self.config;
+        let factor = config.schedule.factor(step, config.warmup.steps(total), total);
         let (method, peak) = (&*self.method, config.learning_rate);
-        update_parameters(self.model, self.optimizer.as_mut(), gradients, |name| {
+        update_parameters(self.model, self.optimizer.as_mut(), gradients, clip.as_ref(), |name| {
             method.peak_rate(name, peak) * factor
         });
-        let done = Progress { step: step + 1, ..progress };
+        peak * factor
+    }
+
+    /// What follows the update at `progress`.
+    ///
+    /// # Errors
+    /// What the method says.
+    pub(super) fn after_update(&mut self, progress: Progress) -> Result<(), TrainError> {
+        let done = Progress { step: progress.step + 1, ..progress };
         self.method.after_update(self.model, self.optimizer.as_mut(), done)?;
         trim_memory();
-        Ok(self.config.learning_rate * factor)
+        Ok(())
     }
 
     /// Puts the method's result in its place; returns its folder.

@@ -456,6 +456,10 @@ impl Method for Lora {
         }
     }
 
+    fn acts_on_gradients(&self) -> bool {
+        !self.preconditioners.is_empty()
+    }
+
     fn before_update(
         &mut self,
         _model: &Decoder,

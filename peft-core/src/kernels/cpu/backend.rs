@@ -4,12 +4,16 @@ use super::attention::{Attention, HeadNorms};
 use super::bytes::bytes;
 use super::cross_entropy::Score;
 use super::linear::{Gradients, LowRank, Projection};
-use super::{adamw, buffers, cross_entropy, gated, linear, rms_norm};
+use super::sparse::{CompressedRows, TokenBlocks};
+use super::{adamw, buffers, cross_entropy, dropout, gated, linear, rms_norm, sparse};
 use crate::kernels::adamw::{AdamW, Update};
 use crate::kernels::attention::{AttentionInputs, AttentionShape};
 use crate::kernels::backend::{Kernels, conversions};
 use crate::kernels::cross_entropy::CrossEntropyParts;
-use crate::kernels::linear::{LinearGradients, Part, PartGradients, Wanted};
+use crate::kernels::dropout::Dropout;
+use crate::kernels::linear::{Factors, LinearGradients, Part, PartGradients, Wanted};
+use crate::kernels::norm::clip_factor;
+use crate::kernels::sparse::{SparseGradients, SparsePattern};
 use burn::backend::Flex;
 use burn::backend::TensorMetadata;
 use burn::backend::flex::{FlexTensor, Layout};
@@ -77,8 +81,16 @@ struct Map {
     out: usize,
     weight: Values,
     bias: Option<Values>,
-    /// `A`, `B`, their rank and their scale.
-    factors: Option<(Values, Values, usize, f32)>,
+    factors: Option<FactorValues>,
+}
+
+/// A low-rank term with its values at hand.
+struct FactorValues {
+    a: Values,
+    b: Values,
+    rank: usize,
+    scale: f32,
+    dropout: Option<Dropout>,
 }
 
 impl Map {
@@ -88,20 +100,27 @@ impl Map {
             out: dims(&part.weight).0,
             weight: Values::of(&part.weight),
             bias: part.bias.as_ref().map(Values::of),
-            factors: factors.map(|(a, b, scale)| (Values::of(a), Values::of(b), dims(a).0, *scale)),
+            factors: factors.map(|Factors { a, b, scale, dropout }| FactorValues {
+                a: Values::of(a),
+                b: Values::of(b),
+                rank: dims(a).0,
+                scale: *scale,
+                dropout: *dropout,
+            }),
         }
     }
 
     fn rank(&self) -> usize {
-        self.factors.as_ref().map_or(0, |factors| factors.2)
+        self.factors.as_ref().map_or(0, |factors| factors.rank)
     }
 
     fn projection(&self) -> Projection<'_> {
-        let low_rank = self.factors.as_ref().map(|(a, b, rank, scale)| LowRank {
-            a: a.get(),
-            b: b.get(),
-            rank: *rank,
-            scale: *scale,
+        let low_rank = self.factors.as_ref().map(|factors| LowRank {
+            a: factors.a.get(),
+            b: factors.b.get(),
+            rank: factors.rank,
+            scale: factors.scale,
+            dropout: factors.dropout,
         });
         let (weight, bias) = (self.weight.get(), self.bias.as_ref().map(Values::get));
         Projection { weight, out: self.out, bias, low_rank }
@@ -155,16 +174,24 @@ impl Kernels for Flex {
         weight: &FlexTensor,
         epsilon: f32,
         dy: &FlexTensor,
+        added: Option<&FlexTensor>,
         wants_weight: bool,
     ) -> (FlexTensor, Option<FlexTensor>) {
         let (rows, columns) = dims(x);
-        let (x, weight, dy) = (Values::of(x), Values::of(weight), Values::of(dy));
+        let (x, weight, dy, added) =
+            (Values::of(x), Values::of(weight), Values::of(dy), added.map(Values::of));
         let mut dw = wants_weight.then(|| empty(&[1, columns]));
         let dx = filled(&[rows, columns], |dx| {
             let dw = dw.as_mut().map(|dw| dw.storage_mut());
-            rms_norm::backward(dx, dw, dy.get(), x.get(), weight.get(), epsilon, None);
+            let added = added.as_ref().map(Values::get);
+            rms_norm::backward(dx, dw, dy.get(), x.get(), weight.get(), epsilon, added);
         });
         (dx, dw)
+    }
+
+    fn dropout(x: &FlexTensor, dropout: &Dropout) -> FlexTensor {
+        let ((rows, columns), x) = (dims(x), Values::of(x));
+        filled(&[rows, columns], |y| dropout::apply(y, x.get(), columns, dropout, false))
     }
 
     fn silu_gate(gate_up: &FlexTensor) -> FlexTensor {
@@ -212,12 +239,13 @@ impl Kernels for Flex {
         let mut gradients: Vec<PartGradients<FlexTensor>> = maps
             .iter()
             .zip(&wanted.parts)
-            .map(|(map, (weight, bias, factors))| {
+            .map(|(map, wanted)| {
                 let (out, rank) = (map.out, map.rank());
                 PartGradients {
-                    weight: weight.then(|| empty(&[out, inputs])),
-                    bias: bias.then(|| empty(&[1, out])),
-                    factors: (*factors && rank > 0).then(|| (empty(&[rank, inputs]), empty(&[out, rank]))),
+                    weight: wanted.weight.then(|| empty(&[out, inputs])),
+                    bias: wanted.bias.then(|| empty(&[1, out])),
+                    a: (wanted.a && rank > 0).then(|| empty(&[rank, inputs])),
+                    b: (wanted.b && rank > 0).then(|| empty(&[out, rank])),
                 }
             })
             .collect();
@@ -225,7 +253,8 @@ impl Kernels for Flex {
         let mut into: Vec<Gradients> = gradients
             .iter_mut()
             .map(|part| Gradients {
-                low_rank: part.factors.as_mut().map(|(a, b)| (a.storage_mut(), b.storage_mut())),
+                a: part.a.as_mut().map(|a| a.storage_mut()),
+                b: part.b.as_mut().map(|b| b.storage_mut()),
                 weight: part.weight.as_mut().map(|weight| weight.storage_mut()),
                 bias: part.bias.as_mut().map(|bias| bias.storage_mut()),
             })
@@ -234,6 +263,46 @@ impl Kernels for Flex {
         let down = down.as_ref().map_or(&[][..], Values::get);
         linear::backward(to, &mut into, dy.get(), x.get(), down, rows, inputs, &projections);
         LinearGradients { input: dx, parts: gradients }
+    }
+
+    fn add_sparse(y: FlexTensor, x: &FlexTensor, values: &FlexTensor, pattern: &SparsePattern) -> FlexTensor {
+        let (x_values, values) = (Values::of(x), Values::of(values));
+        let x = TokenBlocks::new(x_values.get(), dims(x).1);
+        let matrix = CompressedRows { starts: pattern.row_starts(), columns: pattern.columns() };
+        let mut y = rows_of(y);
+        sparse::multiply(y.storage_mut(), &x, matrix, values.get());
+        y
+    }
+
+    fn sparse_gradients(
+        dy: &FlexTensor,
+        x: &FlexTensor,
+        values: Option<&FlexTensor>,
+        pattern: &SparsePattern,
+        wants_values: bool,
+    ) -> SparseGradients<FlexTensor> {
+        let (rows, inputs) = dims(x);
+        let dy_blocks = TokenBlocks::new(Values::of(dy).get(), dims(dy).1);
+        let input = values.map(Values::of).map(|values| {
+            let by_column = pattern.by_column();
+            let matrix = CompressedRows { starts: &by_column.starts, columns: &by_column.rows };
+            let mut ordered = buffers::take(pattern.len());
+            for (value, entry) in ordered.iter_mut().zip(&by_column.entries) {
+                *value = values.get()[*entry as usize];
+            }
+            filled(&[rows, inputs], |dx| {
+                dx.fill(0.0);
+                sparse::multiply(dx, &dy_blocks, matrix, &ordered);
+            })
+        });
+        let values = wants_values.then(|| {
+            let x_blocks = TokenBlocks::new(Values::of(x).get(), inputs);
+            let (rows, columns) = (pattern.rows(), pattern.columns());
+            filled(&[1, pattern.len()], |products| {
+                sparse::sampled_products(products, &dy_blocks, &x_blocks, rows, columns);
+            })
+        });
+        SparseGradients { input, values }
     }
 
     fn attends(_: &AttentionShape, dtype: DType) -> bool {
@@ -265,7 +334,18 @@ impl Kernels for Flex {
         })
     }
 
-    fn adamw(optimizer: &AdamW, updates: Vec<Update<FlexTensor>>) -> Vec<[FlexTensor; 3]> {
+    fn adamw(
+        optimizer: &AdamW,
+        updates: Vec<Update<FlexTensor>>,
+        clip: Option<(FlexTensor, f64)>,
+    ) -> Vec<[FlexTensor; 3]> {
+        let factor = clip.map_or(Some(1.0), |(squares, max)| {
+            clip_factor(f64::from(Values::of(&squares).get()[0]).sqrt(), max)
+        });
+        let Some(factor) = factor else {
+            let same = |update: Update<FlexTensor>| [update.parameter, update.moment_1, update.moment_2];
+            return updates.into_iter().map(same).collect();
+        };
         let mut results = Vec::with_capacity(updates.len());
         let mut steps = Vec::with_capacity(updates.len());
         for update in updates {
@@ -297,7 +377,7 @@ impl Kernels for Flex {
                 weight_decay: optimizer.weight_decay,
                 time: time as i32,
             };
-            adamw::adamw(constants, 1.0, &mut now);
+            adamw::adamw(constants, factor as f32, &mut now);
         }
         results
     }

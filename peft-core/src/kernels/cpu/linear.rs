@@ -1,7 +1,7 @@
 //! Linear maps that share their input, each with an optional low-rank term, forward and backward:
 //!
 //! ```text
-//! yᵢ = x·Wᵢᵀ + biasᵢ + sᵢ·(x·Aᵢᵀ)·Bᵢᵀ (+ residualᵢ)
+//! yᵢ = x·Wᵢᵀ + biasᵢ + sᵢ·(xᵢ·Aᵢᵀ)·Bᵢᵀ (+ residualᵢ), where xᵢ is x, or what dropout leaves of it
 //! dx = Σ dyᵢ·Wᵢ + sᵢ(dyᵢ·Bᵢ)·Aᵢ     dAᵢ = sᵢ(dyᵢ·Bᵢ)ᵀ·x     dBᵢ = sᵢ·dyᵢᵀ·(x·Aᵢᵀ)     dWᵢ = dyᵢᵀ·x     dbiasᵢ = Σ dyᵢ
 //! ```
 //!
@@ -9,10 +9,12 @@
 //! factors, and the result packed behind it, so that every tile of `y` or `dx` is written in one pass.
 
 use super::buffers::{self, Buffer};
+use super::dropout;
 use super::matmul::{
     Block, MR, Matrix, MatrixMut, NR, Shared, Stretch, Update, lhs_panel, matmul, pack_lhs, pack_rhs,
     pack_rhs_panel, panel_count, row_step,
 };
+use crate::kernels::dropout::Dropout;
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -34,6 +36,8 @@ pub(crate) struct LowRank<'a> {
     pub(crate) rank: usize,
     /// `s`.
     pub(crate) scale: f32,
+    /// What is dropped of its input.
+    pub(crate) dropout: Option<Dropout>,
 }
 
 /// One map of those that share an input.
@@ -52,8 +56,10 @@ pub(crate) struct Projection<'a> {
 /// Gradients of one map that are asked for.
 #[derive(Default)]
 pub(crate) struct Gradients<'a> {
-    /// `dA` `[rank, in]` and `dB` `[out, rank]`.
-    pub(crate) low_rank: Option<(&'a mut [f32], &'a mut [f32])>,
+    /// `dA`, `[rank, in]`.
+    pub(crate) a: Option<&'a mut [f32]>,
+    /// `dB`, `[out, rank]`.
+    pub(crate) b: Option<&'a mut [f32]>,
     /// `dW`, `[out, in]`.
     pub(crate) weight: Option<&'a mut [f32]>,
     /// `dbias`, `[out]`.
@@ -88,13 +94,47 @@ fn check(projections: &[Projection], inputs: usize) {
     }
 }
 
-/// All `A` under one another, `[Σ rank, in]`.
+/// Whether a term drops some of its input.
+fn drops(projections: &[Projection]) -> bool {
+    projections.iter().any(|p| p.low_rank.is_some_and(|term| term.dropout.is_some()))
+}
+
+/// What the term leaves of `x`.
+fn dropped(x: &[f32], inputs: usize, dropout: &Dropout) -> Buffer {
+    let mut left = buffers::take(x.len());
+    dropout::apply(&mut left, x, inputs, dropout, false);
+    left
+}
+
+/// `xᵢ·Aᵢᵀ` of every term apart.
+fn down_apart(
+    xa: &mut [f32],
+    x: &[f32],
+    rows: usize,
+    inputs: usize,
+    projections: &[Projection],
+    places: &[Places],
+) {
+    let ranks = places.last().map_or(0, |last| last.rank.end);
+    for (p, place) in projections.iter().zip(places) {
+        let Some(term) = p.low_rank.filter(|term| term.rank > 0) else { continue };
+        let left = term.dropout.map(|dropout| dropped(x, inputs, &dropout));
+        let x = Matrix::new(left.as_deref().unwrap_or(x), rows, inputs);
+        let down = MatrixMut::strided(&mut xa[place.rank.start..], rows, term.rank, ranks);
+        matmul(down, Update::Replace, 1.0, x, Matrix::new(term.a, term.rank, inputs).t());
+    }
+}
+
+/// All `A` under one another, `[Σ rank, in]`, with zeros for terms that drop some of their input.
 fn stacked_a(projections: &[Projection], inputs: usize, ranks: usize) -> Buffer {
     let mut stacked = buffers::take(ranks * inputs);
     let mut rest = &mut stacked[..];
     for term in projections.iter().filter_map(|p| p.low_rank.as_ref()) {
         let (head, tail) = rest.split_at_mut(term.a.len());
-        head.copy_from_slice(term.a);
+        match term.dropout {
+            None => head.copy_from_slice(term.a),
+            Some(_) => head.fill(0.0),
+        }
         rest = tail;
     }
     stacked
@@ -128,6 +168,10 @@ pub(crate) fn forward(
     if rows <= FEW_ROWS {
         return forward_few(y, xa, x, residual, rows, inputs, projections, &places);
     }
+    let drops = drops(projections);
+    if drops {
+        down_apart(xa, x, rows, inputs, projections, &places);
+    }
     let x = Matrix::new(x, rows, inputs);
     let stacked = stacked_a(projections, inputs, ranks);
     let packed_a = pack_rhs(Matrix::new(&stacked, ranks, inputs).t(), 0..inputs, 0..ranks);
@@ -140,7 +184,7 @@ pub(crate) fn forward(
         pieces.extend((0..p.out).step_by(width).map(|from| (i, from..p.out.min(from + width))));
     }
     let mut rest = &pieces[..];
-    let mut first = true;
+    let mut first = !drops;
     while !rest.is_empty() {
         let mut columns = 0;
         let fitting = rest.iter().take_while(|(_, part)| {
@@ -249,6 +293,7 @@ fn forward_few(
         Some(residual) => y.copy_from_slice(residual),
         None => y.fill(0.0),
     }
+    down_apart(xa, x, rows, inputs, projections, places);
     let x = Matrix::new(x, rows, inputs);
     for (p, place) in projections.iter().zip(places) {
         let product = |y: &mut [f32], alpha, lhs, rhs| {
@@ -262,8 +307,6 @@ fn forward_few(
         }
         product(y, 1.0, x, Matrix::new(p.weight, p.out, inputs).t());
         if let Some(term) = p.low_rank.filter(|term| term.rank > 0) {
-            let down = MatrixMut::strided(&mut xa[place.rank.start..], rows, term.rank, ranks);
-            matmul(down, Update::Replace, 1.0, x, Matrix::new(term.a, term.rank, inputs).t());
             let down = Matrix::strided(&xa[place.rank.start..], rows, term.rank, ranks);
             product(y, term.scale, down, Matrix::new(term.b, p.out, term.rank).t());
         }
@@ -297,23 +340,39 @@ pub(crate) fn backward(
 
     // s·dy·B of all terms.
     let mut dyb = buffers::take(rows * ranks);
-    if dx.is_some() || gradients.iter().any(|g| g.low_rank.is_some()) {
-        input_gradient(dx, &mut dyb, dy, rows, inputs, projections, &places);
+    let mut dx = dx;
+    if dx.is_some() || gradients.iter().any(|g| g.a.is_some()) {
+        input_gradient(dx.as_deref_mut(), &mut dyb, dy, rows, inputs, projections, &places);
+    }
+    for ((g, p), place) in gradients.iter_mut().zip(projections).zip(&places) {
+        let Some((term, dropout)) = p.low_rank.and_then(|term| Some((term, term.dropout?))) else { continue };
+        let dyb = Matrix::strided(&dyb[place.rank.start.min(dyb.len())..], rows, term.rank, ranks);
+        if let Some(dx) = dx.as_deref_mut() {
+            let mut through_a = buffers::take(rows * inputs);
+            let into = MatrixMut::new(&mut through_a, rows, inputs);
+            matmul(into, Update::Replace, 1.0, dyb, Matrix::new(term.a, term.rank, inputs));
+            dropout::apply(dx, &through_a, inputs, &dropout, true);
+        }
+        if let Some(da) = g.a.take() {
+            let left = dropped(x, inputs, &dropout);
+            let into = MatrixMut::new(da, term.rank, inputs);
+            matmul(into, Update::Replace, 1.0, dyb.t(), Matrix::new(&left, rows, inputs));
+        }
     }
     let x = Matrix::new(x, rows, inputs);
-    if gradients.iter().any(|g| g.low_rank.is_some()) {
+    if gradients.iter().any(|g| g.a.is_some()) {
         let mut da = buffers::take(ranks * inputs);
         let stacked = MatrixMut::new(&mut da, ranks, inputs);
         matmul(stacked, Update::Replace, 1.0, Matrix::new(&dyb, rows, ranks).t(), x);
         for (g, place) in gradients.iter_mut().zip(&places) {
-            if let Some((into, _)) = &mut g.low_rank {
+            if let Some(into) = &mut g.a {
                 into.copy_from_slice(&da[place.rank.start * inputs..place.rank.end * inputs]);
             }
         }
     }
     for ((g, p), place) in gradients.iter_mut().zip(projections).zip(&places) {
         let dy = Matrix::strided(&dy[place.out.start.min(dy.len())..], rows, p.out, outs);
-        if let Some((_, db)) = &mut g.low_rank {
+        if let Some(db) = &mut g.b {
             let rank = place.rank.len();
             assert!(db.len() == p.out * rank, "a gradient of B of another shape");
             let xa = Matrix::strided(&xa[place.rank.start.min(xa.len())..], rows, rank, ranks);
@@ -483,6 +542,7 @@ mod tests {
                         b: &b[i],
                         rank: shapes[i].1,
                         scale: 0.5 + i as f32,
+                        dropout: None,
                     }),
                 })
                 .collect();
@@ -510,7 +570,8 @@ mod tests {
                     .zip(&mut dw)
                     .zip(&mut dbias)
                     .map(|((factors, dw), dbias)| Gradients {
-                        low_rank: (!factors.0.is_empty()).then_some((&mut factors.0, &mut factors.1)),
+                        a: (!factors.0.is_empty()).then_some(&mut factors.0),
+                        b: (!factors.1.is_empty()).then_some(&mut factors.1),
                         weight: Some(dw),
                         bias: Some(dbias),
                     })
@@ -571,7 +632,7 @@ mod tests {
             weight: &w,
             out: 4,
             bias: None,
-            low_rank: Some(LowRank { a: &a, b: &b, rank: 1, scale: 1.0 }),
+            low_rank: Some(LowRank { a: &a, b: &b, rank: 1, scale: 1.0, dropout: None }),
         };
         let projection =
             Projection { low_rank: projection.low_rank.map(|t| LowRank { b: &b[..4], ..t }), ..projection };
@@ -580,7 +641,7 @@ mod tests {
         forward(&mut y, &mut xa, x, None, 10, 6, &[projection]);
         let run = |dx: Option<&mut [f32]>| {
             let (mut da, mut db) = (vec![0.0; 6], vec![0.0; 4]);
-            let mut gradients = [Gradients { low_rank: Some((&mut da, &mut db)), ..Gradients::default() }];
+            let mut gradients = [Gradients { a: Some(&mut da), b: Some(&mut db), ..Gradients::default() }];
             backward(dx, &mut gradients, dy, x, &xa, 10, 6, &[projection]);
             (da, db)
         };

@@ -7,11 +7,14 @@
 pub(crate) mod adamw;
 pub(crate) mod attention;
 mod backend;
+pub(super) mod basis;
 pub(crate) mod buffers;
 pub(crate) mod bytes;
 pub(crate) mod cross_entropy;
+pub(crate) mod dropout;
 pub(crate) mod gated;
 pub(crate) mod linear;
 pub(crate) mod matmul;
 pub(crate) mod rms_norm;
 mod simd;
+pub(crate) mod sparse;

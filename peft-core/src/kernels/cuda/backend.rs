@@ -8,7 +8,8 @@ use crate::kernels::adamw::{AdamW, Update};
 use crate::kernels::attention::{AttentionInputs, AttentionShape};
 use crate::kernels::backend::{Kernels, conversions};
 use crate::kernels::cross_entropy::CrossEntropyParts;
-use crate::kernels::linear::{LinearGradients, Part, PartGradients, Wanted};
+use crate::kernels::dropout::Dropout;
+use crate::kernels::linear::{Factors as LowRank, LinearGradients, Part, PartGradients, Wanted};
 use burn::backend::Cube;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Shape};
@@ -72,14 +73,28 @@ fn gate_launch(dtype: DType, rows: usize, columns: usize) -> Launch {
     Launch { grid: (rows, (columns / lanes).div_ceil(threads), 1), block: (threads, 1), shared: 0 }
 }
 
-/// Joins weights that lie one after another: where their columns of the result begin, how many there are, and the
-/// address of the first.
-fn joined(outs: &[(usize, usize)], weights: &[u64], inputs: usize, dtype: DType) -> Vec<(usize, usize, u64)> {
-    let mut runs: Vec<(usize, usize, u64)> = Vec::with_capacity(outs.len());
-    for ((start, width), weight) in outs.iter().zip(weights) {
+/// Maps whose weights lie one after another and that are alike in having a low-rank term.
+struct JoinedMaps {
+    /// Where their columns of the result begin.
+    start: usize,
+    /// How many columns there are.
+    width: usize,
+    /// The address of the first weight.
+    weight: u64,
+    /// Whether they have low-rank terms.
+    adapted: bool,
+}
+
+/// Joins weights that lie one after another.
+fn joined(layout: &Layout, weights: &[u64], inputs: usize, dtype: DType) -> Vec<JoinedMaps> {
+    let mut runs: Vec<JoinedMaps> = Vec::with_capacity(weights.len());
+    for ((&(start, width), (_, rank)), &weight) in layout.outs.iter().zip(&layout.ranks).zip(weights) {
+        let adapted = *rank > 0;
         match runs.last_mut() {
-            Some((_, joint, first)) if at(*first, *joint * inputs, dtype) == *weight => *joint += width,
-            _ => runs.push((*start, *width, *weight)),
+            Some(run) if at(run.weight, run.width * inputs, dtype) == weight && run.adapted == adapted => {
+                run.width += width;
+            }
+            _ => runs.push(JoinedMaps { start, width, weight, adapted }),
         }
     }
     runs
@@ -110,7 +125,7 @@ impl Layout {
             (places.collect::<Vec<_>>(), total)
         };
         let (outs, out) = side_by_side(parts.iter().map(|part| dims(&part.weight).0).collect());
-        let rank = |part: &Part<CubeTensor>| part.factors.as_ref().map_or(0, |(a, _, _)| dims(a).0);
+        let rank = |part: &Part<CubeTensor>| part.factors.as_ref().map_or(0, |factors| dims(&factors.a).0);
         let (ranks, rank) = side_by_side(parts.iter().map(rank).collect());
         Self { outs, ranks, out, rank }
     }
@@ -136,7 +151,7 @@ impl Factors {
         buffers: &mut Buffers,
     ) -> Option<Self> {
         let factors = || parts.iter().filter_map(|part| part.factors.as_ref());
-        let all_ranks: usize = factors().map(|factors| dims(&factors.0).0).sum();
+        let all_ranks: usize = factors().map(|factors| dims(&factors.a).0).sum();
         if all_ranks == 0 {
             return None;
         }
@@ -146,7 +161,7 @@ impl Factors {
         for part in parts {
             // Each B begins at a multiple of 256 bytes.
             places.push((a_place, b_place));
-            if let Some((a, b, scale)) = &part.factors {
+            if let Some(LowRank { a, b, scale, .. }) = &part.factors {
                 let (rank, out) = (dims(a).0, dims(b).0);
                 casts.push((buffers.add_rows(a), a_place, rank * inputs, 1.0));
                 casts.push((buffers.add_rows(b), b_place, out * rank, *scale));
@@ -211,28 +226,44 @@ impl Kernels for Cube {
         weight: &CubeTensor,
         epsilon: f32,
         dy: &CubeTensor,
+        added: Option<&CubeTensor>,
         wants_weight: bool,
     ) -> (CubeTensor, Option<CubeTensor>) {
-        let (x, weight, dy) = (contiguous(x), contiguous(weight), contiguous(dy));
-        let ((rows, columns), dtype) = (dims(&x), x.dtype);
-        let dx = empty(&x, &[rows, columns], dtype);
-        let inverse = empty(&x, &[rows], DType::F32);
-        let dw = wants_weight.then(|| empty(&x, &[1, columns], dtype));
-        let mut buffers = vec![&x.handle, &weight.handle, &dy.handle, &dx.handle, &inverse.handle];
-        buffers.extend(dw.as_ref().map(|dw| &dw.handle));
-        submit("rms_norm_backward", &x.client, &buffers, move |queue, buffers| {
+        let ((rows, columns), dtype) = (dims(x), x.dtype);
+        let dx = empty(x, &[rows, columns], dtype);
+        let inverse = empty(x, &[rows], DType::F32);
+        let dw = wants_weight.then(|| empty(x, &[1, columns], dtype));
+        let mut buffers = Buffers::default();
+        let [x_at, weight_at, dy_at] = [x, weight, dy].map(|tensor| buffers.add_rows(tensor));
+        let [dx_at, inverse_at] = [&dx, &inverse].map(|tensor| buffers.add(tensor));
+        let added_at = added.map(|added| buffers.add_rows(added));
+        let dw_at = dw.as_ref().map(|dw| buffers.add(dw));
+        submit("rms_norm_backward", &x.client, &buffers.handles(), move |queue, buffers| {
             let source = elementwise(dtype);
-            let arguments = Arguments::default().address(buffers[0]).address(buffers[1]).address(buffers[2]);
-            let arguments = arguments.address(buffers[3]).address(buffers[4]);
+            let [x, weight, dy, dx, inverse] =
+                [x_at, weight_at, dy_at, dx_at, inverse_at].map(|at| buffers[at]);
+            let arguments = Arguments::default().address(x).address(weight).address(dy);
+            let arguments = arguments.address(added_at.map_or(0, |added| buffers[added]));
+            let arguments = arguments.address(dx).address(inverse);
             let arguments = arguments.int(columns).int(vectors(dtype, columns)).float(epsilon);
             let launch = Launch::new(rows, row_threads(dtype, columns, 256));
             queue.launch(source, "rms_norm_backward", launch, arguments)?;
-            let Some(dw) = buffers.get(5) else { return Ok(()) };
-            let arguments = Arguments::default().address(buffers[2]).int(columns).address(buffers[0]);
-            let arguments = arguments.address(buffers[4]).address(*dw).int(rows).int(columns);
+            let Some(dw) = dw_at.map(|dw| buffers[dw]) else { return Ok(()) };
+            let arguments = Arguments::default().address(dy).int(columns).address(x);
+            let arguments = arguments.address(inverse).address(dw).int(rows).int(columns);
             queue.launch(source, "column_sums", column_launch(columns), arguments)
         });
         (dx, dw)
+    }
+
+    fn dropout(x: &CubeTensor, dropout: &Dropout) -> CubeTensor {
+        let x = contiguous(x);
+        let ((rows, columns), dtype, dropout) = (dims(&x), x.dtype, *dropout);
+        let y = empty(&x, &[rows, columns], dtype);
+        submit("dropout", &y.client, &[&x.handle, &y.handle], move |queue, buffers| {
+            drop_elements(queue, dtype, (rows, columns), &dropout, buffers[0], buffers[1], false)
+        });
+        y
     }
 
     fn silu_gate(gate_up: &CubeTensor) -> CubeTensor {
@@ -284,35 +315,63 @@ impl Kernels for Cube {
         let factors = Factors::new(parts, inputs, x, &mut buffers);
         let down = factors.as_ref().map(|_| empty(x, &[rows, layout.rank], dtype));
         let down_at = down.as_ref().map(|down| buffers.add(down));
+        let dropouts = dropouts(parts);
+        let left = dropouts.iter().any(Option::is_some).then(|| empty(x, &[rows, inputs], dtype));
+        let left_at = left.as_ref().map(|left| buffers.add(left));
         submit("linears", &y.client, &buffers.handles(), move |queue, buffers| {
             let (x, y) = (buffers[x_at], buffers[y_at]);
-            let Layout { outs, ranks, out, rank } = &layout;
             let weights: Vec<u64> = weight_at.iter().map(|weight| buffers[*weight]).collect();
-            for (start, width, weight) in joined(outs, &weights, inputs, dtype) {
-                let product = Product { b: (true, inputs), c: *out, ..dense(rows, width, inputs, dtype) };
-                let to = at(y, start, dtype);
-                let (beta, from) =
-                    residual_at.map_or((0.0, to), |residual| (1.0, at(buffers[residual], start, dtype)));
-                queue.product(&product, 1.0, x, weight, beta, from, to)?;
-            }
+            // What a map's result starts from: the residual, if there is one.
+            let residual = residual_at.map(|residual| buffers[residual]);
+            let from = |start: usize| match residual {
+                Some(residual) => (1.0, at(residual, start, dtype)),
+                None => (0.0, at(y, start, dtype)),
+            };
+            // The thin products come first: the large ones, bound by arithmetic, read what these wrote in passing.
             if let Some((factors, down)) = factors.zip(down_at.map(|down| buffers[down])) {
-                let low = factors.cast(queue, buffers)?;
-                let product = Product { b: (true, inputs), ..dense(rows, *rank, inputs, dtype) };
-                queue.product(&product, 1.0, x, low, 0.0, down, down)?;
-                for (((start, width), (first, r)), (_, b)) in outs.iter().zip(ranks).zip(&factors.places) {
-                    if *r == 0 {
-                        continue;
+                let (low, rank) = (factors.cast(queue, buffers)?, layout.rank);
+                match left_at.map(|left| buffers[left]) {
+                    None => {
+                        let product = Product { b: (true, inputs), ..dense(rows, rank, inputs, dtype) };
+                        queue.product(&product, 1.0, x, low, 0.0, down, down)?;
                     }
-                    let (a, b_layout) = ((false, *rank), (true, *r));
-                    let product = Product { a, b: b_layout, c: *out, ..dense(rows, *width, *r, dtype) };
-                    let to = at(y, *start, dtype);
-                    let (down, b) = (at(down, *first, dtype), at(low, *b, dtype));
-                    queue.product(&product, 1.0, down, b, 1.0, to, to)?;
+                    // Each term has an input of its own.
+                    Some(left) => {
+                        for (i, (&(first, r), (a, _))) in layout.ranks.iter().zip(&factors.places).enumerate()
+                        {
+                            let input = match &dropouts[i] {
+                                Some(dropout) => {
+                                    drop_elements(queue, dtype, (rows, inputs), dropout, x, left, false)?;
+                                    left
+                                }
+                                None => x,
+                            };
+                            let product =
+                                Product { b: (true, inputs), c: rank, ..dense(rows, r, inputs, dtype) };
+                            let to = at(down, first, dtype);
+                            queue.product(&product, 1.0, input, at(low, *a, dtype), 0.0, to, to)?;
+                        }
+                    }
+                }
+                let places = layout.outs.iter().zip(&layout.ranks).zip(&factors.places);
+                for ((&(start, width), &(first, r)), (_, b)) in places.filter(|((_, (_, r)), _)| *r > 0) {
+                    let (a, b_layout) = ((false, rank), (true, r));
+                    let product = Product { a, b: b_layout, c: layout.out, ..dense(rows, width, r, dtype) };
+                    let (down, b) = (at(down, first, dtype), at(low, *b, dtype));
+                    let (beta, from) = from(start);
+                    queue.product(&product, 1.0, down, b, beta, from, at(y, start, dtype))?;
                 }
             }
-            for ((start, width), bias) in outs.iter().zip(bias_at) {
+            for JoinedMaps { start, width, weight, adapted } in joined(&layout, &weights, inputs, dtype) {
+                let product =
+                    Product { b: (true, inputs), c: layout.out, ..dense(rows, width, inputs, dtype) };
+                let to = at(y, start, dtype);
+                let (beta, from) = if adapted { (1.0, to) } else { from(start) };
+                queue.product(&product, 1.0, x, weight, beta, from, to)?;
+            }
+            for ((start, width), bias) in layout.outs.iter().zip(bias_at) {
                 if let Some(bias) = bias {
-                    let arguments = Arguments::default().address(at(y, *start, dtype)).int(*out);
+                    let arguments = Arguments::default().address(at(y, *start, dtype)).int(layout.out);
                     let arguments = arguments.address(buffers[bias]).int(rows).int(*width);
                     let launch = Launch::new((rows * width).div_ceil(256), 256);
                     queue.launch(elementwise(dtype), "add_bias", launch, arguments)?;
@@ -338,50 +397,47 @@ impl Kernels for Cube {
         let with_factors = down.zip(factors.as_ref());
         let ddown = with_factors.map(|_| empty(x, &[rows, layout.rank], dtype));
         // The gradients of all As lie under one another, so that one product makes them.
-        let da = with_factors.map(|_| empty(x, &[layout.rank, inputs], DType::F32));
+        let wants_a = wanted.parts.iter().any(|wanted| wanted.a);
+        let da = with_factors.filter(|_| wants_a).map(|_| empty(x, &[layout.rank, inputs], DType::F32));
         let of_b: Vec<Option<CubeTensor>> = parts
             .iter()
             .zip(&layout.ranks)
-            .map(|(part, (_, rank))| {
-                (*rank > 0).then(|| empty(x, &[dims(&part.weight).0, *rank], DType::F32))
+            .zip(&wanted.parts)
+            .map(|((part, (_, rank)), wanted)| {
+                (*rank > 0 && wanted.b).then(|| empty(x, &[dims(&part.weight).0, *rank], DType::F32))
             })
             .collect();
         let of_weight: Vec<Option<CubeTensor>> = parts
             .iter()
             .zip(&wanted.parts)
-            .map(|(part, wanted)| wanted.0.then(|| empty(x, &[dims(&part.weight).0, inputs], dtype)))
+            .map(|(part, wanted)| wanted.weight.then(|| empty(x, &[dims(&part.weight).0, inputs], dtype)))
             .collect();
         let of_bias: Vec<Option<CubeTensor>> = parts
             .iter()
             .zip(&wanted.parts)
-            .map(|(part, wanted)| wanted.1.then(|| empty(x, &[1, dims(&part.weight).0], dtype)))
+            .map(|(part, wanted)| wanted.bias.then(|| empty(x, &[1, dims(&part.weight).0], dtype)))
             .collect();
+        let dropouts = dropouts(parts);
+        let left = dropouts.iter().any(Option::is_some).then(|| empty(x, &[rows, inputs], dtype));
 
         let (dy_at, x_at) = (buffers.add_rows(dy), buffers.add_rows(x));
         let weight_at: Vec<usize> = parts.iter().map(|part| buffers.add_rows(&part.weight)).collect();
         let dx_at = dx.as_ref().map(|dx| buffers.add(dx));
-        let low_rank_at = down
-            .zip(ddown.as_ref())
-            .zip(da.as_ref())
-            .map(|((down, ddown), da)| [buffers.add_rows(down), buffers.add(ddown), buffers.add(da)]);
+        let low_rank_at =
+            down.zip(ddown.as_ref()).map(|(down, ddown)| [buffers.add_rows(down), buffers.add(ddown)]);
+        let da_at = da.as_ref().map(|da| buffers.add(da));
+        let left_at = left.as_ref().map(|left| buffers.add(left));
         let mut each = |tensors: &[Option<CubeTensor>]| -> Vec<Option<usize>> {
             tensors.iter().map(|tensor| tensor.as_ref().map(|tensor| buffers.add(tensor))).collect()
         };
         let (b_at, dw_at, bias_at) = (each(&of_b), each(&of_weight), each(&of_bias));
         let scales: Vec<f32> =
-            parts.iter().map(|part| part.factors.as_ref().map_or(0.0, |factors| factors.2)).collect();
+            parts.iter().map(|part| part.factors.as_ref().map_or(0.0, |factors| factors.scale)).collect();
         let ranks = layout.ranks.clone();
         submit("linears_backward", &x.client, &buffers.handles(), move |queue, buffers| {
             let Layout { outs, ranks, out, rank } = &layout;
             let (dy, x) = (buffers[dy_at], buffers[x_at]);
-            if let Some(dx) = dx_at.map(|dx| buffers[dx]) {
-                let weights: Vec<u64> = weight_at.iter().map(|weight| buffers[*weight]).collect();
-                for (start, width, weight) in joined(outs, &weights, inputs, dtype) {
-                    let product = Product { a: (false, *out), ..dense(rows, inputs, width, dtype) };
-                    let beta = if start == 0 { 0.0 } else { 1.0 };
-                    queue.product(&product, 1.0, at(dy, start, dtype), weight, beta, dx, dx)?;
-                }
-            }
+            let dx = dx_at.map(|dx| buffers[dx]);
             for (i, (start, width)) in outs.iter().enumerate() {
                 let dy = at(dy, *start, dtype);
                 if let Some(dw) = dw_at[i].map(|dw| buffers[dw]) {
@@ -394,30 +450,82 @@ impl Kernels for Cube {
                     queue.launch(elementwise(dtype), "column_sums", column_launch(*width), arguments)?;
                 }
             }
+            // As forward, the thin product into dx comes before the large ones.
+            let mut beta = 0.0;
             let low_rank = low_rank_at.map(|at| at.map(|at| buffers[at]));
-            let Some((factors, [down, ddown, da])) = factors.zip(low_rank) else { return Ok(()) };
-            let (low, places) = (factors.cast(queue, buffers)?, &factors.places);
-            for (i, ((start, width), (first, r))) in outs.iter().zip(ranks).enumerate() {
-                let Some(db) = b_at[i].map(|b| buffers[b]) else { continue };
-                let dy = at(dy, *start, dtype);
-                let product = Product { a: (false, *out), c: *rank, ..dense(rows, *r, *width, dtype) };
-                let to = at(ddown, *first, dtype);
-                queue.product(&product, 1.0, dy, at(low, places[i].1, dtype), 0.0, to, to)?;
-                let product = Product {
-                    a: (true, *out),
-                    b: (false, *rank),
-                    output: Element::F32,
-                    ..dense(*width, *r, rows, dtype)
-                };
-                queue.product(&product, scales[i], dy, at(down, *first, dtype), 0.0, db, db)?;
+            if let Some((factors, [down, ddown])) = factors.zip(low_rank) {
+                let (low, places) = (factors.cast(queue, buffers)?, &factors.places);
+                let da = da_at.map(|da| buffers[da]);
+                for (i, ((start, width), (first, r))) in outs.iter().zip(ranks).enumerate() {
+                    if *r == 0 {
+                        continue;
+                    }
+                    let dy = at(dy, *start, dtype);
+                    let product = Product { a: (false, *out), c: *rank, ..dense(rows, *r, *width, dtype) };
+                    let to = at(ddown, *first, dtype);
+                    queue.product(&product, 1.0, dy, at(low, places[i].1, dtype), 0.0, to, to)?;
+                    let Some(db) = b_at[i].map(|b| buffers[b]) else { continue };
+                    let product = Product {
+                        a: (true, *out),
+                        b: (false, *rank),
+                        output: Element::F32,
+                        ..dense(*width, *r, rows, dtype)
+                    };
+                    queue.product(&product, scales[i], dy, at(down, *first, dtype), 0.0, db, db)?;
+                }
+                match left_at.map(|left| buffers[left]) {
+                    None => {
+                        if let Some(da) = da {
+                            let product = Product { a: (true, *rank), ..dense(*rank, inputs, rows, dtype) };
+                            let product = Product { output: Element::F32, ..product };
+                            queue.product(&product, 1.0, ddown, x, 0.0, da, da)?;
+                        }
+                        if let Some(dx) = dx {
+                            let product = dense(rows, inputs, *rank, dtype);
+                            queue.product(&product, 1.0, ddown, low, 0.0, dx, dx)?;
+                            beta = 1.0;
+                        }
+                    }
+                    // Each term has an input of its own, and drops the same of its gradient.
+                    Some(left) => {
+                        for (i, (first, r)) in ranks.iter().enumerate().filter(|(_, (_, r))| *r > 0) {
+                            let ddown = at(ddown, *first, dtype);
+                            if let Some(da) = da.map(|da| at(da, first * inputs, DType::F32)) {
+                                let input = match &dropouts[i] {
+                                    Some(dropout) => {
+                                        drop_elements(queue, dtype, (rows, inputs), dropout, x, left, false)?;
+                                        left
+                                    }
+                                    None => x,
+                                };
+                                let product = Product { a: (true, *rank), ..dense(*r, inputs, rows, dtype) };
+                                let product = Product { output: Element::F32, ..product };
+                                queue.product(&product, 1.0, ddown, input, 0.0, da, da)?;
+                            }
+                            let Some(dx) = dx else { continue };
+                            let product = Product { a: (false, *rank), ..dense(rows, inputs, *r, dtype) };
+                            let a = at(low, places[i].0, dtype);
+                            match &dropouts[i] {
+                                Some(dropout) => {
+                                    queue.product(&product, 1.0, ddown, a, 0.0, left, left)?;
+                                    let onto = beta != 0.0;
+                                    drop_elements(queue, dtype, (rows, inputs), dropout, left, dx, onto)?;
+                                }
+                                None => queue.product(&product, 1.0, ddown, a, beta, dx, dx)?,
+                            }
+                            beta = 1.0;
+                        }
+                    }
+                }
             }
-            if let Some(dx) = dx_at.map(|dx| buffers[dx]) {
-                let product = dense(rows, inputs, *rank, dtype);
-                queue.product(&product, 1.0, ddown, low, 1.0, dx, dx)?;
+            let Some(dx) = dx else { return Ok(()) };
+            let weights: Vec<u64> = weight_at.iter().map(|weight| buffers[*weight]).collect();
+            for JoinedMaps { start, width, weight, .. } in joined(&layout, &weights, inputs, dtype) {
+                let product = Product { a: (false, *out), ..dense(rows, inputs, width, dtype) };
+                queue.product(&product, 1.0, at(dy, start, dtype), weight, beta, dx, dx)?;
+                beta = 1.0;
             }
-            let product =
-                Product { a: (true, *rank), output: Element::F32, ..dense(*rank, inputs, rows, dtype) };
-            queue.product(&product, 1.0, ddown, x, 0.0, da, da)
+            Ok(())
         });
 
         let alignment = x.client.properties().memory.alignment as usize;
@@ -429,7 +537,7 @@ impl Kernels for Cube {
             |(first, rank): (usize, usize)| da.clone().map(|da| slice(da, &[first..first + rank, 0..inputs]));
         let gradients =
             of_weight.into_iter().zip(of_bias).zip(of_b).zip(ranks).map(|(((weight, bias), b), place)| {
-                PartGradients { weight, bias, factors: b.and_then(|b| of_a(place).map(|a| (a, b))) }
+                PartGradients { weight, bias, a: if place.1 > 0 { of_a(place) } else { None }, b }
             });
         LinearGradients { input: dx, parts: gradients.collect() }
     }
@@ -452,8 +560,12 @@ impl Kernels for Cube {
         attention::backward(shape, inputs, output, log_denominators, dy)
     }
 
-    fn adamw(optimizer: &AdamW, updates: Vec<Update<CubeTensor>>) -> Vec<[CubeTensor; 3]> {
-        optimizer::adamw(optimizer, updates)
+    fn adamw(
+        optimizer: &AdamW,
+        updates: Vec<Update<CubeTensor>>,
+        clip: Option<(CubeTensor, f64)>,
+    ) -> Vec<[CubeTensor; 3]> {
+        optimizer::adamw(optimizer, updates, clip)
     }
 
     fn sum_of_squares(tensors: Vec<CubeTensor>) -> CubeTensor {
@@ -545,6 +657,28 @@ impl Kernels for Cube {
         });
         CrossEntropyParts { loss_sum, correct, gradient: dx }
     }
+}
+
+/// What the term of each map drops.
+fn dropouts(parts: &[Part<CubeTensor>]) -> Vec<Option<Dropout>> {
+    parts.iter().map(|part| part.factors.as_ref().and_then(|factors| factors.dropout)).collect()
+}
+
+/// `to = from ∘ mask`, or with `onto` added to what is there.
+fn drop_elements(
+    queue: &mut Queue,
+    dtype: DType,
+    (rows, columns): (usize, usize),
+    dropout: &Dropout,
+    from: u64,
+    to: u64,
+    onto: bool,
+) -> Result<(), Fault> {
+    let [low, high] = dropout.words().map(|word| word as usize);
+    let arguments = Arguments::default().address(from).address(to).int(columns).int(vectors(dtype, columns));
+    let arguments = arguments.int(low).int(high).int(dropout.threshold() as usize).float(dropout.kept());
+    let arguments = arguments.int(usize::from(onto));
+    queue.launch(elementwise(dtype), "dropout", gate_launch(dtype, rows, columns), arguments)
 }
 
 /// The launch of `column_sums`.

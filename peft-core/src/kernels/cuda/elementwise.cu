@@ -103,11 +103,12 @@ extern "C" __global__ void rms_norm(const scalar* x, const scalar* w, scalar* y,
     });
 }
 
-// dx = r·(w∘dy) − x·r³·mean(w∘dy∘x); `inverse`, if given, gets r.
-extern "C" __global__ void rms_norm_backward(const scalar* x, const scalar* w, const scalar* dy, scalar* dx,
-                                             float* inverse, int columns, int vectors, float epsilon) {
+// dx = r·(w∘dy) − x·r³·mean(w∘dy∘x) + added, which may be missing; `inverse`, if given, gets r.
+extern "C" __global__ void rms_norm_backward(const scalar* x, const scalar* w, const scalar* dy, const scalar* added,
+                                             scalar* dx, float* inverse, int columns, int vectors, float epsilon) {
     size_t row = (size_t)blockIdx.x * columns;
     x += row, dy += row, dx += row;
+    if (added) added += row;
     float squares = 0.f, products = 0.f;
     over_row(columns, vectors, [&](int c, int lanes) {
         float a[V], b[V], d[V];
@@ -120,11 +121,12 @@ extern "C" __global__ void rms_norm_backward(const scalar* x, const scalar* w, c
     float along = block_sum(products) * r * r * r / columns;
     if (inverse && threadIdx.x == 0) inverse[blockIdx.x] = r;
     over_row(columns, vectors, [&](int c, int lanes) {
-        float a[V], b[V], d[V];
+        float a[V], b[V], d[V], more[V] = {};
         read(x + c, lanes, a);
         read(w + c, lanes, b);
         read(dy + c, lanes, d);
-        for (int i = 0; i < lanes; i++) a[i] = d[i] * b[i] * r - a[i] * along;
+        if (added) read(added + c, lanes, more);
+        for (int i = 0; i < lanes; i++) a[i] = d[i] * b[i] * r - a[i] * along + more[i];
         write(dx + c, lanes, a);
     });
 }
@@ -156,6 +158,49 @@ extern "C" __global__ void add_bias(scalar* y, int stride, const scalar* bias, i
     int c = (int)(i % columns);
     scalar* p = y + i / columns * stride + c;
     *p = to_scalar(to_float(*p) + to_float(bias[c]));
+}
+
+// A block of Philox4x32-10 (Salmon et al., SC 2011).
+__device__ __forceinline__ uint4 philox(unsigned c0, unsigned c1, unsigned k0, unsigned k1) {
+    unsigned c2 = 0, c3 = 0;
+#pragma unroll
+    for (int round = 0; round < 10; round++) {
+        unsigned high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
+        unsigned high1 = __umulhi(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
+        c0 = high1 ^ c1 ^ k0, c1 = low1, c2 = high0 ^ c3 ^ k1, c3 = low0;
+        k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
+    }
+    return make_uint4(c0, c1, c2, c3);
+}
+
+// y = x∘mask, or y += x∘mask: an element is dropped where its random word is below `threshold`. Blocks (row, ·).
+template <int LANES>
+__device__ __forceinline__ void dropout_piece(const scalar* x, scalar* y, int columns, unsigned k0, unsigned k1,
+                                              unsigned threshold, float kept, int accumulate) {
+    int c = (blockIdx.y * blockDim.x + threadIdx.x) * LANES;
+    if (c >= columns) return;
+    size_t row = blockIdx.x;
+    x += row * columns + c, y += row * columns + c;
+    float a[V], b[V] = {};
+    read(x, LANES, a);
+    if (accumulate) read(y, LANES, b);
+#pragma unroll
+    for (int i = 0; i < LANES; i += 4) {
+        uint4 random = philox((unsigned)(c + i) / 4, (unsigned)row, k0, k1);
+        unsigned words[4] = {random.x, random.y, random.z, random.w};
+#pragma unroll
+        for (int j = 0; j < 4 && i + j < LANES; j++) {
+            unsigned word = LANES == 1 ? words[c & 3] : words[j];
+            a[i + j] = b[i + j] + (word < threshold ? 0.f : a[i + j] * kept);
+        }
+    }
+    write(y, LANES, a);
+}
+
+extern "C" __global__ void dropout(const scalar* x, scalar* y, int columns, int vectors, unsigned k0, unsigned k1,
+                                   unsigned threshold, float kept, int accumulate) {
+    if (vectors) dropout_piece<V>(x, y, columns, k0, k1, threshold, kept, accumulate);
+    else dropout_piece<1>(x, y, columns, k0, k1, threshold, kept, accumulate);
 }
 
 // silu(g) ∘ u of rows [g u] of 2·columns, LANES at a time. Blocks (row, ·).
@@ -297,16 +342,25 @@ struct Updates {
     float rates[AT_ONCE], steps[AT_ONCE], roots[AT_ONCE];
 };
 
-// m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², θ ← (1 − ηλ)θ − step·m/(√v/root + ε).
-extern "C" __global__ void adamw(const __grid_constant__ Updates t, float beta_1, float beta_2, float epsilon, float decay) {
+// m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², θ ← (1 − ηλ)θ − step·m/(√v/root + ε), with gradients clipped by their norm
+// together if its square is given. Nothing changes where that is not finite.
+extern "C" __global__ void adamw(const __grid_constant__ Updates t, float beta_1, float beta_2, float epsilon, float decay,
+                                 const float* norm_squared, float max_norm, float clip_epsilon) {
+    float clip = 1.f;
+    if (norm_squared) {
+        float norm = sqrtf(*norm_squared);
+        if (!(norm <= 3.4e38f)) return;
+        clip = fminf(1.f, max_norm / (norm + clip_epsilon));
+    }
     int which = blockIdx.y;
     float* p = t.parameters[which];
     const float* g = t.gradients[which];
     float *m = t.firsts[which], *v = t.seconds[which];
     float kept = 1.f - t.rates[which] * decay, step = t.steps[which], root = t.roots[which];
     over_pieces(t.lengths[which], [&](int i) {
-        float first = beta_1 * m[i] + (1.f - beta_1) * g[i];
-        float second = beta_2 * v[i] + (1.f - beta_2) * g[i] * g[i];
+        float gradient = clip * g[i];
+        float first = beta_1 * m[i] + (1.f - beta_1) * gradient;
+        float second = beta_2 * v[i] + (1.f - beta_2) * gradient * gradient;
         m[i] = first;
         v[i] = second;
         p[i] = p[i] * kept - step * first / (sqrtf(second) / root + epsilon);

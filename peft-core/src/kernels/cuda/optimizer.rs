@@ -3,6 +3,7 @@
 use super::backend::{contiguous, elementwise, empty};
 use super::engine::{Arguments, Buffers, Launch, submit};
 use crate::kernels::adamw::{AdamW, Update};
+use crate::kernels::norm::CLIP_EPSILON;
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 
@@ -29,8 +30,12 @@ fn numbers(values: impl Iterator<Item = u32>) -> [u64; AT_ONCE / 2] {
     words
 }
 
-/// Updates parameters and moments, in place where nobody else has them.
-pub fn adamw(optimizer: &AdamW, updates: Vec<Update<CubeTensor>>) -> Vec<[CubeTensor; 3]> {
+/// Updates parameters and moments, in place where nobody else has them. The factor of clipping is worked out on the device.
+pub fn adamw(
+    optimizer: &AdamW,
+    updates: Vec<Update<CubeTensor>>,
+    clip: Option<(CubeTensor, f64)>,
+) -> Vec<[CubeTensor; 3]> {
     let own = |tensor: CubeTensor| if tensor.can_mut() { contiguous(&tensor) } else { tensor.copy() };
     let mut results = Vec::with_capacity(updates.len());
     let mut updates = updates.into_iter().peekable();
@@ -38,6 +43,8 @@ pub fn adamw(optimizer: &AdamW, updates: Vec<Update<CubeTensor>>) -> Vec<[CubeTe
         let client = first.gradient.client.clone();
         let chunk: Vec<Update<CubeTensor>> = updates.by_ref().take(AT_ONCE).collect();
         let mut buffers = Buffers::default();
+        let squares_at = clip.as_ref().map(|(squares, _)| buffers.add_rows(squares));
+        let max_norm = clip.as_ref().map_or(f64::INFINITY, |(_, max_norm)| *max_norm);
         let mut kept = Vec::new();
         let (mut lengths, mut rates, mut steps, mut roots) = (vec![], vec![], vec![], vec![]);
         for update in chunk {
@@ -58,7 +65,8 @@ pub fn adamw(optimizer: &AdamW, updates: Vec<Update<CubeTensor>>) -> Vec<[CubeTe
         let constants = [optimizer.beta_1, optimizer.beta_2, optimizer.epsilon, optimizer.weight_decay];
         submit("adamw", &client, &buffers.handles(), move |queue, buffers| {
             let mut words = vec![0; 4 * AT_ONCE];
-            for (i, of_one) in buffers.chunks_exact(4).enumerate() {
+            let tensors = &buffers[squares_at.map_or(0, |at| at + 1)..];
+            for (i, of_one) in tensors.chunks_exact(4).enumerate() {
                 for (kind, address) in of_one.iter().enumerate() {
                     words[kind * AT_ONCE + i] = *address;
                 }
@@ -71,6 +79,8 @@ pub fn adamw(optimizer: &AdamW, updates: Vec<Update<CubeTensor>>) -> Vec<[CubeTe
             for constant in constants {
                 arguments = arguments.float(constant as f32);
             }
+            let arguments = arguments.address(squares_at.map_or(0, |at| buffers[at])).float(max_norm as f32);
+            let arguments = arguments.float(CLIP_EPSILON as f32);
             let longest = lengths.iter().copied().max().unwrap_or(0);
             let launch = Launch { grid: (blocks(longest), lengths.len(), 1), block: (256, 1), shared: 0 };
             queue.launch(elementwise(DType::F32), "adamw", launch, arguments)

@@ -61,9 +61,11 @@ pub fn calibrate(
         let mut sums = StepGradients::default();
         let start = Instant::now();
         accumulate(model, &batch, 1.0 / batch.targets.len().max(1) as f64, key, config.step, &mut sums);
+        sums.losses();
         let forward_and_backward = start.elapsed().as_secs_f64();
         let start = Instant::now();
-        update_parameters(model, optimizer, sums.gradients, |_| 0.0);
+        model.pull_back(&mut sums.gradients);
+        update_parameters(model, optimizer, sums.gradients, None, |_| 0.0);
         // The first step warms up.
         if step > 0 {
             tokens += shape(micro_batch).tokens();

@@ -79,6 +79,10 @@ struct Module {
     input_gain: bool,
     /// Rank of a frozen pair between trained vectors.
     scaled_rank: u64,
+    /// Entries of a sparse change.
+    entries: u64,
+    /// Entries of the gradient that a selection phase watches.
+    candidates: u64,
 }
 
 impl Module {
@@ -89,18 +93,20 @@ impl Module {
 
     /// Whether its change is more than the kernels have, and is composed on top of them.
     fn is_composed(self) -> bool {
-        let is_low_rank = self.rank > 0 && (self.dropout || self.part);
-        is_low_rank || self.gain || self.input_gain || self.scaled_rank > 0
+        let is_low_rank = self.rank > 0 && self.part;
+        is_low_rank || self.gain || self.input_gain || self.scaled_rank > 0 || self.entries > 0
     }
 
-    /// What the low-rank path keeps for itself, by token: the product with `A`; under dropout mask and masked input;
-    /// under a gain the two products that it scales. A gain alone keeps what it scales and, in front of the weight, what
+    /// What the low-rank path keeps for itself, by token: the product with `A`; under dropout, where it is composed, what
+    /// is left of the input, and without kernels the mask too; under a gain the two products that it scales. A gain alone keeps what it scales and, in front of the weight, what
     /// it makes of that; vectors around a frozen pair keep the two products that they scale.
-    fn keeps(self, rows: u64, columns: u64) -> u64 {
-        let masked = match (self.dropout, self.frozen_factor && !self.gain) {
-            (false, _) => 0,
-            (true, false) => 2 * columns,
-            (true, true) => columns,
+    fn keeps(self, rows: u64, columns: u64, has_kernels: bool) -> u64 {
+        let masked = if self.dropout {
+            let reads_left = !self.frozen_factor || self.gain;
+            let left = u64::from(reads_left && (self.is_composed() || !has_kernels));
+            (left + u64::from(!has_kernels)) * columns
+        } else {
+            0
         };
         let gained = match (self.gain, self.rank) {
             (false, _) => 0,
@@ -159,6 +165,14 @@ impl LayerShape {
                         modules[at].dropout |= dropout;
                         modules[at].frozen_factor |= !parameter.trainable;
                     }
+                    ParameterRole::Sparse { candidates } => {
+                        modules[at].entries = parameter.shape.numel();
+                        modules[at].candidates = candidates as u64;
+                    }
+                    ParameterRole::Computed { rank, dropout } => {
+                        modules[at].rank = modules[at].rank.max(rank as u64);
+                        modules[at].dropout |= dropout;
+                    }
                     ParameterRole::Gain => modules[at].gain = true,
                     ParameterRole::InputGain => modules[at].input_gain = true,
                     ParameterRole::Scaling { rank, dropout } => {
@@ -199,10 +213,10 @@ impl LayerShape {
         self.query + 2 * self.key_value
     }
 
-    /// What the changes of the modules from `first` to `last` keep by token.
-    fn terms(&self, first: usize, last: usize) -> u64 {
+    /// Outputs and inputs of the modules.
+    fn dims(&self) -> [(u64, u64); 7] {
         let (hidden, query, key_value, wide) = (self.hidden, self.query, self.key_value, self.wide);
-        let dims = [
+        [
             (query, hidden),
             (key_value, hidden),
             (key_value, hidden),
@@ -210,9 +224,42 @@ impl LayerShape {
             (wide, hidden),
             (wide, hidden),
             (hidden, wide),
-        ];
-        let modules = self.modules.iter().zip(dims).take(last + 1).skip(first);
-        modules.map(|(module, (rows, columns))| module.keeps(rows, columns)).sum()
+        ]
+    }
+
+    /// The most bytes that a sparse change has at a time beside what everything else has: input and gradient laid out by
+    /// blocks of tokens, or on a GPU the change and its gradient made dense.
+    fn sparse(&self, batch: &BatchShape) -> u64 {
+        let element = self.machine.element();
+        let changed = self.modules.iter().zip(self.dims()).filter(|(module, _)| module.entries > 0);
+        let scratch = changed.map(|(_, (rows, columns))| match self.machine.host {
+            true => batch.tokens() * (rows + columns) * F32,
+            false => rows * columns * (2 * element + F32),
+        });
+        scratch.max().unwrap_or(0)
+    }
+
+    /// The most bytes that watching a gradient takes at a time: a dense one in f32 on its device and on the host.
+    pub(super) fn selection(&self) -> u64 {
+        let watched = self.modules.iter().zip(self.dims()).filter(|(module, _)| module.candidates > 0);
+        watched.map(|(_, (rows, columns))| 2 * rows * columns * F32).max().unwrap_or(0)
+    }
+
+    /// What the changes of the modules from `first` to `last` keep by token.
+    fn terms(&self, first: usize, last: usize) -> u64 {
+        let (modules, has_kernels) = (self.modules.iter().zip(self.dims()), self.machine.has_kernels());
+        let modules = modules.take(last + 1).skip(first);
+        modules.map(|(module, (rows, columns))| module.keeps(rows, columns, has_kernels)).sum()
+    }
+
+    /// Features by token of the largest input that dropout makes a copy of for a moment.
+    fn dropped(&self) -> u64 {
+        let [.., down] = self.modules;
+        match self.modules.iter().any(|module| module.dropout) {
+            true if down.dropout => self.wide,
+            true => self.hidden.max(self.query),
+            false => 0,
+        }
     }
 
     /// Whether the normed or gated input of the modules from `first` to `last` is kept: for what is composed on it, it
@@ -283,6 +330,10 @@ impl LayerShape {
 
     /// The most bytes that its backward has at a time beyond what the forward kept.
     pub(super) fn backward(&self, batch: &BatchShape, checkpointing: GradientCheckpointing) -> u64 {
+        self.backward_of_maps(batch, checkpointing) + self.sparse(batch)
+    }
+
+    fn backward_of_maps(&self, batch: &BatchShape, checkpointing: GradientCheckpointing) -> u64 {
         let (tokens, element) = (batch.tokens(), self.machine.element());
         if !self.machine.has_kernels() {
             // Two gradients of the wide activation meet; output, its gradient and the gradient of the sum are there.
@@ -292,7 +343,7 @@ impl LayerShape {
             return feed_forward.max(attention.saturating_sub(self.keeps_feed_forward(batch, checkpointing)));
         }
         // Output, its gradient and the gradient of the sum; gradients of the gated and of gate with up.
-        let feed_forward = tokens * element * (3 * self.hidden + 3 * self.wide);
+        let feed_forward = tokens * element * (3 * self.hidden + 3 * self.wide + self.dropped());
         let scratch = match (self.joint, self.machine.host) {
             // Prepared queries, keys and values with the gradients of each query head's, in whole panels; keys and
             // values once more.

@@ -119,6 +119,8 @@ pub enum Phase {
     Generation,
     /// Forward and backward.
     Step,
+    /// The same where the method watches dense gradients to choose positions.
+    Selection,
     /// The optimizer's step.
     Update,
     /// A checkpoint is written.
@@ -132,6 +134,7 @@ impl fmt::Display for Phase {
             Phase::Evaluation => "evaluation",
             Phase::Generation => "generation",
             Phase::Step => "forward and backward",
+            Phase::Selection => "selection of positions",
             Phase::Update => "update",
             Phase::Saving => "saving",
         })
@@ -178,7 +181,10 @@ pub fn predict(work: &Workload) -> MemoryPlan {
         phases.push(phase(work, Phase::Generation, sizes.generation(work), None));
     }
     phases.extend(largest(Phase::Step, &|batch| sizes.step(work, batch), &work.batches));
-    phases.push(phase(work, Phase::Update, sizes.update(work), None));
+    if sizes.selection > 0 {
+        phases.extend(largest(Phase::Selection, &|batch| sizes.selection(work, batch), &work.batches));
+    }
+    phases.push(phase(work, Phase::Update, sizes.update(), None));
     phases.push(phase(work, Phase::Saving, sizes.saving(), None));
     let peak = phases.iter().copied().reduce(|a, b| if b.bytes > a.bytes { b } else { a });
     // There is always the phase of loading.
@@ -219,10 +225,16 @@ struct Sizes {
     added_parameters: u64,
     /// Bytes of all trained parameters, f32.
     trained: u64,
+    /// Bytes of the factors that are computed from them, f32.
+    computed: u64,
     /// Bytes of the largest trained parameter.
     largest_trained: u64,
     /// Bytes of the largest weight of the checkpoint, f32.
     largest_weight: u64,
+    /// Bytes of the optimizer's memory.
+    optimizer_state: u64,
+    /// Bytes of the largest dense gradient that is watched, and of what is kept of all of them.
+    selection: u64,
     /// Whether the head's weight, own or shared, gets a gradient.
     trains_head: bool,
     trains_embedding: bool,
@@ -264,19 +276,37 @@ impl Sizes {
             // A weight that trains is held in f32.
             shape.numel() * if own(&shape.name) { F32 } else { element }
         };
+        let layers: Vec<LayerShape> =
+            (0..layers).map(|index| LayerShape::new(model, index, work.parameters, machine)).collect();
+        let dense_gradient = layers.iter().map(LayerShape::selection).max().unwrap_or(0);
+        let candidates = work.parameters.iter().filter_map(|parameter| match parameter.role {
+            ParameterRole::Sparse { candidates } => Some(candidates as u64),
+            _ => None,
+        });
         Self {
-            layers: (0..layers)
-                .map(|index| LayerShape::new(model, index, work.parameters, machine))
-                .collect(),
+            layers,
             first_tracked,
             base_weights: shapes.iter().map(weight).sum(),
             added_parameters: work
                 .parameters
                 .iter()
                 .filter(|p| p.role != ParameterRole::Own)
+                .map(|p| bytes(p) + positions(p.role, p.shape.numel()))
+                .sum(),
+            optimizer_state: work
+                .parameters
+                .iter()
+                .filter(|p| p.trainable)
+                .map(|p| bytes(p) * p.role.moments(work.moments))
+                .sum(),
+            selection: dense_gradient + candidates.map(|count| count * CANDIDATE).sum::<u64>(),
+            trained: work.parameters.iter().filter(|p| p.trainable).map(bytes).sum(),
+            computed: work
+                .parameters
+                .iter()
+                .filter(|p| matches!(p.role, ParameterRole::Computed { .. }))
                 .map(bytes)
                 .sum(),
-            trained: work.parameters.iter().filter(|p| p.trainable).map(bytes).sum(),
             largest_trained: work.parameters.iter().filter(|p| p.trainable).map(bytes).max().unwrap_or(0),
             largest_weight: shapes.iter().map(|shape| shape.numel() * F32).max().unwrap_or(0),
             trains_head,
@@ -290,11 +320,11 @@ impl Sizes {
     }
 
     /// What is there from the first step on.
-    fn resident(&self, work: &Workload) -> Components {
+    fn resident(&self) -> Components {
         Components {
             base_weights: self.base_weights,
             added_parameters: self.added_parameters,
-            optimizer_state: self.trained * work.moments,
+            optimizer_state: self.optimizer_state,
             ..Components::default()
         }
     }
@@ -354,7 +384,7 @@ impl Sizes {
             false if layer > head => (layer, 0),
             false => (0, head),
         };
-        Components { activations, logits, ..self.resident(work) }
+        Components { activations, logits, ..self.resident() }
     }
 
     fn generation(&self, work: &Workload) -> Components {
@@ -369,7 +399,7 @@ impl Sizes {
             activations: self.layers.iter().map(|layer| layer.forward(&batch)).max().unwrap_or(0)
                 + context(model, &batch),
             key_value_cache: (model.num_hidden_layers as u64 + 1) * 2 * capacity * slot,
-            ..self.resident(work)
+            ..self.resident()
         }
     }
 
@@ -391,7 +421,8 @@ impl Sizes {
         let any_tracked = self.first_tracked <= last;
         let (at_top, largest) =
             if any_tracked { (at_top, largest) } else { (self.layers[last].forward(batch), 0) };
-        let before = if work.accumulation > 1 { self.trained } else { 0 };
+        let gradients = self.trained + self.computed;
+        let before = if work.accumulation > 1 { gradients } else { 0 };
         let head_gradient = if self.trains_head { self.vocabulary } else { 0 };
         let logits = self.head(work, batch, true);
         let backward = if any_tracked { self.layers[last].backward(batch, checkpointing) } else { 0 };
@@ -399,34 +430,43 @@ impl Sizes {
         if self.machine.pools() {
             // Nothing goes back before the step is over.
             return Components {
-                gradients: before + self.trained,
+                gradients: before + gradients,
                 activations: at_top + largest.saturating_sub(kept[last]) + shared + backward + embedding,
                 logits,
-                ..self.resident(work)
+                ..self.resident()
             };
         }
         let head = Components {
             gradients: before + head_gradient,
             activations: at_top + shared,
             logits: logits + head_gradient,
-            ..self.resident(work)
+            ..self.resident()
         };
         let top = Components {
             gradients: before + head_gradient,
             activations: at_top + shared + backward,
-            ..self.resident(work)
+            ..self.resident()
         };
         // At the lower end all gradients are there and one layer is left; the embedding's gradient comes last.
         let bottom = Components {
-            gradients: before + self.trained,
+            gradients: before + gradients,
             activations: shared + (largest + backward).max(embedding + input),
-            ..self.resident(work)
+            ..self.resident()
         };
         [head, top, bottom].into_iter().max_by_key(Components::total).unwrap_or(top)
     }
 
-    fn update(&self, work: &Workload) -> Components {
-        Components { gradients: self.trained, copies: 3 * self.largest_trained, ..self.resident(work) }
+    /// Forward and backward while dense gradients are watched, one at a time.
+    fn selection(&self, work: &Workload, batch: &BatchShape) -> Components {
+        let step = self.step(work, batch);
+        Components { gradients: step.gradients + self.selection, ..step }
+    }
+
+    fn update(&self) -> Components {
+        // Gradients of computed factors become those of the parameters while both are there; later new factors stand
+        // beside the old ones.
+        let gradients = self.trained + self.computed;
+        Components { gradients, copies: 3 * self.largest_trained, ..self.resident() }
     }
 
     fn saving(&self) -> Components {
@@ -438,6 +478,18 @@ impl Sizes {
             copies: 2 * self.trained + 3 * self.largest_trained,
             ..Components::default()
         }
+    }
+}
+
+/// Bytes of a watched entry of a gradient: two sums in f32, its position, row and column.
+const CANDIDATE: u64 = 5 * 4;
+
+/// Bytes of the positions of `count` entries: each one's position, row and column, and row and place once more in the
+/// order of the columns.
+fn positions(role: ParameterRole, count: u64) -> u64 {
+    match role {
+        ParameterRole::Sparse { .. } => 5 * I32 * count,
+        _ => 0,
     }
 }
 

@@ -1,0 +1,387 @@
+//! A sparse change of a linear map: `y ← y + x·Δᵀ`, where `Δ` has trained values at fixed positions.
+//!
+//! The sum is taken in f32, so that a small change is not lost beside a large weight, as it would be in `W + Δ` rounded
+//! to bf16. The backward is `dx = dy·Δ` and `dvalues[j] = Σ_tokens dy[·, row_j]·x[·, column_j]`. On the CPU both run over
+//! the entries alone; elsewhere blocks of rows of `Δ` and of its gradient are made dense for a moment each.
+
+use super::as_dtype;
+use super::backend::{Kernels, has_graph, lift, served, with_backend};
+use super::linear::{Part, Wanted, WantedPart};
+use burn::backend::autodiff::checkpoint::base::Checkpointer;
+use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
+use burn::backend::autodiff::grads::Gradients;
+use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
+use burn::backend::tensor::FloatTensor;
+use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData};
+use std::fmt::Debug;
+use std::ops::Range;
+use std::sync::{Arc, OnceLock};
+
+/// Positions of a sparse matrix `[rows, columns]`, ascending by row and then by column.
+#[derive(Debug)]
+pub struct SparsePattern {
+    dims: [usize; 2],
+    positions: Vec<u32>,
+    row_starts: Vec<u32>,
+    rows: Vec<u32>,
+    columns: Vec<u32>,
+    by_column: OnceLock<ByColumn>,
+    on_device: OnceLock<Tensor<1, Int>>,
+}
+
+/// The entries in the order of their columns, for products with the transposed matrix.
+#[derive(Debug)]
+pub(super) struct ByColumn {
+    /// Where each column starts, one more than there are columns.
+    pub starts: Vec<u32>,
+    /// Row of each entry.
+    pub rows: Vec<u32>,
+    /// Place of each entry in the order of the rows.
+    pub entries: Vec<u32>,
+}
+
+/// Why positions are no pattern.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum PatternError {
+    /// The matrix has more places than positions can count.
+    #[error("a matrix of {0}×{1} has more than 2³¹ places")]
+    TooLarge(usize, usize),
+    /// A position outside.
+    #[error("position {position} lies outside a matrix of {places} places")]
+    Outside {
+        /// The position.
+        position: u32,
+        /// Places of the matrix.
+        places: usize,
+    },
+    /// A position that is not above the one before it.
+    #[error("position {position} follows {before}: positions must ascend, each once")]
+    Order {
+        /// The position.
+        position: u32,
+        /// The one before it.
+        before: u32,
+    },
+}
+
+impl SparsePattern {
+    /// The entries `row·columns + column` of a matrix `[rows, columns]`.
+    ///
+    /// # Errors
+    /// Positions that do not ascend or lie outside; a matrix of 2³¹ places or more.
+    pub fn new(dims: [usize; 2], positions: Vec<u32>) -> Result<Self, PatternError> {
+        let [rows, columns] = dims;
+        let places = rows.checked_mul(columns).filter(|places| *places <= i32::MAX as usize);
+        let Some(places) = places else { return Err(PatternError::TooLarge(rows, columns)) };
+        if let Some(pair) = positions.windows(2).find(|pair| pair[0] >= pair[1]) {
+            return Err(PatternError::Order { position: pair[1], before: pair[0] });
+        }
+        if let Some(position) = positions.last().copied().filter(|last| *last as usize >= places) {
+            return Err(PatternError::Outside { position, places });
+        }
+        let width = columns as u32;
+        let (of_row, of_column): (Vec<u32>, Vec<u32>) =
+            positions.iter().map(|position| (position / width, position % width)).unzip();
+        let row_starts = starts(&of_row, rows);
+        let (by_column, on_device) = (OnceLock::new(), OnceLock::new());
+        Ok(Self { dims, positions, row_starts, rows: of_row, columns: of_column, by_column, on_device })
+    }
+
+    /// `[rows, columns]`.
+    pub fn dims(&self) -> [usize; 2] {
+        self.dims
+    }
+
+    /// Number of entries.
+    pub fn len(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Whether it has no entry.
+    pub fn is_empty(&self) -> bool {
+        self.positions.is_empty()
+    }
+
+    /// `row·columns + column` of each entry, ascending.
+    pub fn positions(&self) -> &[u32] {
+        &self.positions
+    }
+
+    /// Row of each entry.
+    pub fn rows(&self) -> &[u32] {
+        &self.rows
+    }
+
+    /// Column of each entry.
+    pub fn columns(&self) -> &[u32] {
+        &self.columns
+    }
+
+    /// Where each row starts among the entries; one more than there are rows.
+    pub(super) fn row_starts(&self) -> &[u32] {
+        &self.row_starts
+    }
+
+    /// The entries in the order of their columns.
+    pub(super) fn by_column(&self) -> &ByColumn {
+        self.by_column.get_or_init(|| {
+            let starts = starts(&self.columns, self.dims[1]);
+            let mut next = starts.clone();
+            let (mut rows, mut entries) = (vec![0; self.len()], vec![0; self.len()]);
+            for (entry, (row, column)) in self.rows.iter().zip(&self.columns).enumerate() {
+                let place = next[*column as usize] as usize;
+                next[*column as usize] += 1;
+                (rows[place], entries[place]) = (*row, entry as u32);
+            }
+            ByColumn { starts, rows, entries }
+        })
+    }
+
+    /// The positions as a tensor.
+    fn tensor(&self, device: &Device) -> Tensor<1, Int> {
+        let make = || {
+            let positions: Vec<i32> = self.positions.iter().map(|position| *position as i32).collect();
+            Tensor::from_data(TensorData::new(positions, [self.len()]), device)
+        };
+        let tensor = self.on_device.get_or_init(make);
+        if tensor.device() == *device { tensor.clone() } else { make() }
+    }
+
+    /// Rows in blocks of at most [`BLOCK`] places, each with its entries.
+    fn blocks(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+        let [rows, columns] = self.dims;
+        let height = (BLOCK / columns.max(1)).max(1);
+        (0..rows).step_by(height).map(move |first| {
+            let last = (first + height).min(rows);
+            (first..last, self.row_starts[first] as usize..self.row_starts[last] as usize)
+        })
+    }
+
+    /// The rows of a block made dense, in f32.
+    fn dense_block(&self, values: &Tensor<2>, rows: &Range<usize>, entries: &Range<usize>) -> Tensor<2> {
+        let (columns, device) = (self.dims[1], values.device());
+        let zeros = Tensor::<1>::zeros([rows.len() * columns], (&device, values.dtype()));
+        if entries.is_empty() {
+            return zeros.reshape([rows.len(), columns]);
+        }
+        let (first, count) = (entries.start, entries.len());
+        let places = self.tensor(&device).narrow(0, first, count).sub_scalar((rows.start * columns) as i32);
+        let values = values.clone().narrow(1, first, count).reshape([count]);
+        let dense = zeros.scatter_nd(places.reshape([count, 1]), values, IndexingUpdateOp::Add);
+        dense.reshape([rows.len(), columns])
+    }
+
+    /// The whole matrix with `values` `[1, entries]`, `[rows, columns]`.
+    pub fn dense(&self, values: &Tensor<2>) -> Tensor<2> {
+        self.dense_block(values, &(0..self.dims[0]), &(0..self.len()))
+    }
+
+    /// The values of a matrix `[rows, columns]` at the positions, `[1, entries]`.
+    pub fn gather(&self, dense: Tensor<2>) -> Tensor<2> {
+        let places = self.tensor(&dense.device());
+        let [rows, columns] = self.dims;
+        dense.reshape([rows * columns]).select(0, places).reshape([1, self.len()])
+    }
+}
+
+/// Places of a block of rows that is made dense at a time; few in tests, so that these have several blocks.
+const BLOCK: usize = if cfg!(test) { 64 } else { 1 << 26 };
+
+/// Where each of `count` ascending keys starts among `keys`, and their number.
+fn starts(keys: &[u32], count: usize) -> Vec<u32> {
+    let mut starts = vec![0u32; count + 1];
+    keys.iter().for_each(|key| starts[*key as usize + 1] += 1);
+    for i in 0..count {
+        starts[i + 1] += starts[i];
+    }
+    starts
+}
+
+/// Is shown what the backward of a changed map has at hand, once a micro-batch: its input `[tokens, in]` and the gradient
+/// of its result `[tokens, out]`. The weight's own gradient is their product `dyᵀ·x`.
+pub trait BackwardObserver: Debug + Send + Sync {
+    /// Looks.
+    fn observe(&self, x: &Tensor<2>, dy: &Tensor<2>);
+}
+
+/// The sparse change of an adapted linear map.
+pub struct SparseTerm {
+    /// Values at the positions, `[1, entries]`, f32.
+    pub values: Tensor<2>,
+    /// The positions.
+    pub pattern: Arc<SparsePattern>,
+    /// Sees each backward.
+    pub observer: Option<Arc<dyn BackwardObserver>>,
+}
+
+/// `y + x·Δᵀ`.
+///
+/// # Shapes
+/// `x` `[tokens, in]`; `y` and the result `[tokens, out]`, in the type of `y`.
+pub fn add_sparse(y: Tensor<2>, x: Tensor<2>, term: SparseTerm) -> Tensor<2> {
+    match served(&x.device(), x.dtype()) {
+        Some(served) => with_backend!(served, fused(y, x, term)),
+        None => plain(y, x, term),
+    }
+}
+
+/// The composition of burn's operations, in f32 where the kernels have that type.
+pub(super) fn plain(y: Tensor<2>, x: Tensor<2>, term: SparseTerm) -> Tensor<2> {
+    let dtype = y.dtype();
+    let (y, x) = (as_dtype(y, DType::F32), as_dtype(x, DType::F32));
+    let sum = match served(&x.device(), DType::F32).filter(|_| dtype != DType::F32) {
+        Some(served) => with_backend!(served, fused(y, x, term)),
+        None => y + x.matmul(term.pattern.dense(&term.values).transpose()),
+    };
+    as_dtype(sum, dtype)
+}
+
+/// The products `Σ_tokens dy[·, row]·x[·, column]` at the pattern's positions, `[1, entries]`, in f32: entries of the
+/// gradient of a weight, without the others. `x` `[tokens, in]` and `dy` `[tokens, out]` have no graph.
+pub fn sampled_products(x: Tensor<2>, dy: Tensor<2>, pattern: &SparsePattern) -> Tensor<2> {
+    match served(&x.device(), x.dtype()) {
+        Some(served) => with_backend!(served, sampled(x, dy, pattern)),
+        None => {
+            let dense = as_dtype(dy, DType::F32).transpose().matmul(as_dtype(x, DType::F32));
+            pattern.gather(dense)
+        }
+    }
+}
+
+fn sampled<B: Kernels>(x: Tensor<2>, dy: Tensor<2>, pattern: &SparsePattern) -> Tensor<2> {
+    let gradients = B::sparse_gradients(&B::primitive(dy), &B::primitive(x), None, pattern, true);
+    B::tensor(gradients.values.expect("asked for"))
+}
+
+fn fused<B: Kernels>(y: Tensor<2>, x: Tensor<2>, term: SparseTerm) -> Tensor<2> {
+    let SparseTerm { values, pattern, observer } = term;
+    if ![&y, &x, &values].into_iter().any(has_graph) {
+        return B::tensor(B::add_sparse(B::primitive(y), &B::primitive(x), &B::primitive(values), &pattern));
+    }
+    let (y, x, values) = (lift::<B, 2>(y), lift::<B, 2>(x), lift::<B, 2>(values));
+    let nodes = [y.node(), x.node(), values.node()];
+    let prepared = SparseBackward.prepare::<NoCheckpointing>(nodes).compute_bound().stateful();
+    let (y, x, values) = (y.into_primitive(), x.into_primitive(), values.into_primitive());
+    let sum = B::add_sparse(y, &x, &values, &pattern);
+    B::tracked_tensor(match prepared {
+        OpsKind::Tracked(prepared) => prepared.finish(State { x, values, pattern, observer }, sum),
+        OpsKind::UnTracked(prepared) => prepared.finish(sum),
+    })
+}
+
+/// A block of rows of `Δ` as a dense map in the type of `like`.
+fn dense_part<B: Kernels>(
+    pattern: &SparsePattern,
+    values: &Tensor<2>,
+    (rows, entries): &(Range<usize>, Range<usize>),
+    dtype: DType,
+) -> Part<FloatTensor<B>> {
+    let weight = as_dtype(pattern.dense_block(values, rows, entries), dtype);
+    Part { weight: B::primitive(weight), bias: None, factors: None }
+}
+
+/// [`Kernels::add_sparse`] by dense blocks.
+pub(super) fn add_by_blocks<B: Kernels>(
+    y: FloatTensor<B>,
+    x: &FloatTensor<B>,
+    values: &FloatTensor<B>,
+    pattern: &SparsePattern,
+) -> FloatTensor<B> {
+    let values = B::tensor::<2>(values.clone());
+    let dtype = B::tensor::<2>(x.clone()).dtype();
+    let changes = pattern.blocks().map(|block| {
+        let part = dense_part::<B>(pattern, &values, &block, dtype);
+        B::tensor::<2>(B::linears(x, &[part], None).0)
+    });
+    let change = Tensor::cat(changes.collect(), 1);
+    let y = B::tensor::<2>(y);
+    let dtype = y.dtype();
+    let sum = as_dtype(y, DType::F32) + as_dtype(change, DType::F32);
+    B::primitive(as_dtype(sum, dtype))
+}
+
+/// [`Kernels::sparse_gradients`] by dense blocks.
+pub(super) fn gradients_by_blocks<B: Kernels>(
+    dy: &FloatTensor<B>,
+    x: &FloatTensor<B>,
+    values: Option<&FloatTensor<B>>,
+    pattern: &SparsePattern,
+    wants_values: bool,
+) -> SparseGradients<FloatTensor<B>> {
+    let (dy, like) = (B::tensor::<2>(dy.clone()), B::tensor::<2>(x.clone()));
+    // Where only the products are asked for, the map's own values do not matter.
+    let filler = || Tensor::zeros([1, pattern.len()], (&like.device(), DType::F32));
+    let wants_input = values.is_some();
+    let values = values.map_or_else(filler, |values| B::tensor::<2>(values.clone()));
+    let (mut input, mut products) = (None, Vec::new());
+    for block in pattern.blocks() {
+        let part = dense_part::<B>(pattern, &values, &block, like.dtype());
+        let (rows, entries) = &block;
+        let dy = B::primitive(dy.clone().narrow(1, rows.start, rows.len()));
+        let of_weight = WantedPart { weight: wants_values, bias: false, a: false, b: false };
+        let wanted = Wanted { input: wants_input, parts: vec![of_weight] };
+        let mut gradients = B::linears_backward(&dy, x, None, &[part], &wanted);
+        if let Some(dx) = gradients.input.map(B::tensor::<2>) {
+            input = Some(match input.take() {
+                Some(sum) => dx + sum,
+                None => dx,
+            });
+        }
+        let weight = gradients.parts.pop().and_then(|part| part.weight).map(B::tensor::<2>);
+        if let Some(weight) = weight.filter(|_| !entries.is_empty()) {
+            let (count, width) = (entries.len(), pattern.dims[1]);
+            let places = pattern.tensor(&like.device()).narrow(0, entries.start, count);
+            let places = places.sub_scalar((rows.start * width) as i32);
+            let weight = as_dtype(weight, DType::F32).reshape([rows.len() * width]);
+            products.push(weight.select(0, places).reshape([1, count]));
+        }
+    }
+    SparseGradients {
+        input: input.map(B::primitive),
+        values: wants_values.then(|| B::primitive(Tensor::<2>::cat(products, 1))),
+    }
+}
+
+/// Gradients of [`Kernels::add_sparse`].
+pub(super) struct SparseGradients<T> {
+    /// Of the input, in its type.
+    pub input: Option<T>,
+    /// Of the values, `[1, entries]`, in f32.
+    pub values: Option<T>,
+}
+
+/// What the backward reads.
+#[derive(Clone, Debug)]
+struct State<T> {
+    x: T,
+    values: T,
+    pattern: Arc<SparsePattern>,
+    observer: Option<Arc<dyn BackwardObserver>>,
+}
+
+#[derive(Debug)]
+struct SparseBackward;
+
+impl<B: Kernels> Backward<B, 3> for SparseBackward {
+    type State = State<FloatTensor<B>>;
+
+    fn backward(self, ops: Ops<Self::State, 3>, grads: &mut Gradients, _: &mut Checkpointer) {
+        let dy = grads.consume::<B>(&ops.node);
+        let [of_y, of_x, of_values] = ops.parents;
+        let State { x, values, pattern, observer } = ops.state;
+        if let Some(observer) = observer {
+            observer.observe(&B::tensor(x.clone()), &B::tensor(dy.clone()));
+        }
+        let factor = of_x.is_some().then_some(&values);
+        let SparseGradients { input, values } =
+            B::sparse_gradients(&dy, &x, factor, &pattern, of_values.is_some());
+        for (node, gradient) in [(of_x, input), (of_values, values)] {
+            if let Some((node, gradient)) = node.zip(gradient) {
+                grads.register::<B>(node.id, gradient);
+            }
+        }
+        if let Some(node) = of_y {
+            grads.register::<B>(node.id, dy);
+        }
+    }
+}

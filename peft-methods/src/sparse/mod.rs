@@ -1,0 +1,549 @@
+//! Sparse fine-tuning with positions that move (SpIEL, Ansell et al., arXiv 2401.16405): a fixed number of values trains
+//! in each weight, and from time to time those that have moved least give their places to others. These are found by
+//! their gradient, summed over some steps, or by the moments of their row and column.
+//!
+//! The change adds to the frozen weight's product in f32 and costs as many numbers as it has values: three moments each
+//! with accumulated gradients, none with moments by row and column. A dense gradient exists for one module at a time, in
+//! the first micro-batch of a selection phase.
+
+mod adamw;
+mod block;
+mod collector;
+mod file;
+mod growth;
+mod positions;
+mod range_coder;
+mod schedule;
+mod selection;
+mod shira;
+mod sm3;
+
+pub use block::{Criterion, SparseBlock, ValuesDtype};
+pub use file::{SPARSE_FORMAT, SparseAdapter, SparseConfig, SparseModule};
+pub use schedule::ReselectionPolicy;
+pub use shira::{ShiraReport, export_shira};
+
+use crate::registry::{Block, Kind, RunContext, Scaffold, keys_of};
+use adamw::{AgedAdamW, Seed};
+use block::Target;
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use collector::Collector;
+use peft_core::adapter::{AdapterError, SavedAdapter, tensors_sha256};
+use peft_core::checkpoint::Headers;
+use peft_core::kernels::{AdamW, SparsePattern};
+use peft_core::model::{Decoder, ModelConfig, ParameterShape};
+use peft_core::projection::{Delta, Sparse};
+use peft_core::random::Stream;
+use peft_core::strict;
+use peft_core::train::{
+    Method, MethodPlan, MethodState, NamedOptimizer, ParameterOptimizer, ParameterRole, PlannedParameter,
+    Preparation, Progress, TrainError,
+};
+use schedule::Schedule;
+use selection::{Candidates, Exchange, by_gradients, by_moments};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use sm3::{Patterns, Sm3};
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+/// Sparse fine-tuning as recipes name it.
+pub static SPARSE: Kind = Kind {
+    name: "sparse",
+    title: "sparse fine-tuning",
+    about: "values at positions that move",
+    parse: |keys| Ok(Box::new(strict::parse::<SparseBlock>(keys)?)),
+    file: Some(&SPARSE_FORMAT),
+    in_peft: false,
+    scaffolds: &[Scaffold {
+        name: "sparse",
+        about: "few values in each weight, at positions that move",
+        keys: &[
+            (
+                "criterion",
+                "accumulated_gradient",
+                "where values go: by their gradient, or moment_approximation",
+            ),
+            ("density", "0.01", "trained values as a share of the model's parameters"),
+            ("reselection_steps", "20", "steps between two choices of positions"),
+            ("selection_accumulation_steps", "5", "steps that a choice looks at"),
+        ],
+        learning_rates: ("1e-4", "1e-3"),
+    }],
+};
+
+impl Block for SparseBlock {
+    fn keys(&self) -> Map<String, Value> {
+        keys_of(self)
+    }
+
+    fn check(&self, _starts_from_adapter: bool) -> Result<(), String> {
+        SparseBlock::check(self)
+    }
+
+    fn plan(&self, model: &ModelConfig, _base: &Headers) -> peft_core::Result<MethodPlan> {
+        let targets = self.targets(model)?;
+        let with_values = targets.iter().filter(|target| target.values > 0);
+        let parameters = with_values.clone().map(|target| PlannedParameter {
+            shape: ParameterShape::new(format!("{}.sparse_values", target.path), [target.values]),
+            module: target.path.clone(),
+            role: ParameterRole::Sparse {
+                candidates: match self.criterion {
+                    Criterion::AccumulatedGradient => target.values,
+                    Criterion::MomentApproximation => 0,
+                },
+            },
+            trainable: true,
+        });
+        let parameters = parameters.collect();
+        let artifact_bytes = file::expected_bytes(with_values, self.values_dtype)?;
+        Ok(MethodPlan { model: model.clone(), parameters, artifact_bytes })
+    }
+
+    fn method(&self, run: &RunContext) -> peft_core::Result<Box<dyn Method>> {
+        SparseBlock::check(self).map_err(TrainError::Preparation)?;
+        let targets = self.targets(&run.model()?)?;
+        let weights = targets.iter().filter(|target| target.values > 0);
+        let weights: Vec<String> = weights.map(|target| format!("{}.weight", target.path)).collect();
+        Ok(Box::new(SparseFineTuning {
+            block: self.clone(),
+            base: run.base_name.to_string(),
+            revision: run.revision.map(str::to_string),
+            base_tensors_sha256: tensors_sha256(run.base, &weights)?,
+            optimizer: AdamW { beta_1: 0.9, beta_2: 0.999, epsilon: 1e-8, weight_decay: 0.0 },
+            start: run.start.map(Path::to_path_buf),
+            patterns: Patterns::default(),
+            phase: None,
+            warnings: Vec::new(),
+        }))
+    }
+
+    fn boxed(&self) -> Box<dyn Block> {
+        Box::new(self.clone())
+    }
+}
+
+/// Sparse fine-tuning on a model.
+pub struct SparseFineTuning {
+    block: SparseBlock,
+    base: String,
+    revision: Option<String>,
+    base_tensors_sha256: String,
+    /// The recipe's decays.
+    optimizer: AdamW,
+    /// The adapter's folder that first positions and values come from.
+    start: Option<PathBuf>,
+    /// For SM3.
+    patterns: Patterns,
+    /// The selection phase that is open, with accumulated gradients.
+    phase: Option<Phase>,
+    /// What the user should know.
+    warnings: Vec<String>,
+}
+
+/// A selection phase.
+#[derive(Debug, Default)]
+struct Phase {
+    /// Steps whose gradients it has seen whole.
+    steps: u64,
+    /// By module.
+    collectors: BTreeMap<String, Arc<Collector>>,
+}
+
+impl SparseFineTuning {
+    fn is_by_gradient(&self) -> bool {
+        self.block.criterion == Criterion::AccumulatedGradient
+    }
+
+    fn schedule(&self) -> Schedule {
+        self.block.schedule(self.start.is_none())
+    }
+
+    /// Begins to collect the gradient of every module.
+    fn open(&mut self, model: &mut Decoder) {
+        let mut phase = Phase::default();
+        for (path, form) in forms_mut(model) {
+            let collector = Arc::new(Collector::new(form.pattern.dims(), form.pattern.len()));
+            form.observer = Some(collector.clone());
+            phase.collectors.insert(path, collector);
+        }
+        self.phase = Some(phase);
+    }
+
+    /// Chooses positions again after the step that `progress` counts.
+    fn reselect(
+        &mut self,
+        model: &mut Decoder,
+        optimizer: &mut dyn ParameterOptimizer,
+        progress: Progress,
+    ) -> Result<(), TrainError> {
+        let phase = self.phase.take();
+        let adamw = self.block.adamw(&self.optimizer);
+        for (path, form) in forms_mut(model) {
+            form.observer = None;
+            let refused = |reason: String| {
+                TrainError::Method(format!("`{path}`: positions cannot be chosen again: {reason}"))
+            };
+            let leaving = self.schedule().leaving(form.pattern.len(), progress.step, progress.total_steps);
+            let values = form.values.to_host();
+            let positions = form.pattern.positions();
+            let (exchange, arrivals) = match &phase {
+                Some(phase) => {
+                    let candidates =
+                        phase.collectors[&path].candidates().map_err(|error| refused(error.to_string()))?;
+                    let exchange = by_gradients(&values, positions, &candidates, leaving)
+                        .map_err(|error| refused(format!("of the sums of its gradient, {error}")))?;
+                    let seeds = self.seeds(&adamw, &exchange, &candidates, phase.steps);
+                    (exchange, seeds)
+                }
+                None => {
+                    let (row, column) = moments(optimizer, form);
+                    let exchange = by_moments(&values, positions, &row, &column, leaving)
+                        .map_err(|error| refused(format!("of its moments, {error}")))?;
+                    let arrivals = exchange.coming.iter();
+                    let arrivals = arrivals.map(|position| (*position as u32, Seed::default())).collect();
+                    (exchange, arrivals)
+                }
+            };
+            if !exchange.leaving.is_empty() {
+                exchange_entries(form, optimizer, &exchange.leaving, &arrivals);
+                self.patterns.set(&form.values.name, form.pattern.clone());
+            }
+        }
+        Ok(())
+    }
+
+    /// Where the arrivals of an exchange go, and what their optimizer starts from.
+    fn seeds(
+        &self,
+        adamw: &AgedAdamW,
+        exchange: &Exchange,
+        candidates: &Candidates,
+        steps: u64,
+    ) -> Vec<(u32, Seed)> {
+        let Candidates { positions, sums, squares, samples } = candidates;
+        let compat_age = self.block.compat_age;
+        let seed = |place: &usize| {
+            let seed = adamw.seed(sums[*place], squares[*place], *samples, steps, compat_age);
+            (positions[*place], seed)
+        };
+        exchange.coming.iter().map(seed).collect()
+    }
+}
+
+/// The sparse changes of a decoder, by path.
+fn forms_mut(model: &mut Decoder) -> impl Iterator<Item = (String, &mut Sparse)> {
+    model.projections_mut().filter_map(|projection| match &mut projection.delta {
+        Some(Delta::Sparse(form)) => Some((projection.path.clone(), form)),
+        _ => None,
+    })
+}
+
+/// What SM3 remembers of a module's rows and columns; nothing before its first update.
+fn moments(optimizer: &mut dyn ParameterOptimizer, form: &Sparse) -> (Vec<f32>, Vec<f32>) {
+    let [rows, columns] = form.pattern.dims();
+    let (mut row, mut column) = (vec![0.0; rows], vec![0.0; columns]);
+    optimizer.edit(&form.values.name, &form.values.value.device(), &mut |leaf, tensor| {
+        match leaf {
+            "row" => row = host(&tensor),
+            "column" => column = host(&tensor),
+            _ => {}
+        }
+        tensor
+    });
+    (row, column)
+}
+
+/// Takes the entries `leaving` out and puts `arrivals` in with value 0, in the change and in the optimizer's memory of each
+/// entry.
+fn exchange_entries(
+    form: &mut Sparse,
+    optimizer: &mut dyn ParameterOptimizer,
+    leaving: &[usize],
+    arrivals: &[(u32, Seed)],
+) {
+    enum Origin {
+        Kept(usize),
+        Come(Seed),
+    }
+    let leaves: HashSet<usize> = leaving.iter().copied().collect();
+    let kept = form.pattern.positions().iter().copied().enumerate();
+    let kept = kept.filter(|(entry, _)| !leaves.contains(entry));
+    let mut entries: Vec<(u32, Origin)> =
+        kept.map(|(entry, position)| (position, Origin::Kept(entry))).collect();
+    entries.extend(arrivals.iter().map(|(position, seed)| (*position, Origin::Come(*seed))));
+    entries.sort_unstable_by_key(|(position, _)| *position);
+
+    let moved = |old: &[f32], come: fn(&Seed) -> f32| -> Vec<f32> {
+        let value = |(_, origin): &(u32, Origin)| match origin {
+            Origin::Kept(entry) => old[*entry],
+            Origin::Come(seed) => come(seed),
+        };
+        entries.iter().map(value).collect()
+    };
+    let device = form.values.value.device();
+    let values = moved(&form.values.to_host(), |_| 0.0);
+    optimizer.edit(&form.values.name, &device, &mut |leaf, tensor| {
+        let come: fn(&Seed) -> f32 = match leaf {
+            "moment_1" => |seed| seed.moment_1,
+            "moment_2" => |seed| seed.moment_2,
+            "age" => |seed| seed.age,
+            "momentum" => |_| 0.0,
+            _ => return tensor,
+        };
+        row_tensor(moved(&host(&tensor), come), &device)
+    });
+    form.values.value = row_tensor(values, &device);
+    let positions = entries.iter().map(|(position, _)| *position).collect();
+    let pattern = SparsePattern::new(form.pattern.dims(), positions);
+    form.pattern = Arc::new(pattern.expect("arrivals come to free places"));
+}
+
+impl Method for SparseFineTuning {
+    fn name(&self) -> &'static str {
+        SPARSE.name
+    }
+
+    fn artifact(&self) -> &'static str {
+        "adapter"
+    }
+
+    fn optimizer(&mut self, recipe: &AdamW) -> Box<dyn ParameterOptimizer> {
+        self.optimizer = recipe.clone();
+        match self.block.criterion {
+            Criterion::AccumulatedGradient => Box::new(NamedOptimizer::new(self.block.adamw(recipe))),
+            Criterion::MomentApproximation => {
+                Box::new(Sm3::new(self.block.sm3(recipe), self.patterns.clone()))
+            }
+        }
+    }
+
+    /// Values are 0 at positions drawn from the stream (seed, "sparse positions", path), or come from an adapter with as
+    /// many of them.
+    fn prepare(&mut self, model: &mut Decoder, preparation: &Preparation) -> peft_core::Result<()> {
+        let targets = self.block.targets(&model.config)?;
+        let device = model.device.clone();
+        let mut given = match &self.start {
+            Some(dir) => Some(given_modules(dir, &targets)?),
+            None => None,
+        };
+        let empty: Vec<&str> =
+            targets.iter().filter(|target| target.values == 0).map(|target| target.path.as_str()).collect();
+        if let Some(first) = empty.first() {
+            self.warnings.push(format!(
+                "{} modules get no value, for their share is less than one (`{first}` the first of them)",
+                empty.len()
+            ));
+        }
+        for target in targets.into_iter().filter(|target| target.values > 0) {
+            let projection = model.projections_mut().find(|projection| projection.path == target.path);
+            let Some(projection) = projection else {
+                let reason = "is no linear module with a weight of its own".to_string();
+                return Err(AdapterError::Target { module: target.path, reason }.into());
+            };
+            let module = given.as_mut().and_then(|modules| modules.remove(&target.path));
+            let SparseModule { pattern, values } = module.unwrap_or_else(|| {
+                let mut stream = Stream::new(preparation.seed, "sparse positions", &target.path, &[]);
+                let positions = drawn(target.values, target.dims[0] * target.dims[1], &mut stream);
+                let pattern = SparsePattern::new(target.dims, positions).expect("drawn in order");
+                SparseModule { pattern: Arc::new(pattern), values: vec![0.0; target.values] }
+            });
+            let mut form = Sparse::new(&target.path, pattern, row_tensor(values, &device));
+            form.values.set_trainable();
+            self.patterns.set(&form.values.name, form.pattern.clone());
+            projection.delta = Some(Delta::Sparse(form));
+        }
+        if self.is_by_gradient() {
+            self.open(model);
+        }
+        Ok(())
+    }
+
+    fn after_update(
+        &mut self,
+        model: &mut Decoder,
+        optimizer: &mut dyn ParameterOptimizer,
+        progress: Progress,
+    ) -> Result<(), TrainError> {
+        let Progress { step, total_steps } = progress;
+        let schedule = self.schedule();
+        if total_steps <= schedule.accumulation_steps {
+            return Err(TrainError::Method(format!(
+                "a run of {total_steps} steps ends before positions were chosen: it needs more than \
+                 selection_accumulation_steps, which is {}",
+                schedule.accumulation_steps
+            )));
+        }
+        if let Some(phase) = &mut self.phase {
+            phase.steps += 1;
+        }
+        if schedule.closes(step) && (self.phase.is_some() || !self.is_by_gradient()) {
+            self.reselect(model, optimizer, progress)?;
+        }
+        if self.is_by_gradient() && schedule.opens(step, total_steps) {
+            self.open(model);
+        }
+        Ok(())
+    }
+
+    fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
+    fn state(&self) -> MethodState {
+        let integers = |values: &[u32]| {
+            let values: Vec<i64> = values.iter().map(|value| i64::from(*value)).collect();
+            let shape = [values.len()];
+            TensorData::new(values, shape)
+        };
+        let mut tensors = BTreeMap::new();
+        for (name, pattern) in self.patterns.all() {
+            tensors.insert(format!("{name}.{POSITIONS}"), integers(pattern.positions()));
+        }
+        let phase = self.phase.as_ref().map(|phase| {
+            let mut samples = BTreeMap::new();
+            for (path, collector) in &phase.collectors {
+                // What was opened just now has seen nothing, and begins anew.
+                let Ok(candidates) = collector.candidates() else { continue };
+                let count = candidates.positions.len();
+                tensors.insert(format!("{path}.{CANDIDATES}"), integers(&candidates.positions));
+                tensors.insert(format!("{path}.{SUMS}"), TensorData::new(candidates.sums, [count]));
+                tensors.insert(format!("{path}.{SQUARES}"), TensorData::new(candidates.squares, [count]));
+                samples.insert(path.clone(), candidates.samples);
+            }
+            SavedPhase { steps: phase.steps, samples }
+        });
+        MethodState { tensors, json: json!(SavedState { phase }) }
+    }
+
+    fn restore(&mut self, model: &mut Decoder, state: MethodState) -> Result<(), String> {
+        let MethodState { mut tensors, json } = state;
+        let SavedState { phase } = serde_json::from_value(json)
+            .map_err(|error| format!("the state of the sparse method is damaged: {error}"))?;
+        let device = model.device.clone();
+        self.phase = phase.as_ref().map(|phase| Phase { steps: phase.steps, ..Phase::default() });
+        for (path, form) in forms_mut(model) {
+            let dims = form.pattern.dims();
+            let positions = take_positions(&mut tensors, &format!("{}.{POSITIONS}", form.values.name))?;
+            if positions.len() != form.pattern.len() {
+                let (found, expected) = (positions.len(), form.pattern.len());
+                return Err(format!("`{path}` has {found} positions there, the recipe gives it {expected}"));
+            }
+            let pattern =
+                SparsePattern::new(dims, positions).map_err(|error| format!("`{path}`: {error}"))?;
+            form.pattern = Arc::new(pattern);
+            form.observer = None;
+            self.patterns.set(&form.values.name, form.pattern.clone());
+            let (Some(phase), Some(saved)) = (&mut self.phase, &phase) else { continue };
+            let collector = match saved.samples.get(&path) {
+                None => Collector::new(dims, form.pattern.len()),
+                Some(samples) => {
+                    let candidates = Candidates {
+                        positions: take_positions(&mut tensors, &format!("{path}.{CANDIDATES}"))?,
+                        sums: take_values(&mut tensors, &format!("{path}.{SUMS}"))?,
+                        squares: take_values(&mut tensors, &format!("{path}.{SQUARES}"))?,
+                        samples: *samples,
+                    };
+                    Collector::resumed(dims, candidates, &device)
+                        .map_err(|error| format!("`{path}`: {error}"))?
+                }
+            };
+            let collector = Arc::new(collector);
+            form.observer = Some(collector.clone());
+            phase.collectors.insert(path, collector);
+        }
+        Ok(())
+    }
+
+    fn export(&self, model: &Decoder, dir: &Path) -> Result<(), TrainError> {
+        let (base, revision) = (Some(self.base.as_str()), self.revision.as_deref());
+        Ok(file::save(model, base, revision, self.block.values_dtype, &self.base_tensors_sha256, dir)?)
+    }
+}
+
+/// The modules of the adapter in `dir`, which must be the targets, with as many values.
+fn given_modules(dir: &Path, targets: &[Target]) -> Result<BTreeMap<String, SparseModule>, AdapterError> {
+    let start = SparseAdapter::open(dir)?;
+    let (counts, shapes) = (&start.config().num_deltas, &start.config().shapes);
+    let differs = |what: String| start.folder().wrong(format!("adapter_name_or_path: {what}"));
+    for Target { path, dims, values } in targets {
+        let given = counts.get(path).copied().unwrap_or(0);
+        if given != *values {
+            let message =
+                format!("that adapter has {given} values in `{path}`, the recipe gives it {values}");
+            return Err(differs(message));
+        }
+        if let Some(given) = shapes.get(path).filter(|given| *given != dims) {
+            return Err(differs(format!("`{path}` has shape {given:?} there, {dims:?} in the base")));
+        }
+    }
+    match counts.keys().find(|path| !targets.iter().any(|target| target.path == **path)) {
+        Some(path) => {
+            Err(differs(format!("`{path}`, which that adapter changes, is no target of this recipe")))
+        }
+        None => start.modules(),
+    }
+}
+
+/// Names of a module's tensors in the state.
+const POSITIONS: &str = "positions";
+const CANDIDATES: &str = "candidates";
+const SUMS: &str = "gradient_sums";
+const SQUARES: &str = "gradient_squares";
+
+/// What the state says beside its tensors.
+#[derive(Serialize, Deserialize)]
+struct SavedState {
+    phase: Option<SavedPhase>,
+}
+
+/// A phase that was open.
+#[derive(Serialize, Deserialize)]
+struct SavedPhase {
+    steps: u64,
+    /// Micro-batches seen, by module; without those that have seen none.
+    samples: BTreeMap<String, u64>,
+}
+
+fn take(tensors: &mut BTreeMap<String, TensorData>, name: &str) -> Result<TensorData, String> {
+    tensors.remove(name).ok_or_else(|| format!("`{name}` is missing from the state of the sparse method"))
+}
+
+fn take_values(tensors: &mut BTreeMap<String, TensorData>, name: &str) -> Result<Vec<f32>, String> {
+    Ok(take(tensors, name)?.iter::<f32>().collect())
+}
+
+fn take_positions(tensors: &mut BTreeMap<String, TensorData>, name: &str) -> Result<Vec<u32>, String> {
+    let positions = take(tensors, name)?;
+    let position = |value: i64| {
+        u32::try_from(value).map_err(|_| format!("`{name}` holds {value}, which is no position of a weight"))
+    };
+    positions.iter::<i64>().map(position).collect()
+}
+
+/// `count` of `places` places, each set as likely as any other, ascending (Floyd's algorithm).
+fn drawn(count: usize, places: usize, stream: &mut Stream) -> Vec<u32> {
+    let mut chosen = HashSet::with_capacity(count);
+    for last in places - count..places {
+        let place = stream.below(last as u64 + 1) as u32;
+        if !chosen.insert(place) {
+            chosen.insert(last as u32);
+        }
+    }
+    let mut positions: Vec<u32> = chosen.into_iter().collect();
+    positions.sort_unstable();
+    positions
+}
+
+fn host(tensor: &Tensor<2>) -> Vec<f32> {
+    tensor.to_data().iter::<f32>().collect()
+}
+
+fn row_tensor(values: Vec<f32>, device: &Device) -> Tensor<2> {
+    let shape = [1, values.len()];
+    Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
+}
+
+#[cfg(test)]
+mod tests;
