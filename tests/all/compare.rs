@@ -268,7 +268,19 @@ fn the_recipe_compares_every_kind_of_method() {
     let said: Value = serde_json::from_str(&said).unwrap();
     let labels: Vec<&str> =
         said["methods"].as_array().unwrap().iter().map(|row| row["label"].as_str().unwrap()).collect();
-    for label in ["lora", "lora_xs", "lora_sb", "vera", "ia3", "bitfit", "norm_only", "full"] {
+    for label in [
+        "lora",
+        "lora_xs",
+        "lora_sb",
+        "vera",
+        "nola",
+        "lamda",
+        "sparse",
+        "ia3",
+        "bitfit",
+        "norm_only",
+        "full",
+    ] {
         assert!(labels.contains(&label), "no {label} in {labels:?}");
     }
     assert!(said["methods"][0]["remarks"][0].as_str().unwrap().contains("(3 seeds)"), "{said}");
