@@ -11,11 +11,12 @@ use burn::backend::Flex;
 use burn::tensor::{Int, TensorData};
 use std::sync::Arc;
 
-/// Where kernels are tried, in which type, and how far they may be from the composition relative to the largest value.
+/// Where kernels are tried, in which type, and how far they may be from the composition relative to the largest value. On
+/// CUDA the composition's own products in f32 may be rounded to the ten bits of TF32.
 fn places() -> Vec<(Device, DType, f32)> {
     let cpu = (Device::flex(), DType::F32, 2e-5);
     #[cfg(feature = "cuda")]
-    return vec![cpu, (Device::cuda(0), DType::F32, 2e-4), (Device::cuda(0), DType::BF16, 3e-2)];
+    return vec![cpu, (Device::cuda(0), DType::F32, 1e-3), (Device::cuda(0), DType::BF16, 3e-2)];
     #[cfg(not(feature = "cuda"))]
     vec![cpu]
 }
