@@ -5,7 +5,7 @@ use peft_core::adapter::{Rewrite, RewriteOptions, rewrite_into};
 use peft_core::checkpoint::{Checkpoint, CheckpointError, Headers, LazyTensor, safetensors_bytes};
 use peft_core::model::{Decoder, ModelConfig};
 use peft_core::train::{Method, MethodPlan, PlannedParameter, Preparation, TrainError};
-use serde_json::{Map, Value};
+use serde::Serialize;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -29,14 +29,10 @@ pub static FULL: Kind = Kind {
 };
 
 /// The block of a recipe, which has no keys.
-#[derive(Debug, Clone)]
+#[derive(Debug, Clone, Serialize)]
 struct FullBlock;
 
 impl Block for FullBlock {
-    fn keys(&self) -> Map<String, Value> {
-        Map::new()
-    }
-
     fn check(&self, starts_from_adapter: bool) -> Result<(), String> {
         match starts_from_adapter {
             true => Err("full has no adapter to start from; remove adapter_name_or_path".to_string()),
@@ -50,10 +46,6 @@ impl Block for FullBlock {
 
     fn method(&self, run: &RunContext) -> peft_core::Result<Box<dyn Method>> {
         Ok(Box::new(Full { base: Checkpoint::open(run.base.dir())? }))
-    }
-
-    fn boxed(&self) -> Box<dyn Block> {
-        Box::new(self.clone())
     }
 }
 

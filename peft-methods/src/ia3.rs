@@ -16,7 +16,7 @@ use peft_core::projection::{Delta, Gains, Parameter};
 use peft_core::strict;
 use peft_core::train::{Method, MethodPlan, ParameterRole, PlannedParameter, Preparation, TrainError};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -138,10 +138,6 @@ fn neutral_keys() -> Value {
 }
 
 impl Block for Ia3Config {
-    fn keys(&self) -> Map<String, Value> {
-        keys_of(self)
-    }
-
     fn check(&self, _starts_from_adapter: bool) -> Result<(), String> {
         Ok(())
     }
@@ -169,10 +165,6 @@ impl Block for Ia3Config {
             revision: run.revision.map(str::to_string),
             start: run.start.map(Path::to_path_buf),
         }))
-    }
-
-    fn boxed(&self) -> Box<dyn Block> {
-        Box::new(self.clone())
     }
 }
 

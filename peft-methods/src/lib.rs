@@ -19,7 +19,8 @@ pub use lora::{Lora, LoraBlock, init};
 pub use lora_sb::{LoraSbBlock, LoraXsBlock};
 pub use nola::{AlphaInit, BasisScale, CoefficientBits, NolaBlock, OffsetA, SeedPolicy};
 pub use registry::{
-    Block, Kind, METHODS, MethodBlock, RunContext, Scaffold, ScaffoldKey, file_formats, open_adapter,
+    Block, BlockData, Kind, METHODS, MethodBlock, RunContext, Scaffold, ScaffoldKey, file_formats,
+    open_adapter,
 };
 pub use sparse::{
     Criterion, ReselectionPolicy, ShiraReport, SparseAdapter, SparseBlock, SparseConfig, SparseModule,

@@ -71,6 +71,10 @@ pub struct Scaffold {
 /// A key of a recipe to begin with: name, value as YAML, comment.
 pub type ScaffoldKey = (&'static str, &'static str, &'static str);
 
+/// The key that says where changes attach.
+pub(crate) const TARGETS: ScaffoldKey =
+    ("target_modules", "all-linear", "every projection of the layers, or a list like [q_proj, v_proj]");
+
 impl Kind {
     /// The method of that name.
     ///
@@ -109,11 +113,27 @@ impl RunContext<'_> {
     }
 }
 
-/// A method's keys in a recipe.
-pub trait Block: Debug + Send + Sync {
+/// What every block has by being plain data.
+pub trait BlockData {
     /// Every key with its value, defaults resolved.
     fn keys(&self) -> Map<String, Value>;
 
+    /// A copy of it.
+    fn boxed(&self) -> Box<dyn Block>;
+}
+
+impl<T: Block + Clone + Serialize + 'static> BlockData for T {
+    fn keys(&self) -> Map<String, Value> {
+        keys_of(self)
+    }
+
+    fn boxed(&self) -> Box<dyn Block> {
+        Box::new(self.clone())
+    }
+}
+
+/// A method's keys in a recipe.
+pub trait Block: BlockData + Debug + Send + Sync {
     /// Checks that values are in range and go together. `starts_from_adapter` says whether the recipe names an adapter to
     /// begin with.
     ///
@@ -132,9 +152,6 @@ pub trait Block: Debug + Send + Sync {
     /// # Errors
     /// What [`check`](Self::check) refuses, or a base that cannot be read.
     fn method(&self, run: &RunContext) -> peft_core::Result<Box<dyn Method>>;
-
-    /// A copy of it.
-    fn boxed(&self) -> Box<dyn Block>;
 }
 
 /// The method block of a recipe: its `type` chooses the keys beside it.
@@ -187,9 +204,9 @@ impl<'de> Deserialize<'de> for MethodBlock {
     }
 }
 
-/// The keys of a block that is serialised as an object.
-pub(crate) fn keys_of(block: &impl Serialize) -> Map<String, Value> {
-    match serde_json::to_value(block) {
+/// The keys of what is serialised as an object; none of anything else.
+pub(crate) fn keys_of(value: &impl Serialize) -> Map<String, Value> {
+    match serde_json::to_value(value) {
         Ok(Value::Object(keys)) => keys,
         _ => Map::new(),
     }

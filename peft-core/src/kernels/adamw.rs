@@ -6,7 +6,7 @@
 //! ```
 
 use super::backend::{Kernels, served, with_backend};
-use super::norm::Clip;
+use super::norm::{Clip, clipped};
 use burn::optim::{LearningRate, Optimizer, RecordState, StateSink, StateSource};
 use burn::tensor::{Device, Tensor};
 
@@ -71,13 +71,10 @@ impl AdamW {
             Some(served) => with_backend!(served, fused(self, updates, clip)),
             None => {
                 let factor = clip.map_or(Some(1.0), Clip::factor);
-                let one = |mut update: Update<Tensor<2>>| match factor {
+                let one = |update: Update<Tensor<2>>| match factor {
                     None => [update.parameter, update.moment_1, update.moment_2],
                     Some(factor) => {
-                        if factor < 1.0 {
-                            update.gradient = update.gradient.mul_scalar(factor);
-                        }
-                        self.update(update)
+                        self.update(Update { gradient: clipped(update.gradient, factor), ..update })
                     }
                 };
                 updates.into_iter().map(one).collect()

@@ -38,7 +38,7 @@ pub use cuda::{fault, profile};
 pub use dropout::{Dropout, dropout};
 pub use gated::silu_gate;
 pub use linear::{AdaptedLinear, LinearInput, LowRankTerm, ScaledPairTerm, Term, adapted_linears};
-pub use norm::{Clip, clip_factor, sum_of_squares};
+pub use norm::{Clip, clip_factor, clipped, sum_of_squares};
 pub use rms_norm::rms_norm;
 pub use rotary::rotate;
 pub use seed::backward_from;

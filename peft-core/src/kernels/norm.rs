@@ -29,6 +29,11 @@ pub fn clip_factor(norm: f64, max_norm: f64) -> Option<f64> {
     norm.is_finite().then(|| (max_norm / (norm + CLIP_EPSILON)).min(1.0))
 }
 
+/// A gradient times the factor of clipping.
+pub fn clipped<const D: usize>(gradient: Tensor<D>, factor: f64) -> Tensor<D> {
+    if factor < 1.0 { gradient.mul_scalar(factor) } else { gradient }
+}
+
 /// Σ x² over all elements of all tensors, `[1]`, f32; `None` for no tensors.
 pub fn sum_of_squares(tensors: Vec<Tensor<2>>) -> Option<Tensor<1>> {
     fn fused<B: Kernels>(tensors: Vec<Tensor<2>>) -> Tensor<1> {

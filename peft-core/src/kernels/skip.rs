@@ -28,12 +28,6 @@ pub struct Residual {
     pub skip: Option<Skip>,
 }
 
-impl From<Tensor<2>> for Residual {
-    fn from(value: Tensor<2>) -> Self {
-        Self { value, skip: None }
-    }
-}
-
 impl Skip {
     /// Promises that the gradient will be taken.
     pub(super) fn expect(&self) {

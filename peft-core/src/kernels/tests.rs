@@ -134,7 +134,7 @@ fn assembled(
         }),
     });
     let maps = maps.collect();
-    (input, maps, Some(residual.into()))
+    (input, maps, Some(Residual { value: residual, skip: None }))
 }
 
 #[test]
@@ -342,7 +342,7 @@ fn a_low_rank_term_by_hand() {
             dropout: None,
         })),
     };
-    let residual = Some(matrix(vec![10., 20.], [1, 2]).into());
+    let residual = Some(Residual { value: matrix(vec![10., 20.], [1, 2]), skip: None });
     let x = LinearInput::Plain(matrix(vec![1., 2., 3.], [1, 3]));
     let y: Vec<f32> = adapted_linears(x, vec![map], residual, false).try_into_vec_as().unwrap();
     assert_eq!(y, [62.5, 123.5]);

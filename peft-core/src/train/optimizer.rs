@@ -1,6 +1,6 @@
 //! Optimizers over named parameters.
 
-use crate::kernels::{AdamW, AdamWState, Clip, Update};
+use crate::kernels::{AdamW, AdamWState, Clip, Update, clipped};
 use crate::model::Decoder;
 use crate::projection::Parameter;
 use burn::optim::{Optimizer, RecordState, StateSink, StateSource};
@@ -94,8 +94,7 @@ pub trait ManyOptimizer: Optimizer {
         let factor = clip.map_or(Some(1.0), Clip::factor);
         let one = |(value, gradient, rate, state): OptimizerStep<Self>| match factor {
             None => (value, state),
-            Some(factor) if factor < 1.0 => self.step(rate, value, gradient.mul_scalar(factor), state),
-            Some(_) => self.step(rate, value, gradient, state),
+            Some(factor) => self.step(rate, value, clipped(gradient, factor), state),
         };
         steps.into_iter().map(one).collect()
     }

@@ -12,7 +12,7 @@ use super::state::{self, Identity, Snapshot};
 use super::step::StepSettings;
 use crate::checkpoint::{StagedDir, require_free};
 use crate::data::{Epochs, Example};
-use crate::kernels::{Clip, clip_factor, trim_memory};
+use crate::kernels::{Clip, clip_factor, clipped, trim_memory};
 use crate::model::Decoder;
 use crate::text::Tokenizer;
 use burn::tensor::Tensor;
@@ -298,12 +298,8 @@ impl Trainer<'_> {
         mut gradients: BTreeMap<String, Tensor<2>>,
         grad_norm: f64,
     ) -> f64 {
-        if let Some(factor) = self.config.max_grad_norm.and_then(|max| clip_factor(grad_norm, max))
-            && factor < 1.0
-        {
-            for gradient in gradients.values_mut() {
-                *gradient = gradient.clone().mul_scalar(factor);
-            }
+        if let Some(factor) = self.config.max_grad_norm.and_then(|max| clip_factor(grad_norm, max)) {
+            gradients = gradients.into_iter().map(|(name, g)| (name, clipped(g, factor))).collect();
         }
         self.method.before_update(self.model, &mut gradients, progress);
         self.apply(progress, gradients, None)

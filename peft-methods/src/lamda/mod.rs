@@ -14,7 +14,7 @@ mod ranks;
 pub use config::{LamdaBlock, LamdaInit};
 pub use ranks::{MoreRankFor, RankAllocation};
 
-use crate::registry::{Block, Kind, RunContext, Scaffold, keys_of};
+use crate::registry::{Block, Kind, RunContext, Scaffold, TARGETS};
 use burn::tensor::Tensor;
 use file::{A, B, CORE, FORMAT, LamdaAdapter, OFFSET, parameter, save, shapes, weights};
 use init::first_values;
@@ -27,7 +27,7 @@ use peft_core::train::{
     Method, MethodPlan, MethodState, ParameterOptimizer, ParameterRole, PlannedParameter, Preparation,
     Progress, TrainError,
 };
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -51,11 +51,7 @@ pub static LAMDA: Kind = Kind {
                     "0.3",
                     "share of the run over which the columns of B stop training; 0 trains the square alone",
                 ),
-                (
-                    "target_modules",
-                    "all-linear",
-                    "every projection of the layers, or a list like [q_proj, v_proj]",
-                ),
+                TARGETS,
             ],
             learning_rates: ("3e-4", "3e-3"),
         },
@@ -71,11 +67,7 @@ pub static LAMDA: Kind = Kind {
                     "{more_rank_for: flat}",
                     "which weights get more than the mean; or peaked",
                 ),
-                (
-                    "target_modules",
-                    "all-linear",
-                    "every projection of the layers, or a list like [q_proj, v_proj]",
-                ),
+                TARGETS,
             ],
             learning_rates: ("3e-4", "3e-3"),
         },
@@ -83,10 +75,6 @@ pub static LAMDA: Kind = Kind {
 };
 
 impl Block for LamdaBlock {
-    fn keys(&self) -> Map<String, Value> {
-        keys_of(self)
-    }
-
     fn check(&self, _starts_from_adapter: bool) -> Result<(), String> {
         LamdaBlock::check(self)
     }
@@ -120,10 +108,6 @@ impl Block for LamdaBlock {
             base_sha256: String::new(),
             progress: None,
         }))
-    }
-
-    fn boxed(&self) -> Box<dyn Block> {
-        Box::new(self.clone())
     }
 }
 

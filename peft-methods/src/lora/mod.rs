@@ -12,7 +12,7 @@ pub use config::LoraBlock;
 
 use fa::{Preconditioners, preconditioners};
 
-use crate::registry::{Block, Kind, RunContext, Scaffold, ScaffoldKey, keys_of};
+use crate::registry::{Block, Kind, RunContext, Scaffold, ScaffoldKey, TARGETS};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use peft_core::adapter::{
     Adapter, AdapterConfig, AdapterError, InitLoraWeights, LORA_FORMAT, LoraConfig, Placement, SavedAdapter,
@@ -26,7 +26,6 @@ use peft_core::strict;
 use peft_core::train::{
     Method, MethodPlan, ParameterRole, PlannedParameter, Preparation, Progress, TrainError,
 };
-use serde_json::{Map, Value};
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
@@ -41,8 +40,6 @@ const fn scaffold(name: &'static str, about: &'static str, keys: &'static [Scaff
 const R: ScaffoldKey = ("r", "16", "rank of the update of each weight");
 const ALPHA: ScaffoldKey = ("lora_alpha", "32", "scale of the update: alpha / r");
 const DROPOUT: ScaffoldKey = ("lora_dropout", "0.0", "dropout before the update; 0.05 for little data");
-const TARGETS: ScaffoldKey =
-    ("target_modules", "all-linear", "every projection of the layers, or a list like [q_proj, v_proj]");
 
 /// LoRA as recipes name it.
 pub static LORA: Kind = Kind {
@@ -84,10 +81,6 @@ pub static LORA: Kind = Kind {
 };
 
 impl Block for LoraBlock {
-    fn keys(&self) -> Map<String, Value> {
-        keys_of(self)
-    }
-
     fn check(&self, starts_from_adapter: bool) -> Result<(), String> {
         self.check_start(starts_from_adapter)
     }
@@ -101,10 +94,6 @@ impl Block for LoraBlock {
         let (revision, start) = (run.revision.map(str::to_string), run.start.map(Path::to_path_buf));
         let lora = Lora::new(self.clone(), run.base_name, revision, start);
         Ok(Box::new(lora.map_err(TrainError::Preparation)?))
-    }
-
-    fn boxed(&self) -> Box<dyn Block> {
-        Box::new(self.clone())
     }
 }
 

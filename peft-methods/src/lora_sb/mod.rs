@@ -18,7 +18,7 @@ pub use estimate::{Estimate, estimate};
 pub use factors::{CoreFactors, first_step, lora_sb, lora_xs};
 pub use file::{CoreAdapter, LORA_SB_FORMAT, LORA_XS_FORMAT};
 
-use crate::registry::{Block, Kind, RunContext, Scaffold, ScaffoldKey, keys_of};
+use crate::registry::{Block, Kind, RunContext, Scaffold, ScaffoldKey, TARGETS};
 use burn::tensor::{DType, Tensor, TensorData};
 use peft_core::adapter::{AdapterError, FileFormat, SavedAdapter, key, take_values, weights_bytes};
 use peft_core::checkpoint::Headers;
@@ -32,7 +32,7 @@ use peft_core::train::{
     Method, MethodPlan, ParameterRole, PlannedParameter, Preparation, RunLength, TrainError,
 };
 use rayon::prelude::*;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -40,8 +40,6 @@ use std::path::{Path, PathBuf};
 const DEFAULT_SAMPLES: usize = 50;
 
 const R: ScaffoldKey = ("r", "32", "r × r numbers train in each weight");
-const TARGETS: ScaffoldKey =
-    ("target_modules", "all-linear", "every projection of the layers, or a list like [q_proj, v_proj]");
 
 /// LoRA-XS as recipes name it.
 pub static LORA_XS: Kind = Kind {
@@ -76,10 +74,6 @@ pub static LORA_SB: Kind = Kind {
 };
 
 impl Block for LoraXsBlock {
-    fn keys(&self) -> Map<String, Value> {
-        keys_of(self)
-    }
-
     fn check(&self, _starts_from_adapter: bool) -> Result<(), String> {
         self.config().map(drop)
     }
@@ -92,17 +86,9 @@ impl Block for LoraXsBlock {
         let config = self.config().map_err(TrainError::Preparation)?;
         Ok(Box::new(CoreMethod::new(config, Beginning::Weight(self.sketch()), run)))
     }
-
-    fn boxed(&self) -> Box<dyn Block> {
-        Box::new(self.clone())
-    }
 }
 
 impl Block for LoraSbBlock {
-    fn keys(&self) -> Map<String, Value> {
-        keys_of(self)
-    }
-
     fn check(&self, starts_from_adapter: bool) -> Result<(), String> {
         self.config()?;
         let keys = [
@@ -125,10 +111,6 @@ impl Block for LoraSbBlock {
     fn method(&self, run: &RunContext) -> peft_core::Result<Box<dyn Method>> {
         let config = self.config().map_err(TrainError::Preparation)?;
         Ok(Box::new(CoreMethod::new(config, Beginning::Gradient(Box::new(self.clone())), run)))
-    }
-
-    fn boxed(&self) -> Box<dyn Block> {
-        Box::new(self.clone())
     }
 }
 

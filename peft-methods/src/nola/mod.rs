@@ -15,7 +15,7 @@ mod quantise;
 pub use config::{AlphaInit, BasisScale, NolaBlock, OffsetA, SeedPolicy};
 pub use quantise::CoefficientBits;
 
-use crate::registry::{Block, Kind, RunContext, Scaffold, keys_of};
+use crate::registry::{Block, Kind, RunContext, Scaffold, TARGETS, keys_of};
 use bases::{ALPHA, BETA};
 use file::{FORMAT, NolaAdapter, file_bytes, modules, save};
 use peft_core::adapter::{AdapterError, take_values};
@@ -24,7 +24,7 @@ use peft_core::model::{Decoder, ModelConfig, ParameterShape};
 use peft_core::projection::{Delta, Parameter};
 use peft_core::strict;
 use peft_core::train::{Method, MethodPlan, ParameterRole, PlannedParameter, Preparation, TrainError};
-use serde_json::{Map, Value};
+use serde_json::Value;
 use std::path::{Path, PathBuf};
 
 /// NOLA as recipes name it.
@@ -52,21 +52,13 @@ pub static NOLA: Kind = Kind {
                 "shared",
                 "weights of one shape share random matrices, which is faster; or per_module",
             ),
-            (
-                "target_modules",
-                "all-linear",
-                "every projection of the layers, or a list like [q_proj, v_proj]",
-            ),
+            TARGETS,
         ],
         learning_rates: ("5e-3", "2e-2"),
     }],
 };
 
 impl Block for NolaBlock {
-    fn keys(&self) -> Map<String, Value> {
-        keys_of(self)
-    }
-
     fn check(&self, _starts_from_adapter: bool) -> Result<(), String> {
         NolaBlock::check(self)
     }
@@ -103,10 +95,6 @@ impl Block for NolaBlock {
             revision: run.revision.map(str::to_string),
             start: run.start.map(Path::to_path_buf),
         }))
-    }
-
-    fn boxed(&self) -> Box<dyn Block> {
-        Box::new(self.clone())
     }
 }
 

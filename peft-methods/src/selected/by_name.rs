@@ -2,7 +2,7 @@
 //! under their own names, and the hash of those that they replace.
 
 use super::{Keys, Selected, plan, read_whole};
-use crate::registry::{Block, Kind, RunContext, Scaffold, keys_of};
+use crate::registry::{Block, Kind, RunContext, Scaffold};
 use burn::tensor::Device;
 use peft_core::adapter::{
     AdapterError, AdapterFolder, FileFormat, Layout, PREFIX, Parts, Pattern, SavedAdapter, common_config,
@@ -14,7 +14,7 @@ use peft_core::nearest::did_you_mean;
 use peft_core::strict;
 use peft_core::train::{Method, MethodPlan};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::json;
 use std::path::Path;
 
 /// BitFit as recipes name it.
@@ -118,10 +118,6 @@ fn method(name: &'static str, run: &RunContext, keys: Keys) -> peft_core::Result
 }
 
 impl Block for BitfitBlock {
-    fn keys(&self) -> Map<String, Value> {
-        keys_of(self)
-    }
-
     fn check(&self, _starts_from_adapter: bool) -> Result<(), String> {
         Ok(())
     }
@@ -133,17 +129,9 @@ impl Block for BitfitBlock {
     fn method(&self, run: &RunContext) -> peft_core::Result<Box<dyn Method>> {
         method(BITFIT.name, run, self.parameters(&run.model()?)?)
     }
-
-    fn boxed(&self) -> Box<dyn Block> {
-        Box::new(self.clone())
-    }
 }
 
 impl Block for TrainOnlyBlock {
-    fn keys(&self) -> Map<String, Value> {
-        keys_of(self)
-    }
-
     fn check(&self, _starts_from_adapter: bool) -> Result<(), String> {
         match self.parameters.is_empty() {
             false => Ok(()),
@@ -157,10 +145,6 @@ impl Block for TrainOnlyBlock {
 
     fn method(&self, run: &RunContext) -> peft_core::Result<Box<dyn Method>> {
         method(TRAIN_ONLY.name, run, self.parameters(&run.model()?)?)
-    }
-
-    fn boxed(&self) -> Box<dyn Block> {
-        Box::new(self.clone())
     }
 }
 

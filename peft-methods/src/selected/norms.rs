@@ -12,7 +12,7 @@ use peft_core::model::{BaseShapes, ModelConfig};
 use peft_core::strict;
 use peft_core::train::{Method, MethodPlan};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::collections::BTreeSet;
 use std::path::Path;
 
@@ -90,10 +90,6 @@ fn norms(base: &BaseShapes) -> Vec<&str> {
 }
 
 impl Block for NormConfig {
-    fn keys(&self) -> Map<String, Value> {
-        keys_of(self)
-    }
-
     fn check(&self, _starts_from_adapter: bool) -> Result<(), String> {
         Ok(())
     }
@@ -111,10 +107,6 @@ impl Block for NormConfig {
         let start = start.map(|adapter| Box::new(adapter) as Box<dyn SavedAdapter>);
         let keys = self.keys_by_name(&base)?;
         Ok(Box::new(Selected { name: NORM_ONLY.name, keys, config, start }))
-    }
-
-    fn boxed(&self) -> Box<dyn Block> {
-        Box::new(self.clone())
     }
 }
 

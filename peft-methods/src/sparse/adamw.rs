@@ -124,19 +124,14 @@ impl AgedAdamW {
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used)]
+    use super::super::{host, row_tensor};
     use super::*;
-    use burn::tensor::TensorData;
     use peft_core::random::Stream;
 
     const ADAMW: AgedAdamW = AgedAdamW { beta_1: 0.9, beta_2: 0.999, epsilon: 1e-6, weight_decay: 0.0 };
 
     fn row(values: Vec<f32>) -> Tensor<2> {
-        let shape = [1, values.len()];
-        Tensor::from_data(TensorData::new(values, shape), &Device::flex())
-    }
-
-    fn host(tensor: &Tensor<2>) -> Vec<f32> {
-        tensor.to_data().iter::<f32>().collect()
+        row_tensor(values, &Device::flex())
     }
 
     /// Two steps with β₁ = 0.5, β₂ = 0.75, ε = 0, λ = 1, η = 0.1 on θ = 1: g = 2, then −1.

@@ -3,6 +3,7 @@
 //! The whole gradient is computed once, in the first micro-batch of the phase, for one module at a time and no longer than
 //! it takes to find its largest entries. From then on only those are.
 
+use super::host;
 use super::selection::Candidates;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use peft_core::kernels::{BackwardObserver, SparsePattern, as_dtype, sampled_products};
@@ -112,10 +113,6 @@ impl BackwardObserver for Collector {
             }
         }
     }
-}
-
-fn host(tensor: &Tensor<2>) -> Vec<f32> {
-    tensor.to_data().iter::<f32>().collect()
 }
 
 #[cfg(test)]

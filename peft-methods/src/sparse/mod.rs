@@ -23,7 +23,7 @@ pub use file::{SPARSE_FORMAT, SparseAdapter, SparseConfig, SparseModule};
 pub use schedule::ReselectionPolicy;
 pub use shira::{ShiraReport, export_shira};
 
-use crate::registry::{Block, Kind, RunContext, Scaffold, keys_of};
+use crate::registry::{Block, Kind, RunContext, Scaffold};
 use adamw::{AgedAdamW, Seed};
 use block::Target;
 use burn::tensor::{DType, Device, Tensor, TensorData};
@@ -42,7 +42,7 @@ use peft_core::train::{
 use schedule::Schedule;
 use selection::{Candidates, Exchange, by_gradients, by_moments};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::json;
 use sm3::{Patterns, Sm3};
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -74,10 +74,6 @@ pub static SPARSE: Kind = Kind {
 };
 
 impl Block for SparseBlock {
-    fn keys(&self) -> Map<String, Value> {
-        keys_of(self)
-    }
-
     fn check(&self, _starts_from_adapter: bool) -> Result<(), String> {
         SparseBlock::check(self)
     }
@@ -117,10 +113,6 @@ impl Block for SparseBlock {
             phase: None,
             warnings: Vec::new(),
         }))
-    }
-
-    fn boxed(&self) -> Box<dyn Block> {
-        Box::new(self.clone())
     }
 }
 

@@ -9,8 +9,9 @@
 //! With a momentum `μ`, `b ← μ·b + (1−μ)·g/√(u + ε)` takes the place of the quotient. The sums run on the host: there are
 //! as many numbers as entries, and each update needs their largest by row and column.
 
-use burn::tensor::{DType, Device, Tensor, TensorData};
-use peft_core::kernels::{Clip, SparsePattern};
+use super::{host, row_tensor};
+use burn::tensor::{Device, Tensor, TensorData};
+use peft_core::kernels::{Clip, SparsePattern, clipped};
 use peft_core::train::{MemoryChange, ParameterOptimizer, ParameterStep};
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -112,15 +113,6 @@ impl Sm3 {
     }
 }
 
-fn host(tensor: &Tensor<2>) -> Vec<f32> {
-    tensor.to_data().iter::<f32>().collect()
-}
-
-fn row_tensor(values: Vec<f32>, device: &Device) -> Tensor<2> {
-    let shape = [1, values.len()];
-    Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
-}
-
 impl ParameterOptimizer for Sm3 {
     fn step(&mut self, parameters: Vec<ParameterStep>, clip: Option<&Clip>) -> Vec<Tensor<2>> {
         let Some(factor) = clip.map_or(Some(1.0), Clip::factor) else {
@@ -131,7 +123,7 @@ impl ParameterOptimizer for Sm3 {
             let fresh = || Memory::new(pattern.dims(), pattern.len(), self.config.momentum);
             let memory = self.memories.entry(name.to_string()).or_insert_with(fresh);
             let mut values = host(&value);
-            let gradient = host(&gradient.mul_scalar(factor.min(1.0)));
+            let gradient = host(&clipped(gradient, factor));
             memory.step(&self.config, learning_rate, &pattern, &mut values, &gradient);
             row_tensor(values, &value.device())
         });

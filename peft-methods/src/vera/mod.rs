@@ -5,7 +5,7 @@
 
 mod projections;
 
-use crate::registry::{Block, Kind, RunContext, Scaffold, keys_of};
+use crate::registry::{Block, Kind, RunContext, Scaffold, TARGETS, keys_of};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use peft_core::adapter::{
     AdapterError, AdapterFolder, FileFormat, Layers, Layout, Names, Parts, SavedAdapter, Selection,
@@ -19,7 +19,7 @@ use peft_core::strict;
 use peft_core::train::{Method, MethodPlan, ParameterRole, PlannedParameter, Preparation, TrainError};
 use projections::{projections, upper_left};
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -37,11 +37,7 @@ pub static VERA: Kind = Kind {
         keys: &[
             ("r", "256", "rank of the shared pair; far above a LoRA's"),
             ("d_initial", "0.1", "first value of the inner vectors"),
-            (
-                "target_modules",
-                "all-linear",
-                "every projection of the layers, or a list like [q_proj, v_proj]",
-            ),
+            TARGETS,
             (
                 "save_projection",
                 "true",
@@ -194,10 +190,6 @@ fn vector(name: String, values: Vec<f32>, device: &Device) -> Parameter {
 }
 
 impl Block for VeraConfig {
-    fn keys(&self) -> Map<String, Value> {
-        keys_of(self)
-    }
-
     fn check(&self, _starts_from_adapter: bool) -> Result<(), String> {
         self.check_values()
     }
@@ -235,10 +227,6 @@ impl Block for VeraConfig {
             start: run.start.map(Path::to_path_buf),
             pair: None,
         }))
-    }
-
-    fn boxed(&self) -> Box<dyn Block> {
-        Box::new(self.clone())
     }
 }
 

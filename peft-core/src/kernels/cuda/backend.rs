@@ -339,13 +339,7 @@ impl Kernels for Cube {
                     Some(left) => {
                         for (i, (&(first, r), (a, _))) in layout.ranks.iter().zip(&factors.places).enumerate()
                         {
-                            let input = match &dropouts[i] {
-                                Some(dropout) => {
-                                    drop_elements(queue, dtype, (rows, inputs), dropout, x, left, false)?;
-                                    left
-                                }
-                                None => x,
-                            };
+                            let input = left_of(queue, dtype, (rows, inputs), &dropouts[i], x, left)?;
                             let product =
                                 Product { b: (true, inputs), c: rank, ..dense(rows, r, inputs, dtype) };
                             let to = at(down, first, dtype);
@@ -491,13 +485,7 @@ impl Kernels for Cube {
                         for (i, (first, r)) in ranks.iter().enumerate().filter(|(_, (_, r))| *r > 0) {
                             let ddown = at(ddown, *first, dtype);
                             if let Some(da) = da.map(|da| at(da, first * inputs, DType::F32)) {
-                                let input = match &dropouts[i] {
-                                    Some(dropout) => {
-                                        drop_elements(queue, dtype, (rows, inputs), dropout, x, left, false)?;
-                                        left
-                                    }
-                                    None => x,
-                                };
+                                let input = left_of(queue, dtype, (rows, inputs), &dropouts[i], x, left)?;
                                 let product = Product { a: (true, *rank), ..dense(*r, inputs, rows, dtype) };
                                 let product = Product { output: Element::F32, ..product };
                                 queue.product(&product, 1.0, ddown, input, 0.0, da, da)?;
@@ -679,6 +667,20 @@ fn drop_elements(
     let arguments = arguments.int(low).int(high).int(dropout.threshold() as usize).float(dropout.kept());
     let arguments = arguments.int(usize::from(onto));
     queue.launch(elementwise(dtype), "dropout", gate_launch(dtype, rows, columns), arguments)
+}
+
+/// The input of a term: what its dropout leaves of `x`, written to `left`, or `x` itself.
+fn left_of(
+    queue: &mut Queue,
+    dtype: DType,
+    dims: (usize, usize),
+    dropout: &Option<Dropout>,
+    x: u64,
+    left: u64,
+) -> Result<u64, Fault> {
+    let Some(dropout) = dropout else { return Ok(x) };
+    drop_elements(queue, dtype, dims, dropout, x, left, false)?;
+    Ok(left)
 }
 
 /// The launch of `column_sums`.
