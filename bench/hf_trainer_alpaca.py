@@ -40,7 +40,7 @@ def prompt_of(record):
     parts = [PREAMBLE[bool(record.get("input"))], f"### Instruction:\n{record['instruction']}"]
     if record.get("input"):
         parts.append(f"### Input:\n{record['input']}")
-    return "\n\n".join([*parts, "### Response:\n"])
+    return "\n\n".join([*parts, "### Response:"])
 
 
 def examples_of(path, tokenizer, limit):

@@ -6,8 +6,9 @@
 //! `ℓ_i = log Σ_j exp(s_ij)` and `D_i = Σ dO_i ∘ O_i` its backward computes `P = exp(S − ℓ)` and `dS = P ∘ (dO·Vᵀ − D)`
 //! again tile by tile; it needs the raw inputs, `O` and `ℓ`.
 //!
-//! [`attention`] is the plain composition over heads that are laid out already, for caches and for what no backend has
-//! kernels for.
+//! [`cached_attention`] does the same for the next tokens of rows whose keys and values are kept, and keeps theirs.
+//!
+//! [`attention`] is the plain composition over heads that are laid out already, for what no backend has kernels for.
 
 use super::as_dtype;
 use super::backend::{Kernels, has_graph, lift, served, with_backend};
@@ -73,7 +74,7 @@ pub struct Rotation {
     pub sin: Tensor<2>,
 }
 
-/// Whether [`joint_attention`] has kernels for these heads.
+/// Whether [`joint_attention`] and [`cached_attention`] have kernels for these heads.
 pub fn attends_jointly(shape: &AttentionShape, device: &Device, dtype: DType) -> bool {
     fn attends<B: Kernels>(shape: &AttentionShape, dtype: DType) -> bool {
         B::attends(shape, dtype)
@@ -121,11 +122,10 @@ fn fused<B: Kernels>(
     visibility: &Visibility,
 ) -> Tensor<2> {
     let dtype = qkv.dtype();
-    let primitive = |tensor: &Tensor<2>| B::primitive(tensor.clone());
     let inputs = |qkv| AttentionInputs::<B> {
         qkv,
-        rotation: rotation.map(|rotation| (primitive(&rotation.cos), primitive(&rotation.sin))),
-        norms: norms.map(|(q, k)| (B::primitive(as_dtype(q, dtype)), B::primitive(as_dtype(k, dtype)))),
+        rotation: rotation_of::<B>(rotation),
+        norms: norms_of::<B>(norms, dtype),
         first: B::integers(visibility.first.clone()),
         last: B::integers(visibility.last.clone()),
     };
@@ -141,6 +141,101 @@ fn fused<B: Kernels>(
         OpsKind::Tracked(prepared) => prepared.finish((inputs, output.clone(), log_denominators), output),
         OpsKind::UnTracked(prepared) => prepared.finish(output),
     })
+}
+
+type Pair<B> = Option<(FloatTensor<B>, FloatTensor<B>)>;
+
+fn rotation_of<B: Kernels>(rotation: Option<&Rotation>) -> Pair<B> {
+    rotation.map(|Rotation { cos, sin }| (B::primitive(cos.clone()), B::primitive(sin.clone())))
+}
+
+fn norms_of<B: Kernels>(norms: Option<(Tensor<2>, Tensor<2>)>, dtype: DType) -> Pair<B> {
+    norms.map(|(q, k)| (B::primitive(as_dtype(q, dtype)), B::primitive(as_dtype(k, dtype))))
+}
+
+/// What is kept of rows that are continued together: the keys, normed and turned, and the values of their tokens.
+#[derive(Debug, Clone)]
+pub struct KeyValues {
+    /// `[rows, kv_heads, slots, head_dim]`; slots after the filled ones may hold anything.
+    pub keys: Tensor<4>,
+    /// As the keys.
+    pub values: Tensor<4>,
+    /// Slots filled, the same in all rows.
+    pub length: usize,
+    /// The slot of each row's first token, `[rows]`, 32 bits; before it is padding.
+    pub first: Tensor<1, Int>,
+}
+
+/// The next tokens of rows, as a backend has them.
+pub(super) struct CachedInputs<B: Kernels> {
+    pub qkv: FloatTensor<B>,
+    pub rotation: Pair<B>,
+    pub norms: Pair<B>,
+    pub first: IntTensor<B>,
+    /// Slots filled before.
+    pub length: usize,
+}
+
+/// Keeps the keys and values of the next tokens of each row, in the slots after `kept.length`, which must be there.
+///
+/// # Shapes
+/// `qkv` `[rows · time, columns]` and the others as in [`joint_attention`].
+///
+/// # Panics
+/// Where [`attends_jointly`] says no.
+pub fn keep_keys(
+    shape: &AttentionShape,
+    qkv: Tensor<2>,
+    rotation: Option<&Rotation>,
+    norms: Option<(Tensor<2>, Tensor<2>)>,
+    kept: KeyValues,
+) -> KeyValues {
+    let served = served(&qkv.device(), qkv.dtype()).expect("asked before");
+    with_backend!(served, cached(shape, qkv, rotation, norms, kept, false)).1
+}
+
+/// Keeps the keys and values of the next tokens of each row as [`keep_keys`] does, and attends from these tokens: each sees
+/// its row's tokens up to itself, as far as the window goes. Padding sees nothing of its row; what it gets is a number.
+///
+/// Returns `[rows · time, heads · head_dim]` beside what is kept; no graph is made.
+pub fn cached_attention(
+    shape: &AttentionShape,
+    qkv: Tensor<2>,
+    rotation: Option<&Rotation>,
+    norms: Option<(Tensor<2>, Tensor<2>)>,
+    kept: KeyValues,
+) -> (Tensor<2>, KeyValues) {
+    let served = served(&qkv.device(), qkv.dtype()).expect("asked before");
+    let (y, kept) = with_backend!(served, cached(shape, qkv, rotation, norms, kept, true));
+    (y.expect("asked for"), kept)
+}
+
+fn cached<B: Kernels>(
+    shape: &AttentionShape,
+    qkv: Tensor<2>,
+    rotation: Option<&Rotation>,
+    norms: Option<(Tensor<2>, Tensor<2>)>,
+    kept: KeyValues,
+    attends: bool,
+) -> (Option<Tensor<2>>, KeyValues) {
+    let time = qkv.dims()[0] / kept.keys.dims()[0];
+    let inputs = CachedInputs::<B> {
+        rotation: rotation_of::<B>(rotation),
+        norms: norms_of::<B>(norms, qkv.dtype()),
+        qkv: B::primitive(qkv),
+        first: B::integers(kept.first.clone()),
+        length: kept.length,
+    };
+    let cache = [B::primitive(kept.keys), B::primitive(kept.values)];
+    let (y, cache) = match attends {
+        true => {
+            let (y, cache) = B::attend_cached(shape, &inputs, cache);
+            (Some(B::tensor(y)), cache)
+        }
+        false => (None, B::keep_keys(shape, &inputs, cache)),
+    };
+    let [keys, values] = cache.map(B::tensor);
+    (y, KeyValues { keys, values, length: kept.length + time, first: kept.first })
 }
 
 #[derive(Debug)]

@@ -3,10 +3,10 @@
 //! no backend offers them.
 
 use super::adamw::{AdamW, Update};
-use super::attention::{AttentionInputs, AttentionShape};
+use super::attention::{AttentionInputs, AttentionShape, CachedInputs};
 use super::cross_entropy::CrossEntropyParts;
 use super::dropout::Dropout;
-use super::linear::{LinearGradients, Part, Wanted};
+use super::linear::{LinearGradients, LowRankState, Part, Wanted};
 use super::sparse::{self, SparseGradients, SparsePattern};
 use burn::backend::autodiff::ops::NodeGuard;
 use burn::backend::tensor::FloatTensor;
@@ -64,19 +64,19 @@ pub(super) trait Kernels: Backend {
     /// Gradient of [`silu_gate`](Self::silu_gate) for `[g u]`.
     fn silu_gate_backward(gate_up: &FloatTensor<Self>, dy: &FloatTensor<Self>) -> FloatTensor<Self>;
 
-    /// `[x·W₁ᵀ + b₁ + s₁·(x₁·A₁ᵀ)·B₁ᵀ, …] + residual`, where `xᵢ` is `x` with what the term drops dropped, and all
-    /// `xᵢ·Aᵢᵀ` side by side if there are any.
+    /// `[x·W₁ᵀ + b₁ + s₁·(x₁·A₁ᵀ)·B₁ᵀ, …] + residual`, where `xᵢ` is `x` with what the term drops dropped, and what the
+    /// backward reads of the low-rank terms if there are any.
     fn linears(
         x: &FloatTensor<Self>,
         parts: &[Part<FloatTensor<Self>>],
         residual: Option<&FloatTensor<Self>>,
-    ) -> (FloatTensor<Self>, Option<FloatTensor<Self>>);
+    ) -> (FloatTensor<Self>, Option<LowRankState<FloatTensor<Self>>>);
 
     /// Gradients of [`linears`](Self::linears).
     fn linears_backward(
         dy: &FloatTensor<Self>,
         x: &FloatTensor<Self>,
-        down: Option<&FloatTensor<Self>>,
+        low: Option<&LowRankState<FloatTensor<Self>>>,
         parts: &[Part<FloatTensor<Self>>],
         wanted: &Wanted,
     ) -> LinearGradients<FloatTensor<Self>>;
@@ -119,6 +119,26 @@ pub(super) trait Kernels: Backend {
         log_denominators: &FloatTensor<Self>,
         dy: &FloatTensor<Self>,
     ) -> FloatTensor<Self>;
+
+    /// Writes the keys and values of new tokens into those of a cache, `[rows, kv_heads, slots, head_dim]`.
+    fn keep_keys(
+        shape: &AttentionShape,
+        inputs: &CachedInputs<Self>,
+        cache: [FloatTensor<Self>; 2],
+    ) -> [FloatTensor<Self>; 2];
+
+    /// [`keep_keys`](Self::keep_keys), and attention from the new tokens to all that is then in the cache.
+    fn attend_cached(
+        shape: &AttentionShape,
+        inputs: &CachedInputs<Self>,
+        cache: [FloatTensor<Self>; 2],
+    ) -> (FloatTensor<Self>, [FloatTensor<Self>; 2]);
+
+    /// The first place of the largest value of each row, `[rows]`, 32 bits.
+    fn largest(rows: &FloatTensor<Self>) -> burn::backend::tensor::IntTensor<Self>;
+
+    /// Asks for whole numbers of 32 bits and returns what waits for them.
+    fn read_later(numbers: burn::backend::tensor::IntTensor<Self>) -> Box<dyn FnOnce() -> Vec<u32>>;
 
     /// AdamW's update of f32 tensors: parameter, first and second moment of each. `clip` is the sum of the gradients'
     /// squares and the largest norm, as in [`Clip`](super::norm::Clip).

@@ -326,6 +326,16 @@ pub(super) struct Factors<T> {
     pub dropout: Option<Dropout>,
 }
 
+/// What [`Kernels::linears`] leaves of the low-rank terms for its backward.
+#[derive(Clone, Debug)]
+pub(super) struct LowRankState<T> {
+    /// All `xᵢ·Aᵢᵀ` side by side, `[rows, Σr]`.
+    pub down: T,
+    /// The factors as the backend multiplies by them, where that is not as they are.
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    pub factors: Option<T>,
+}
+
 /// Which gradients [`Kernels::linears_backward`] is to compute.
 #[derive(Clone, Debug)]
 pub(super) struct Wanted {
@@ -437,7 +447,7 @@ fn fused<B: Kernels>(
     let primitives = tracked.map(|tensor| tensor.map(Tracked::<B>::into_primitive));
     let (mut saved, parts, residual) = assemble::<B>(kind, primitives, &terms);
     let prepared = LinearBackward.prepare::<NoCheckpointing>(nodes).compute_bound().stateful();
-    let (h, (y, down)) = B::together(|| {
+    let (h, (y, low)) = B::together(|| {
         let h = saved.h::<B>();
         let results = B::linears(&h, &parts, residual.as_ref());
         (h, results)
@@ -448,7 +458,7 @@ fn fused<B: Kernels>(
                 saved.keep(&h);
             }
             arriving.iter().for_each(Skip::expect);
-            prepared.finish(State { saved, down, parts, arriving, leaving: leaving.flatten() }, y)
+            prepared.finish(State { saved, low, parts, arriving, leaving: leaving.flatten() }, y)
         }
         OpsKind::UnTracked(prepared) => prepared.finish(y),
     })
@@ -490,7 +500,7 @@ fn assemble<B: Kernels>(
 #[derive(Clone, Debug)]
 struct State<T> {
     saved: Saved<T>,
-    down: Option<T>,
+    low: Option<LowRankState<T>>,
     parts: Vec<Part<T>>,
     /// Where a gradient of the normed input may have been left.
     arriving: Option<Skip>,
@@ -506,7 +516,7 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
 
     fn backward(self, ops: Ops<Self::State, INPUTS>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
-        let State { saved, down, parts, arriving, leaving } = ops.state;
+        let State { saved, low, parts, arriving, leaving } = ops.state;
         let passing: Option<FloatTensor<B>> = arriving.and_then(|skip| skip.take());
         let [raw, norm, residual, of_maps @ ..] = ops.parents.map(|node| node.map(|node| node.id));
         let wanted = Wanted {
@@ -521,7 +531,7 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
                 .collect(),
         };
         let (gradients, of_input) = B::together(|| {
-            let mut gradients = B::linears_backward(&dy, &saved.h::<B>(), down.as_ref(), &parts, &wanted);
+            let mut gradients = B::linears_backward(&dy, &saved.h::<B>(), low.as_ref(), &parts, &wanted);
             let of_input = gradients.input.take().map(|dh| match &saved {
                 Saved::Plain(_) => (dh, None),
                 Saved::Normed { x, weight, epsilon, .. } => {

@@ -16,6 +16,7 @@ mod cross_entropy;
 mod cuda;
 mod dropout;
 mod gated;
+mod largest;
 mod linear;
 mod norm;
 mod rms_norm;
@@ -29,7 +30,8 @@ mod tests;
 
 pub use adamw::{AdamW, AdamWState, Update};
 pub use attention::{
-    AttentionShape, Rotation, Visibility, attends_jointly, attention, causal_mask, joint_attention,
+    AttentionShape, KeyValues, Rotation, Visibility, attends_jointly, attention, cached_attention,
+    causal_mask, joint_attention, keep_keys,
 };
 pub use basis::RandomBasis;
 pub use cross_entropy::{CrossEntropy, cross_entropy, head_loss};
@@ -37,6 +39,8 @@ pub use cross_entropy::{CrossEntropy, cross_entropy, head_loss};
 pub use cuda::{fault, profile};
 pub use dropout::{Dropout, dropout};
 pub use gated::silu_gate;
+pub(crate) use largest::READ_BACK;
+pub use largest::{largest, read_later};
 pub use linear::{AdaptedLinear, LinearInput, LowRankTerm, ScaledPairTerm, Term, adapted_linears};
 pub use norm::{Clip, clip_factor, clipped, sum_of_squares};
 pub use rms_norm::rms_norm;

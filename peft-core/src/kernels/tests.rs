@@ -2,7 +2,10 @@
 
 #![allow(clippy::unwrap_used)]
 
-use super::attention::{AttentionShape, Rotation, Visibility, attention, causal_mask, joint_attention};
+use super::attention::{
+    AttentionShape, KeyValues, Rotation, Visibility, attention, cached_attention, causal_mask,
+    joint_attention, keep_keys,
+};
 use super::backend::Kernels;
 use super::linear::{self, AdaptedLinear, LinearInput, LowRankTerm, ScaledPairTerm, Term, adapted_linears};
 use super::*;
@@ -715,4 +718,98 @@ fn patterns_are_checked() {
     assert_eq!(pattern(&[4, 2]), Err(PatternError::Order { position: 2, before: 4 }));
     let large = SparsePattern::new([1 << 16, 1 << 15], Vec::new()).map(|_| ());
     assert_eq!(large, Err(PatternError::TooLarge(1 << 16, 1 << 15)));
+}
+
+/// Rows that are continued in pieces, through a cache, as against all of their tokens at once.
+#[test]
+fn attention_to_a_cache() {
+    let shape = |heads, kv_heads, head_dim, window| AttentionShape {
+        heads,
+        kv_heads,
+        head_dim,
+        window,
+        epsilon: 1e-5,
+    };
+    let cases = [
+        // The first piece is read at once; more keys than one split takes follow.
+        (shape(4, 2, 16, None), &[1, 1, 3, 300, 1, 1][..]),
+        (shape(6, 2, 64, Some(40)), &[70, 1, 1, 20, 1]),
+        (shape(3, 3, 128, None), &[530, 1, 1]),
+        (shape(4, 1, 80, None), &[5, 1, 1]),
+    ];
+    let (rows, padding) = (2, [0usize, 2]);
+    for place in &places() {
+        for (shape, pieces) in &cases {
+            if !attends_jointly(shape, &place.0, place.1) {
+                continue;
+            }
+            let total: usize = pieces.iter().sum();
+            let tables = (place.0.clone(), DType::F32, place.2);
+            let angles = random("angles", [rows * total, shape.head_dim / 2], &tables);
+            let (cos, sin) = (angles.clone().cos(), angles.sin());
+            let norms =
+                (random("q norm", [1, shape.head_dim], place), random("k norm", [1, shape.head_dim], place));
+            let qkv = random("qkv", [rows * total, shape.columns()], place);
+            let sequence = |row: usize| row * total + padding[row]..(row + 1) * total;
+            let visibility = Visibility::new(&[sequence(0), sequence(1)], rows * total, &place.0);
+            let rotation = Rotation { cos: cos.clone(), sin: sin.clone() };
+            let whole =
+                joint_attention(shape, qkv.clone(), Some(&rotation), Some(norms.clone()), &visibility);
+
+            let slots = total + 3;
+            let empty = || Tensor::zeros([rows, shape.kv_heads, slots, shape.head_dim], (&place.0, place.1));
+            let first = TensorData::new(padding.map(|first| first as i32).to_vec(), [rows]);
+            let first: Tensor<1, Int> = Tensor::from_data(first, (&place.0, DType::I32));
+            let mut kept = KeyValues { keys: empty(), values: empty(), length: 0, first };
+            for (index, time) in pieces.iter().enumerate() {
+                let start = kept.length;
+                let part = |all: &Tensor<2>, row: usize| all.clone().narrow(0, row * total + start, *time);
+                let both = |all: &Tensor<2>| Tensor::cat(vec![part(all, 0), part(all, 1)], 0);
+                let rotation = Rotation { cos: both(&cos), sin: both(&sin) };
+                if index == 0 && *time > 1 {
+                    kept = keep_keys(shape, both(&qkv), Some(&rotation), Some(norms.clone()), kept);
+                    continue;
+                }
+                let y;
+                (y, kept) = cached_attention(shape, both(&qkv), Some(&rotation), Some(norms.clone()), kept);
+                for row in 0..rows {
+                    // Of padding only that it is a number.
+                    let hidden = padding[row].saturating_sub(start).min(*time);
+                    let sum = as_dtype(y.clone(), DType::F32).sum().try_into_vec_as::<f32>().unwrap()[0];
+                    assert!(sum.is_finite());
+                    let real = |y: Tensor<2>, at: usize| y.narrow(0, at + hidden, time - hidden);
+                    if hidden < *time {
+                        let found = real(y.clone(), row * time);
+                        let expected = real(whole.clone(), row * total + start);
+                        assert_close(
+                            &format!("{shape:?}, row {row}, from {start}"),
+                            found,
+                            expected,
+                            place.2,
+                        );
+                    }
+                }
+            }
+            assert_eq!(kept.length, total);
+        }
+    }
+}
+
+#[test]
+fn the_largest_of_each_row() {
+    for place in &places() {
+        for columns in [1, 5, 64, 5000] {
+            let rows = random("rows", [3, columns], place);
+            let expected: Vec<i64> = rows.clone().argmax(1).try_into_vec_as().unwrap();
+            let found: Vec<i64> = largest(rows).try_into_vec_as().unwrap();
+            // In bf16 there are equals, of which the composition may take a later one.
+            match place.1 {
+                DType::F32 => assert_eq!(found, expected),
+                _ => assert_eq!(found.len(), expected.len()),
+            }
+        }
+        let equals = TensorData::from([[0f32, 2.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0]]);
+        let equals = Tensor::from_data(equals, (&place.0, place.1));
+        assert_eq!(largest(equals).try_into_vec_as::<i64>().unwrap(), [1, 0]);
+    }
 }

@@ -39,11 +39,15 @@ impl Attention {
         let shape = self.shape();
         let trains_norm = self.qk_norm.as_ref().is_some_and(|(q, k)| q.trainable || k.trainable);
         let device = qkv.device();
-        let y = if cache.is_none() && !trains_norm && attends_jointly(&shape, &device, qkv.dtype()) {
-            let joint = context.joint();
+        let y = if !trains_norm && attends_jointly(&shape, &device, qkv.dtype()) {
             let norms = self.qk_norm.as_ref().map(|(q, k)| (q.value.clone(), k.value.clone()));
-            let rotation = self.rotary.then_some(&joint.rotation);
-            joint_attention(&shape, qkv, rotation, norms, &joint.visibility)
+            match cache {
+                Some(cache) => cache.attend_jointly(&shape, qkv, self.rotary, norms, context),
+                None => {
+                    let rotation = self.rotary.then(|| context.rotation());
+                    joint_attention(&shape, qkv, rotation, norms, context.visibility())
+                }
+            }
         } else {
             self.plain(tape, qkv, context, cache)
         };

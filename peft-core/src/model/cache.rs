@@ -1,12 +1,8 @@
 //! Keys and values of the tokens seen so far, for generation in batches.
 
-use super::context::Sequences;
-use crate::kernels::attention;
+use super::context::{Context, Sequences};
+use crate::kernels::{AttentionShape, KeyValues, attention, cached_attention, joint_attention, keep_keys};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-
-/// Added to the scores of keys that are padding: so low that their weights are 0 beside any real key, and finite, so
-/// that a query of padding, which sees nothing else, stays a number.
-const HIDDEN: f32 = -1e30;
 
 /// What a decoder remembers of rows that are continued together.
 ///
@@ -18,21 +14,15 @@ pub struct Cache {
     /// The slot of each row's first token.
     first: Vec<usize>,
     /// Slots filled.
-    length: usize,
-    /// 0 for slots of tokens, filled or not, [`HIDDEN`] for those of padding, `[rows, 1, 1, 1, slots]`; absent where
-    /// there is no padding. Grows by doubling, as the buffers do.
-    padding: Option<Tensor<5>>,
+    pub(super) length: usize,
 }
 
 impl Cache {
     /// Empty, for as many rows as `padding` has entries, each of which is how many tokens of padding a row begins with.
-    pub(super) fn new(layers: usize, padding: Vec<usize>) -> Self {
-        Self {
-            layers: (0..layers).map(|_| KeyValueCache::default()).collect(),
-            first: padding,
-            length: 0,
-            padding: None,
-        }
+    pub(super) fn new(layers: usize, padding: Vec<usize>, device: &Device) -> Self {
+        let first = indices(&padding, DType::I32, device);
+        let layer = |_| KeyValueCache { buffers: None, first: first.clone(), length: 0 };
+        Self { layers: (0..layers).map(layer).collect(), first: padding, length: 0 }
     }
 
     /// Rows.
@@ -55,45 +45,62 @@ impl Cache {
         &self.first
     }
 
-    /// Makes room for `time` more slots and returns the masks of padding for all slots up to these.
-    pub(super) fn advance(&mut self, time: usize, device: &Device) -> Option<Tensor<5>> {
-        self.length += time;
-        let needed = self.length;
-        let longest = *self.first.iter().max()?;
-        if longest == 0 {
-            return None;
-        }
-        if self.padding.as_ref().is_none_or(|mask| mask.dims()[4] < needed) {
-            let slots = capacity(needed);
-            let mut mask = vec![0f32; self.rows() * slots];
-            for (row, first) in mask.chunks_exact_mut(slots).zip(&self.first) {
-                row[..*first].fill(HIDDEN);
-            }
-            let data = TensorData::new(mask, [self.rows(), 1, 1, 1, slots]);
-            self.padding = Some(Tensor::from_data(data, (device, DType::F32)));
-        }
-        self.padding.as_ref().map(|mask| mask.clone().narrow(4, 0, needed))
-    }
-
     /// Keeps the given rows and forgets the others.
     pub fn keep(&mut self, rows: &[usize]) {
-        for layer in &mut self.layers {
-            layer.keep(rows);
-        }
         self.first = rows.iter().map(|row| self.first[*row]).collect();
-        self.padding = None;
+        let Some(device) = self.layers.first().map(|layer| layer.first.device()) else { return };
+        let (rows, first) = (indices(rows, DType::I64, &device), indices(&self.first, DType::I32, &device));
+        for layer in &mut self.layers {
+            layer.keep(&rows, &first);
+        }
     }
 }
 
+fn indices(values: &[usize], dtype: DType, device: &Device) -> Tensor<1, Int> {
+    let values: Vec<i64> = values.iter().map(|value| *value as i64).collect();
+    let count = values.len();
+    Tensor::from_data(TensorData::new(values, [count]), (device, dtype))
+}
+
 /// One layer's keys and values in a buffer that doubles when full, so that appending a token copies one token.
-#[derive(Default)]
 pub struct KeyValueCache {
     /// `[rows, kv_heads, slots, head_dim]`.
     buffers: Option<(Tensor<4>, Tensor<4>)>,
+    /// The slot of each row's first token, 32 bits.
+    first: Tensor<1, Int>,
     length: usize,
 }
 
 impl KeyValueCache {
+    /// As [`joint_attention`] and [`cached_attention`]: from new tokens to all that is held of their rows.
+    pub(super) fn attend_jointly(
+        &mut self,
+        shape: &AttentionShape,
+        qkv: Tensor<2>,
+        rotary: bool,
+        norms: Option<(Tensor<2>, Tensor<2>)>,
+        context: &Context,
+    ) -> Tensor<2> {
+        let rows = self.first.dims()[0];
+        let time = qkv.dims()[0] / rows;
+        let rotation = rotary.then(|| context.rotation());
+        let dims = [rows, shape.kv_heads, self.length + time, shape.head_dim];
+        let place = (&qkv.device(), qkv.dtype());
+        let (keys, values) = self.buffers.take().unzip();
+        let [keys, values] = [keys, values].map(|buffer| with_room(buffer, self.length, dims, place));
+        let kept = KeyValues { keys, values, length: self.length, first: self.first.clone() };
+        // Tokens that have none before them attend among themselves, in tiles.
+        let (y, kept) = if self.length == 0 && time > 1 {
+            let y = joint_attention(shape, qkv.clone(), rotation, norms.clone(), context.visibility());
+            (y, keep_keys(shape, qkv, rotation, norms, kept))
+        } else {
+            cached_attention(shape, qkv, rotation, norms, kept)
+        };
+        self.buffers = Some((kept.keys, kept.values));
+        self.length = kept.length;
+        y
+    }
+
     /// Appends the keys and values of new tokens, `[rows, kv_heads, time, head_dim]`, and attends from the tokens'
     /// queries `[rows, heads, time, head_dim]` to all that is held, as far as `sequences` and `window` let them see.
     pub(super) fn attend(
@@ -135,25 +142,27 @@ impl KeyValueCache {
         self.buffers = Some((keys, values));
     }
 
-    fn keep(&mut self, rows: &[usize]) {
-        let rows: Vec<i64> = rows.iter().map(|row| *row as i64).collect();
-        self.buffers = self.buffers.take().map(|(keys, values)| {
-            let index = TensorData::new(rows.clone(), [rows.len()]);
-            let index: Tensor<1, Int> = Tensor::from_data(index, &keys.device());
-            (keys.select(0, index.clone()), values.select(0, index))
-        });
+    fn keep(&mut self, rows: &Tensor<1, Int>, first: &Tensor<1, Int>) {
+        self.first = first.clone();
+        self.buffers = self
+            .buffers
+            .take()
+            .map(|(keys, values)| (keys.select(0, rows.clone()), values.select(0, rows.clone())));
     }
 }
 
-/// `buffer`, of which `length` slots are filled, with `new` in the slots after these; a larger one if they do not fit.
-fn written(buffer: Option<Tensor<4>>, length: usize, new: &Tensor<4>) -> Tensor<4> {
-    let [rows, heads, time, head_dim] = new.dims();
-    let needed = length + time;
-    let buffer = match buffer {
+/// `buffer`, of which `length` slots are filled, if it has the slots that `dims` asks for, or else a larger one.
+fn with_room(
+    buffer: Option<Tensor<4>>,
+    length: usize,
+    dims: [usize; 4],
+    place: (&Device, DType),
+) -> Tensor<4> {
+    let [rows, heads, needed, head_dim] = dims;
+    match buffer {
         Some(buffer) if buffer.dims()[2] >= needed => buffer,
         full => {
-            let shape = [rows, heads, capacity(needed), head_dim];
-            let fresh = Tensor::zeros(shape, (&new.device(), new.dtype()));
+            let fresh = Tensor::zeros([rows, heads, capacity(needed), head_dim], place);
             match full {
                 Some(old) => {
                     fresh.slice_assign([0..rows, 0..heads, 0..length, 0..head_dim], old.narrow(2, 0, length))
@@ -161,7 +170,14 @@ fn written(buffer: Option<Tensor<4>>, length: usize, new: &Tensor<4>) -> Tensor<
                 None => fresh,
             }
         }
-    };
+    }
+}
+
+/// `buffer`, of which `length` slots are filled, with `new` in the slots after these; a larger one if they do not fit.
+fn written(buffer: Option<Tensor<4>>, length: usize, new: &Tensor<4>) -> Tensor<4> {
+    let [rows, heads, time, head_dim] = new.dims();
+    let needed = length + time;
+    let buffer = with_room(buffer, length, [rows, heads, needed, head_dim], (&new.device(), new.dtype()));
     buffer.slice_assign([0..rows, 0..heads, length..needed, 0..head_dim], new.clone())
 }
 
@@ -181,7 +197,8 @@ mod tests {
 
     #[test]
     fn tokens_are_appended_across_a_growth_of_the_buffer() {
-        let mut cache = KeyValueCache::default();
+        let first = indices(&[0], DType::I32, &Device::flex());
+        let mut cache = KeyValueCache { buffers: None, first, length: 0 };
         let values: Vec<f32> = (0..70).map(|i| i as f32).collect();
         let head = |values: &[f32]| tensor(&[values, values].concat(), 2);
         cache.append(head(&values[..60]), head(&values[..60]));
@@ -193,22 +210,5 @@ mod tests {
         assert_eq!(keys.try_into_vec_as::<f32>().unwrap(), [&values[..], &values[..]].concat());
         let negative: Vec<f32> = values[60..].iter().map(|value| -value).collect();
         assert_eq!(held.try_into_vec_as::<f32>().unwrap(), [&negative[..], &negative[..]].concat());
-    }
-
-    #[test]
-    fn padding_is_hidden_in_its_own_row_and_follows_the_rows_that_are_kept() {
-        let device = Device::flex();
-        let hidden = |mask: Option<Tensor<5>>| -> Vec<bool> {
-            mask.unwrap().try_into_vec_as::<f32>().unwrap().iter().map(|v| *v != 0.0).collect()
-        };
-        let mut cache = Cache::new(0, vec![0, 2]);
-        assert_eq!(hidden(cache.advance(3, &device)), [false, false, false, true, true, false]);
-        assert_eq!(hidden(cache.advance(1, &device))[4..], [true, true, false, false]);
-        // Past the mask's 64 slots.
-        assert_eq!(hidden(cache.advance(70, &device)).iter().filter(|hidden| **hidden).count(), 2);
-        cache.keep(&[1]);
-        assert_eq!(hidden(cache.advance(1, &device))[..3], [true, true, false]);
-        cache.first = vec![0];
-        assert!(cache.advance(1, &device).is_none());
     }
 }

@@ -2,7 +2,7 @@
 
 use super::cache::Cache;
 use super::config::ModelConfig;
-use super::rope::{RopeTable, remembered_values};
+use super::rope::{RopeTable, RopeValues, remembered_values};
 use crate::kernels::{Rotation, Visibility, causal_mask, group_segments};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use std::cell::OnceCell;
@@ -14,7 +14,9 @@ pub struct Context {
     device: Device,
     arrangement: Arrangement,
     /// For attention by kernels over joint queries, keys and values.
-    joint: OnceCell<Joint>,
+    visibility: OnceCell<Visibility>,
+    /// As `visibility`.
+    rotation: OnceCell<Rotation>,
     /// For attention as a plain composition.
     layout: OnceCell<Layout>,
 }
@@ -23,14 +25,10 @@ pub struct Context {
 enum Arrangement {
     /// Rows of `time` places after `past` cached tokens, padded on the right to the same length.
     Padded { batch: usize, time: usize, past: usize, lengths: Option<Vec<usize>> },
+    /// The next `time` tokens of cached rows of `past` slots each, whose first tokens stand in the slots `first`.
+    Continued { first: Vec<usize>, time: usize, past: usize },
     /// At any place of the tokens.
     Packed { segments: Vec<Range<usize>>, tokens: usize },
-}
-
-/// Which tokens see which, and how each is turned.
-pub(super) struct Joint {
-    pub visibility: Visibility,
-    pub rotation: Rotation,
 }
 
 /// The sequences as the plain composition takes them.
@@ -74,23 +72,9 @@ impl Context {
     }
 
     /// The next `time` tokens of each row of `cache`.
-    pub(super) fn continued(config: &ModelConfig, cache: &mut Cache, time: usize, device: &Device) -> Self {
-        let past = cache.len();
-        let padding = cache.advance(time, device);
-        let rope = RopeTable::of_rows(
-            &config.rope_scaling,
-            config.rope_theta,
-            config.head_dim,
-            cache.first(),
-            past..past + time,
-            device,
-        );
-        let sequences = Sequences::continued(config, cache.rows(), past, time, rope, padding, device);
-        let batch = cache.rows();
-        Self {
-            layout: OnceCell::from(Layout::Padded(Box::new(sequences))),
-            ..Self::new(config, Arrangement::Padded { batch, time, past, lengths: None }, device)
-        }
+    pub(super) fn continued(config: &ModelConfig, cache: &Cache, time: usize, device: &Device) -> Self {
+        let (first, past) = (cache.first().to_vec(), cache.len());
+        Self::new(config, Arrangement::Continued { first, time, past }, device)
     }
 
     /// The sequences at `segments` of `tokens` tokens.
@@ -108,49 +92,77 @@ impl Context {
             config: config.clone(),
             device: device.clone(),
             arrangement,
-            joint: OnceCell::new(),
+            visibility: OnceCell::new(),
+            rotation: OnceCell::new(),
             layout: OnceCell::new(),
         }
     }
 
-    /// The sequences for kernels over joint queries, keys and values; nothing may be cached.
-    pub(super) fn joint(&self) -> &Joint {
-        self.joint.get_or_init(|| {
-            let (segments, spans, tokens) = match &self.arrangement {
+    /// Which tokens see which, for kernels over joint queries, keys and values; nothing may be cached.
+    pub(super) fn visibility(&self) -> &Visibility {
+        self.visibility.get_or_init(|| {
+            let (mut segments, tokens): (Vec<Range<usize>>, usize) = match &self.arrangement {
                 Arrangement::Padded { batch, time, lengths, .. } => {
-                    let row = |index: usize| index * time..(index + 1) * time;
-                    let segments = (0..*batch).map(|index| {
-                        let row = row(index);
+                    let row = |index: usize| {
                         let length = lengths.as_ref().map_or(*time, |lengths| lengths[index]);
-                        row.start..row.start + length
-                    });
-                    // Frequencies that go by the length go by that of the padded row.
-                    (segments.collect(), (0..*batch).map(row).collect(), batch * time)
+                        index * time..index * time + length
+                    };
+                    ((0..*batch).map(row).collect(), batch * time)
                 }
-                Arrangement::Packed { segments, tokens } => (segments.clone(), segments.clone(), *tokens),
+                Arrangement::Continued { first, time, .. } => {
+                    let row = |(index, first): (usize, &usize)| index * time + first..(index + 1) * time;
+                    (first.iter().enumerate().map(row).collect(), first.len() * time)
+                }
+                Arrangement::Packed { segments, tokens } => (segments.clone(), *tokens),
             };
-            let mut ordered: Vec<Range<usize>> = segments;
-            ordered.retain(|segment| !segment.is_empty());
-            Joint {
-                visibility: Visibility::new(&ordered, tokens, &self.device),
-                rotation: self.rotation(spans, tokens),
-            }
+            segments.retain(|segment| !segment.is_empty());
+            Visibility::new(&segments, tokens, &self.device)
         })
     }
 
-    /// The angles of all tokens, whose positions count from the start of their span.
-    fn rotation(&self, spans: Vec<Range<usize>>, tokens: usize) -> Rotation {
+    /// The angles of all tokens, for the same kernels.
+    pub(super) fn rotation(&self) -> &Rotation {
+        self.rotation.get_or_init(|| {
+            let row = |index: usize, time: usize| index * time..(index + 1) * time;
+            let (spans, tokens): (Vec<(Range<usize>, usize)>, usize) = match &self.arrangement {
+                // Frequencies that go by the length go by that of the padded row.
+                Arrangement::Padded { batch, time, .. } => {
+                    ((0..*batch).map(|index| (row(index, *time), 0)).collect(), batch * time)
+                }
+                Arrangement::Continued { first, time, past } => {
+                    // Padding is not turned.
+                    let span = |(index, first): (usize, &usize)| {
+                        let padding = first.saturating_sub(*past).min(*time);
+                        (index * time + padding..(index + 1) * time, past.saturating_sub(*first))
+                    };
+                    (first.iter().enumerate().map(span).collect(), first.len() * time)
+                }
+                Arrangement::Packed { segments, tokens } => {
+                    (segments.iter().map(|segment| (segment.clone(), 0)).collect(), *tokens)
+                }
+            };
+            self.angles(spans, tokens)
+        })
+    }
+
+    /// The angles of tokens in spans, each with the position of its first token.
+    fn angles(&self, spans: Vec<(Range<usize>, usize)>, tokens: usize) -> Rotation {
         let config = &self.config;
         let half = config.head_dim / 2;
         let (mut cos, mut sin) = (vec![1f32; tokens * half], vec![0f32; tokens * half]);
-        let longest = spans.iter().map(Range::len).max().unwrap_or(0);
-        for span in spans {
-            let frequencies = config.rope_scaling.frequencies(config.rope_theta, config.head_dim, span.len());
-            let values = remembered_values(&frequencies, longest);
-            let (cosines, sines) = &*values;
+        let longest = spans.iter().map(|(span, _)| span.len()).max().unwrap_or(0);
+        for (span, position) in spans {
+            let end = position + span.len();
+            let frequencies = config.rope_scaling.frequencies(config.rope_theta, config.head_dim, end);
             let (to, count) = (span.start * half, span.len() * half);
-            cos[to..to + count].copy_from_slice(&cosines[..count]);
-            sin[to..to + count].copy_from_slice(&sines[..count]);
+            let mut write = |(cosines, sines): &RopeValues| {
+                cos[to..to + count].copy_from_slice(&cosines[..count]);
+                sin[to..to + count].copy_from_slice(&sines[..count]);
+            };
+            match position {
+                0 => write(&remembered_values(&frequencies, longest)),
+                _ => write(&RopeTable::values(&frequencies, position..end)),
+            }
         }
         let tensor =
             |values| Tensor::from_data(TensorData::new(values, [tokens, half]), (&self.device, DType::F32));
@@ -171,6 +183,18 @@ impl Context {
                     device,
                 );
                 Layout::Padded(Box::new(Sequences::new(config, *batch, *past, *time, rope, device)))
+            }
+            Arrangement::Continued { first, time, past } => {
+                let rope = RopeTable::of_rows(
+                    &config.rope_scaling,
+                    config.rope_theta,
+                    config.head_dim,
+                    first,
+                    *past..past + time,
+                    device,
+                );
+                let sequences = Sequences::continued(config, first, *past, *time, rope, device);
+                Layout::Padded(Box::new(sequences))
             }
             Arrangement::Packed { segments, tokens } => {
                 let indices = |list: Vec<i64>| {
@@ -218,18 +242,18 @@ impl Sequences {
         }
     }
 
-    /// As [`new`](Self::new), with `padding` on the keys, `[batch, 1, 1, 1, past + time]`. The mask of a single token
-    /// covers the keys within its window only.
+    /// As [`new`](Self::new), for rows whose first tokens stand in the slots `first`. The mask of a single token covers
+    /// the keys within its window only.
     fn continued(
         config: &ModelConfig,
-        batch: usize,
+        first: &[usize],
         past: usize,
         time: usize,
         rope: RopeTable,
-        padding: Option<Tensor<5>>,
         device: &Device,
     ) -> Self {
-        let keys = past + time;
+        let (batch, keys) = (first.len(), past + time);
+        let padding = padding_mask(first, keys, device);
         let mask = |window: Option<usize>| match time {
             1 => {
                 let seen = window.map_or(keys, |window| window.min(keys));
@@ -254,6 +278,22 @@ impl Sequences {
     }
 }
 
+/// Added to the scores of keys that are padding: so low that their weights are 0 beside any real key, and finite, so
+/// that a query of padding, which sees nothing else, stays a number.
+const HIDDEN: f32 = -1e30;
+
+/// 0 for slots of tokens, [`HIDDEN`] for those of padding, `[rows, 1, 1, 1, keys]`; `None` where there is no padding.
+fn padding_mask(first: &[usize], keys: usize, device: &Device) -> Option<Tensor<5>> {
+    if first.iter().all(|first| *first == 0) {
+        return None;
+    }
+    let mut mask = vec![0f32; first.len() * keys];
+    for (row, first) in mask.chunks_exact_mut(keys).zip(first) {
+        row[..*first].fill(HIDDEN);
+    }
+    Some(Tensor::from_data(TensorData::new(mask, [first.len(), 1, 1, 1, keys]), (device, DType::F32)))
+}
+
 impl Packed {
     /// Applies `attend` to q, k and v `[tokens, features]` group by group and returns its results, `[tokens,
     /// features]`, in the tokens' order.
@@ -266,5 +306,19 @@ impl Packed {
             attend(qkv.clone().map(|tensor| tensor.select(0, tokens.clone())), sequences)
         });
         Tensor::cat(groups.collect(), 0).select(0, self.places.clone())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn padding_is_hidden_in_its_own_row() {
+        let mask = padding_mask(&[0, 2], 4, &Device::flex()).unwrap();
+        assert_eq!(mask.dims(), [2, 1, 1, 1, 4]);
+        let hidden: Vec<bool> = mask.try_into_vec_as::<f32>().unwrap().iter().map(|v| *v != 0.0).collect();
+        assert_eq!(hidden, [false, false, false, false, true, true, false, false]);
+        assert!(padding_mask(&[0, 0], 4, &Device::flex()).is_none());
     }
 }

@@ -145,10 +145,16 @@ impl Decoder {
     /// Appends `ids`, row-major `[rows · time]`, to the rows of `cache` and returns the logits of each row's next token,
     /// `[rows, vocab]`, without autodiff.
     pub fn extend(&self, ids: &[i64], cache: &mut Cache) -> Tensor<2> {
+        self.extend_by(self.ids(ids), cache)
+    }
+
+    /// As [`extend`](Self::extend), by ids that are on the device.
+    pub fn extend_by(&self, ids: Tensor<1, Int>, cache: &mut Cache) -> Tensor<2> {
         let tape = Tape::inference();
-        let (rows, time) = (cache.rows(), ids.len() / cache.rows());
+        let (rows, time) = (cache.rows(), ids.dims()[0] / cache.rows());
         let context = Context::continued(&self.config, cache, time, &self.device);
-        let mut x = self.embed(&tape, self.ids(ids));
+        let mut x = self.embed(&tape, ids);
+        cache.length += time;
         for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
             x = layer.forward(&tape, x, &context, Some(cache));
         }
@@ -174,7 +180,7 @@ impl Decoder {
 
     /// An empty cache for rows that begin with so many tokens of padding each.
     pub fn cache(&self, padding: Vec<usize>) -> Cache {
-        Cache::new(self.layers.len(), padding)
+        Cache::new(self.layers.len(), padding, &self.device)
     }
 
     /// Every parameter, in a fixed order.

@@ -1,8 +1,9 @@
 //! Autoregressive generation with a key/value cache, of one prompt or of many at a time.
 
 use super::decoder::Decoder;
+use crate::kernels::{READ_BACK, largest, read_later};
 use crate::random::Stream;
-use burn::tensor::Tensor;
+use burn::tensor::{Device, Tensor};
 use rayon::prelude::*;
 
 /// How the next token is chosen.
@@ -111,10 +112,20 @@ fn continue_batch(
         let tokens = ids(row).iter().map(|id| i64::from(*id));
         std::iter::repeat_n(0, longest - ids(row).len()).chain(tokens)
     };
-    let mut input: Vec<i64> = rows.iter().flat_map(padded).collect();
+    let input: Vec<i64> = rows.iter().flat_map(padded).collect();
     let mut cache = model.cache(padding);
+    let mut logits = model.extend(&input, &mut cache);
     loop {
-        let mut tokens = next_tokens(model.extend(&input, &mut cache), sampling, &mut rows);
+        let (mut tokens, ahead) = if sampling.temperature > 0.0 {
+            (drawn_tokens(logits, sampling, &mut rows), None)
+        } else {
+            let chosen = largest(logits);
+            let arriving = read_later(chosen.clone());
+            // A GPU begins with the next tokens before the host knows these.
+            let goes_on = model.device != Device::flex() && rows.iter().any(|row| row.left > 1);
+            let ahead = goes_on.then(|| model.extend_by(chosen, &mut cache));
+            (arriving(), ahead)
+        };
         for (row, token) in rows.iter_mut().zip(&tokens) {
             if row.left == 0 {
                 continue;
@@ -131,23 +142,28 @@ fn continue_batch(
             return true;
         }
         // Rows that have ended go along unheeded until dropping them halves the batch: it copies the cache.
-        if 2 * going.len() <= rows.len() {
+        let drops = 2 * going.len() <= rows.len();
+        if drops {
             cache.keep(&going);
             tokens = going.iter().map(|row| tokens[*row]).collect();
             rows.retain(|row| row.left > 0);
         }
-        input = tokens.iter().map(|token| i64::from(*token)).collect();
+        logits = match ahead {
+            Some(logits) if drops => {
+                let kept: Vec<i64> = going.iter().map(|row| *row as i64).collect();
+                logits.select(0, model.ids(&kept))
+            }
+            Some(logits) => logits,
+            None => {
+                let input: Vec<i64> = tokens.iter().map(|token| i64::from(*token)).collect();
+                model.extend(&input, &mut cache)
+            }
+        };
     }
 }
 
-/// The next token of each row by its logits `[rows, vocab]`. Only what is needed leaves the device: the tokens
-/// themselves where the most likely ones are taken.
-fn next_tokens(logits: Tensor<2>, sampling: &Sampling, rows: &mut [Row]) -> Vec<u32> {
-    if sampling.temperature <= 0.0 {
-        // The first of equal maxima.
-        let tokens = logits.argmax(1).try_into_vec_as::<i64>();
-        return tokens.expect(READ_BACK).into_iter().map(|token| token as u32).collect();
-    }
+/// The next token of each row, drawn by its logits `[rows, vocab]`.
+fn drawn_tokens(logits: Tensor<2>, sampling: &Sampling, rows: &mut [Row]) -> Vec<u32> {
     let vocab = logits.dims()[1];
     let logits = logits.try_into_vec_as::<f32>().expect(READ_BACK);
     let draw = |(row, logits): (&mut Row, &[f32])| match row.left {
@@ -156,8 +172,6 @@ fn next_tokens(logits: Tensor<2>, sampling: &Sampling, rows: &mut [Row]) -> Vec<
     };
     rows.par_iter_mut().zip(logits.par_chunks_exact(vocab)).map(draw).collect()
 }
-
-const READ_BACK: &str = "a model's results can be read back from their device";
 
 /// Draws the next token, at a temperature above 0.
 fn choose(logits: &[f32], sampling: &Sampling, draws: &mut Stream) -> u32 {
@@ -222,7 +236,6 @@ impl<'a> Ranking<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::{Device, TensorData};
 
     fn frequencies(sampling: &Sampling, logits: &[f32]) -> Vec<f64> {
         let mut draws = Stream::new(sampling.seed, "sampling", "", &[]);
@@ -251,14 +264,6 @@ mod tests {
         assert!(seen[0] == 0.0 && (seen[1] - 2. / 7.).abs() < 0.01, "{seen:?}");
         let top_p = Sampling { temperature: 1.0, top_k: None, top_p: Some(0.6), seed: 1 };
         assert!((frequencies(&top_p, &logits)[2] - 1.0).abs() < 1e-9);
-    }
-
-    #[test]
-    fn greedy_takes_the_first_maximum() {
-        let logits = TensorData::from([[1.0f32, 3.0, 3.0], [5.0, 5.0, -1.0]]);
-        let rows = || [0, 1].map(|index| Row { index, draws: Stream::new(0, "", "", &[]), left: 1 });
-        let logits = Tensor::from_data(logits, &Device::flex());
-        assert_eq!(next_tokens(logits, &Sampling::greedy(), &mut rows()), [1, 0]);
     }
 
     #[test]

@@ -442,7 +442,7 @@ vectorised! {
 
     /// Turns the scores in sight into `exp(score − max)` under the new running maximum, the others into 0, and adds to the
     /// running sum; returns what earlier terms are to be multiplied by.
-    fn soften(row: &mut [f32], seen: Range<usize>, max: &mut f32, sum: &mut f32) -> f32 {
+    pub(super) fn soften(row: &mut [f32], seen: Range<usize>, max: &mut f32, sum: &mut f32) -> f32 {
         row[..seen.start].fill(0.0);
         row[seen.end..].fill(0.0);
         let row = &mut row[seen];
@@ -470,7 +470,7 @@ vectorised! {
     }
 
     /// Normalises where asked, rotates where asked, and scales one head.
-    fn turn(out: &mut [f32], x: &[f32], norm: Option<(&[f32], f32)>, angles: Option<(&[f32], &[f32])>, scale: f32) {
+    pub(super) fn turn(out: &mut [f32], x: &[f32], norm: Option<(&[f32], f32)>, angles: Option<(&[f32], &[f32])>, scale: f32) {
         match norm {
             Some((weight, epsilon)) => {
                 let inverse = inverse_rms(x, epsilon);

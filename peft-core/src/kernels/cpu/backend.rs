@@ -2,16 +2,17 @@
 
 use super::attention::{Attention, HeadNorms};
 use super::bytes::bytes;
+use super::cached::CachedAttention;
 use super::cross_entropy::Score;
 use super::linear::{Gradients, LowRank, Projection};
 use super::sparse::{CompressedRows, TokenBlocks};
-use super::{adamw, buffers, cross_entropy, dropout, gated, linear, rms_norm, sparse};
+use super::{adamw, buffers, cross_entropy, dropout, gated, largest, linear, rms_norm, sparse};
 use crate::kernels::adamw::{AdamW, Update};
-use crate::kernels::attention::{AttentionInputs, AttentionShape};
+use crate::kernels::attention::{AttentionInputs, AttentionShape, CachedInputs};
 use crate::kernels::backend::{Kernels, conversions};
 use crate::kernels::cross_entropy::CrossEntropyParts;
 use crate::kernels::dropout::Dropout;
-use crate::kernels::linear::{Factors, LinearGradients, Part, PartGradients, Wanted};
+use crate::kernels::linear::{Factors, LinearGradients, LowRankState, Part, PartGradients, Wanted};
 use crate::kernels::norm::clip_factor;
 use crate::kernels::sparse::{SparseGradients, SparsePattern};
 use burn::backend::Flex;
@@ -135,11 +136,48 @@ struct AttentionValues {
 }
 
 impl AttentionValues {
-    fn of(inputs: &AttentionInputs<Flex>) -> Self {
+    fn of(
+        rotation: &Option<(FlexTensor, FlexTensor)>,
+        norms: &Option<(FlexTensor, FlexTensor)>,
+        first: &FlexTensor,
+    ) -> Self {
         let pair = |pair: &Option<(FlexTensor, FlexTensor)>| {
             pair.as_ref().map(|(a, b)| (Values::of(a), Values::of(b)))
         };
-        Self { rotation: pair(&inputs.rotation), norms: pair(&inputs.norms), first: integers(&inputs.first) }
+        Self { rotation: pair(rotation), norms: pair(norms), first: integers(first) }
+    }
+
+    fn rotary(&self) -> Option<(&[f32], &[f32])> {
+        self.rotation.as_ref().map(|(cos, sin)| (cos.get(), sin.get()))
+    }
+
+    fn norms(&self, shape: &AttentionShape) -> Option<HeadNorms<'_>> {
+        let norms = self.norms.as_ref();
+        norms.map(|(q, k)| HeadNorms { q: q.get(), k: k.get(), epsilon: shape.epsilon as f32 })
+    }
+
+    /// Of new tokens in rows of a cache with `slots` slots.
+    fn cached(
+        &self,
+        shape: &AttentionShape,
+        tokens: usize,
+        length: usize,
+        slots: usize,
+    ) -> CachedAttention<'_> {
+        let rows = self.first.len();
+        CachedAttention {
+            rows,
+            time: tokens / rows,
+            heads: shape.heads,
+            kv_heads: shape.kv_heads,
+            head_dim: shape.head_dim,
+            slots,
+            length,
+            rotary: self.rotary(),
+            norms: self.norms(shape),
+            first: &self.first,
+            window: shape.window.unwrap_or(0),
+        }
     }
 
     fn attention(&self, shape: &AttentionShape) -> Attention<'_> {
@@ -148,12 +186,8 @@ impl AttentionValues {
             heads: shape.heads,
             kv_heads: shape.kv_heads,
             head_dim: shape.head_dim,
-            rotary: self.rotation.as_ref().map(|(cos, sin)| (cos.get(), sin.get())),
-            norms: self.norms.as_ref().map(|(q, k)| HeadNorms {
-                q: q.get(),
-                k: k.get(),
-                epsilon: shape.epsilon as f32,
-            }),
+            rotary: self.rotary(),
+            norms: self.norms(shape),
             first: &self.first,
             window: shape.window.unwrap_or(0),
         }
@@ -210,7 +244,7 @@ impl Kernels for Flex {
         x: &FlexTensor,
         parts: &[Part<FlexTensor>],
         residual: Option<&FlexTensor>,
-    ) -> (FlexTensor, Option<FlexTensor>) {
+    ) -> (FlexTensor, Option<LowRankState<FlexTensor>>) {
         let (rows, inputs) = dims(x);
         let (x, residual) = (Values::of(x), residual.map(Values::of));
         let maps: Vec<Map> = parts.iter().map(Map::of).collect();
@@ -222,18 +256,18 @@ impl Kernels for Flex {
             let (down, residual) = (down.storage_mut(), residual.as_ref().map(Values::get));
             linear::forward(y, down, x.get(), residual, rows, inputs, &projections);
         });
-        (y, (ranks > 0).then_some(down))
+        (y, (ranks > 0).then_some(LowRankState { down, factors: None }))
     }
 
     fn linears_backward(
         dy: &FlexTensor,
         x: &FlexTensor,
-        down: Option<&FlexTensor>,
+        low: Option<&LowRankState<FlexTensor>>,
         parts: &[Part<FlexTensor>],
         wanted: &Wanted,
     ) -> LinearGradients<FlexTensor> {
         let (rows, inputs) = dims(x);
-        let (x, dy, down) = (Values::of(x), Values::of(dy), down.map(Values::of));
+        let (x, dy, down) = (Values::of(x), Values::of(dy), low.map(|low| Values::of(&low.down)));
         let maps: Vec<Map> = parts.iter().map(Map::of).collect();
         let projections: Vec<Projection> = maps.iter().map(Map::projection).collect();
         let mut gradients: Vec<PartGradients<FlexTensor>> = maps
@@ -310,7 +344,8 @@ impl Kernels for Flex {
     }
 
     fn attend(shape: &AttentionShape, inputs: &AttentionInputs<Self>) -> (FlexTensor, FlexTensor) {
-        let (qkv, values) = (Values::of(&inputs.qkv), AttentionValues::of(inputs));
+        let AttentionInputs { qkv, rotation, norms, first, .. } = inputs;
+        let (qkv, values) = (Values::of(qkv), AttentionValues::of(rotation, norms, first));
         let attention = values.attention(shape);
         let mut log_denominators = empty(&[shape.heads, attention.tokens]);
         let output = filled(&[attention.tokens, shape.heads * shape.head_dim], |output| {
@@ -326,12 +361,53 @@ impl Kernels for Flex {
         log_denominators: &FlexTensor,
         dy: &FlexTensor,
     ) -> FlexTensor {
-        let (qkv, values) = (Values::of(&inputs.qkv), AttentionValues::of(inputs));
+        let AttentionInputs { qkv, rotation, norms, first, .. } = inputs;
+        let (qkv, values) = (Values::of(qkv), AttentionValues::of(rotation, norms, first));
         let (output, lse, dy) = (Values::of(output), Values::of(log_denominators), Values::of(dy));
         let attention = values.attention(shape);
         filled(&[attention.tokens, shape.columns()], |dqkv| {
             attention.backward(dqkv, qkv.get(), output.get(), lse.get(), dy.get());
         })
+    }
+
+    fn keep_keys(
+        shape: &AttentionShape,
+        inputs: &CachedInputs<Self>,
+        cache: [FlexTensor; 2],
+    ) -> [FlexTensor; 2] {
+        let CachedInputs { qkv, rotation, norms, first, length } = inputs;
+        let (tokens, values) = (dims(qkv).0, AttentionValues::of(rotation, norms, first));
+        let qkv = Values::of(qkv);
+        let [mut k, mut v] = cache.map(rows_of);
+        let attention = values.cached(shape, tokens, *length, k.shape()[2]);
+        attention.keep(k.storage_mut(), v.storage_mut(), qkv.get());
+        [k, v]
+    }
+
+    fn attend_cached(
+        shape: &AttentionShape,
+        inputs: &CachedInputs<Self>,
+        cache: [FlexTensor; 2],
+    ) -> (FlexTensor, [FlexTensor; 2]) {
+        let CachedInputs { qkv, rotation, norms, first, length } = inputs;
+        let (tokens, values) = (dims(qkv).0, AttentionValues::of(rotation, norms, first));
+        let (qkv, slots) = (Values::of(qkv), cache[0].shape()[2]);
+        let attention = values.cached(shape, tokens, *length, slots);
+        let [k, v] = Self::keep_keys(shape, inputs, cache);
+        let output = filled(&[tokens, shape.heads * shape.head_dim], |output| {
+            attention.attend(output, Values::of(&k).get(), Values::of(&v).get(), qkv.get());
+        });
+        (output, [k, v])
+    }
+
+    fn largest(rows: &FlexTensor) -> FlexTensor {
+        let ((count, columns), rows) = (dims(rows), Values::of(rows));
+        let places = Bytes::from_elems(largest::largest(rows.get(), columns));
+        FlexTensor::new(places, Layout::contiguous(Shape::from(vec![count])), DType::I32)
+    }
+
+    fn read_later(numbers: FlexTensor) -> Box<dyn FnOnce() -> Vec<u32>> {
+        Box::new(move || integers(&numbers).into_iter().map(|number| number as u32).collect())
     }
 
     fn adamw(

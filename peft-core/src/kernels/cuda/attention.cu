@@ -38,6 +38,9 @@
 //   attention_backward_q       (H, tiles); threads; shared
 //   attention_backward_kv      (KV, tiles, SLICES); threads; shared
 //   attention_rotate_backward  as attention_rotate
+//   attention_keep             ceil(N (H + 2 KV) LANES / 256); 256; 0
+//       N / T rows of T new tokens, whose keys and values go to the slots from `length` on of k_cache and v_cache, bf16
+//       [N / T, KV, capacity, D]; q, unless null, bf16 [N, H, D] gets the queries
 //   attention_decode           (splits, KV ceil(T H / KV / 16), B); threads; shared
 //       q bf16 [B, T, H, D], k_cache, v_cache bf16 [B, KV, capacity, D], first int32 [B]; the T new tokens fill slots
 //       length - T .. length - 1. partial: f32 [units, splits, 16 (D + 2)], arrived: int32 [units], zero before the first
@@ -1567,6 +1570,24 @@ __device__ __forceinline__ void rotate(Pairs& x, const float* cos, const float* 
     }
 }
 
+// Norm, where there is one, and rotation of a query's or key's head; every lane of it must call.
+__device__ __forceinline__ void turn(Pairs& x, const u16* norm, const float* cos, const float* sin, size_t token, int part,
+                                     float epsilon, bool valid) {
+    if (norm != nullptr) {
+        const float r = inverse_rms(x, epsilon);
+        if (valid) {
+            Pairs weight;
+            load_pairs(weight, norm, part);
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                x.low[i] = round_bf16(weight.low[i] * round_bf16(x.low[i] * r));
+                x.high[i] = round_bf16(weight.high[i] * round_bf16(x.high[i] * r));
+            }
+        }
+    }
+    if (valid && cos != nullptr) rotate(x, cos, sin, token, part, 1.f);
+}
+
 extern "C" __global__ void __launch_bounds__(256)
 attention_rotate(u16* __restrict__ qk, const u16* __restrict__ qkv, const float* __restrict__ cos,
                  const float* __restrict__ sin, const u16* __restrict__ q_norm, const u16* __restrict__ k_norm, int n,
@@ -1578,21 +1599,34 @@ attention_rotate(u16* __restrict__ qk, const u16* __restrict__ qkv, const float*
     const int head = item % (heads + kv_heads);
     Pairs x = {};
     if (valid) load_pairs(x, qkv + (token * (heads + 2 * kv_heads) + head) * D, part);
-    if (q_norm != nullptr) {
-        const float r = inverse_rms(x, epsilon);
-        if (valid) {
-            Pairs weight;
-            load_pairs(weight, head < heads ? q_norm : k_norm, part);
-#pragma unroll
-            for (int i = 0; i < 8; ++i) {
-                x.low[i] = round_bf16(weight.low[i] * round_bf16(x.low[i] * r));
-                x.high[i] = round_bf16(weight.high[i] * round_bf16(x.high[i] * r));
-            }
-        }
-    }
+    turn(x, head < heads ? q_norm : k_norm, cos, sin, token, part, epsilon, valid);
+    if (valid) store_pairs(qk + item * D, x, part);
+}
+
+extern "C" __global__ void __launch_bounds__(256)
+attention_keep(u16* __restrict__ q, u16* __restrict__ k_cache, u16* __restrict__ v_cache, const u16* __restrict__ qkv,
+               const float* __restrict__ cos, const float* __restrict__ sin, const u16* __restrict__ q_norm,
+               const u16* __restrict__ k_norm, int n, int tokens, int heads, int kv_heads, int capacity, int length,
+               float epsilon) {
+    const size_t item = size_t(blockIdx.x) * (256 / LANES) + threadIdx.x / LANES; // token * (H + 2 KV) + head
+    const int part = threadIdx.x % LANES, all = heads + 2 * kv_heads;
+    const bool valid = item < size_t(n) * all && part < D / 16;
+    const size_t token = item / all, row = token / tokens, slot = length + token % tokens;
+    const int head = item % all;
+    Pairs x = {};
+    if (valid) load_pairs(x, qkv + item * D, part);
+    const bool of_value = head >= heads + kv_heads;
+    // A warp may hold heads of both kinds, and the norm's sums need all its lanes.
+    Pairs turned = x;
+    turn(turned, head < heads ? q_norm : k_norm, cos, sin, token, part, epsilon, valid && !of_value);
     if (!valid) return;
-    if (cos != nullptr) rotate(x, cos, sin, token, part, 1.f);
-    store_pairs(qk + item * D, x, part);
+    if (head < heads) {
+        if (q != nullptr) store_pairs(q + (token * heads + head) * D, turned, part);
+        return;
+    }
+    const int kv_head = (head - heads) % kv_heads;
+    u16* cache = of_value ? v_cache : k_cache;
+    store_pairs(cache + ((row * kv_heads + kv_head) * capacity + slot) * D, of_value ? x : turned, part);
 }
 
 extern "C" __global__ void __launch_bounds__(256)

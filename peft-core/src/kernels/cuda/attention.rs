@@ -1,9 +1,9 @@
 //! Launches of the attention kernels; `attention.cu` says what each does.
 
 use super::backend::empty;
-use super::engine::{Arguments, Buffers, Launch, Queue, Source, submit};
+use super::engine::{Arguments, Buffers, COUNTERS, Launch, Queue, Source, submit};
 use super::error::Fault;
-use crate::kernels::attention::{AttentionInputs, AttentionShape};
+use crate::kernels::attention::{AttentionInputs, AttentionShape, CachedInputs};
 use burn::backend::Cube;
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
@@ -56,10 +56,20 @@ impl Geometry {
     /// The tiles of forward, of the queries' gradient and of the keys' and values', and into how many slices the last
     /// is cut.
     fn tiles(&self, queue: &mut Queue) -> Result<([Tile; 3], usize), Fault> {
-        let numbers = queue.numbers::<13>(self.source, "attention_geometry")?;
+        let numbers = self.constants(queue)?;
         let number = |at: usize| numbers[at] as usize;
         let tile = |at: usize| Tile { rows: number(at), threads: number(at + 1), shared: number(at + 2) };
         Ok(([tile(0), tile(3), tile(6)], number(10)))
+    }
+
+    /// Threads and dynamic shared memory of a block that attends to a cache.
+    fn decode(&self, queue: &mut Queue) -> Result<(usize, usize), Fault> {
+        let numbers = self.constants(queue)?;
+        Ok((numbers[11] as usize, numbers[12] as usize))
+    }
+
+    fn constants(&self, queue: &mut Queue) -> Result<[i32; 13], Fault> {
+        queue.numbers(self.source, "attention_geometry")
     }
 
     /// A launch over `items` heads of tokens, a few lanes each.
@@ -104,6 +114,57 @@ impl Geometry {
     }
 }
 
+/// New tokens of rows and the cache that takes their keys and values.
+#[derive(Clone, Copy)]
+struct Extension {
+    geometry: Geometry,
+    rows: usize,
+    /// New tokens of each row.
+    time: usize,
+    /// Slots of the cache.
+    slots: usize,
+    /// Those filled before.
+    length: usize,
+}
+
+impl Extension {
+    fn new(shape: &AttentionShape, inputs: &CachedInputs<Cube>, cache: &[CubeTensor; 2]) -> Self {
+        let (tokens, rows) = (inputs.qkv.meta.shape()[0], cache[0].meta.shape()[0]);
+        let slots = cache[0].meta.shape()[2];
+        let geometry = Geometry::new(shape, tokens);
+        Self { geometry, rows, time: tokens / rows, slots, length: inputs.length }
+    }
+
+    /// Blocks of a split: 16 queries that share a key head each.
+    fn units(&self) -> (usize, usize) {
+        let Geometry { heads, kv_heads, .. } = self.geometry;
+        (kv_heads * (self.time * heads / kv_heads).div_ceil(16), self.rows)
+    }
+
+    /// Into how many parts the keys are cut, so that few blocks are not slow blocks.
+    fn splits(&self) -> usize {
+        let (units, rows) = self.units();
+        let keys = self.length + self.time;
+        let keys = if self.geometry.window == 0 { keys } else { keys.min(self.geometry.window + self.time) };
+        if units * rows > COUNTERS { 1 } else { keys.div_ceil(256).min(BLOCKS / (units * rows)).clamp(1, 16) }
+    }
+
+    /// Norm and rotation of queries, to `q` if there is one, and of keys, which go to the cache with the values.
+    fn keep(&self, queue: &mut Queue, q: u64, [k, v]: [u64; 2], inputs: &Inputs) -> Result<(), Fault> {
+        let Geometry { source, tokens, heads, kv_heads, epsilon, .. } = self.geometry;
+        let arguments = Arguments::default().address(q).address(k).address(v).address(inputs.qkv);
+        let arguments = arguments.address(inputs.cos).address(inputs.sin);
+        let arguments = arguments.address(inputs.q_norm).address(inputs.k_norm);
+        let arguments = arguments.int(tokens).int(self.time).int(heads).int(kv_heads);
+        let arguments = arguments.int(self.slots).int(self.length).float(epsilon);
+        let launch = self.geometry.by_head(tokens * (heads + 2 * kv_heads));
+        queue.launch(source, "attention_keep", launch, arguments)
+    }
+}
+
+/// Blocks that keep the whole device at work.
+const BLOCKS: usize = 264;
+
 /// Addresses of the inputs; 0 for what is absent.
 struct Inputs {
     qkv: u64,
@@ -122,24 +183,44 @@ struct Places {
     rotation: Option<(usize, usize)>,
     norms: Option<(usize, usize)>,
     first: usize,
-    last: usize,
+    last: Option<usize>,
 }
 
 impl Places {
-    fn add(buffers: &mut Buffers, inputs: &AttentionInputs<Cube>) -> Self {
+    fn add(
+        buffers: &mut Buffers,
+        qkv: &CubeTensor,
+        rotation: &Option<(CubeTensor, CubeTensor)>,
+        norms: &Option<(CubeTensor, CubeTensor)>,
+        first: &CubeTensor,
+        last: Option<&CubeTensor>,
+    ) -> Self {
         let mut pair = |pair: &Option<(CubeTensor, CubeTensor)>| {
             let add = |(a, b): &(CubeTensor, CubeTensor)| (buffers.add_rows(a), buffers.add_rows(b));
             pair.as_ref().map(add)
         };
-        let (rotation, norms) = (pair(&inputs.rotation), pair(&inputs.norms));
+        let (rotation, norms) = (pair(rotation), pair(norms));
         let mut add = |tensor: &CubeTensor| buffers.add_rows(tensor);
-        Self { qkv: add(&inputs.qkv), rotation, norms, first: add(&inputs.first), last: add(&inputs.last) }
+        Self { qkv: add(qkv), rotation, norms, first: add(first), last: last.map(add) }
+    }
+
+    /// Of tokens that attend to one another.
+    fn joint(buffers: &mut Buffers, inputs: &AttentionInputs<Cube>) -> Self {
+        let AttentionInputs { qkv, rotation, norms, first, last } = inputs;
+        Self::add(buffers, qkv, rotation, norms, first, Some(last))
+    }
+
+    /// Of tokens that attend to a cache.
+    fn cached(buffers: &mut Buffers, inputs: &CachedInputs<Cube>) -> Self {
+        let CachedInputs { qkv, rotation, norms, first, .. } = inputs;
+        Self::add(buffers, qkv, rotation, norms, first, None)
     }
 
     fn of(&self, buffers: &[u64]) -> Inputs {
         let pair = |pair: Option<(usize, usize)>| pair.map_or((0, 0), |(a, b)| (buffers[a], buffers[b]));
         let ((cos, sin), (q_norm, k_norm)) = (pair(self.rotation), pair(self.norms));
-        let (qkv, first, last) = (buffers[self.qkv], buffers[self.first], buffers[self.last]);
+        let (qkv, first) = (buffers[self.qkv], buffers[self.first]);
+        let last = self.last.map_or(0, |last| buffers[last]);
         Inputs { qkv, cos, sin, q_norm, k_norm, first, last }
     }
 }
@@ -160,7 +241,7 @@ pub fn forward(shape: &AttentionShape, inputs: &AttentionInputs<Cube>) -> (CubeT
     let order = empty(qkv, &[most_tiles(tokens)], DType::I32);
     let mut buffers = Buffers::default();
     let [o, lse, qk, order] = [&output, &log_denominators, &rotated, &order].map(|t| buffers.add(t));
-    let places = Places::add(&mut buffers, inputs);
+    let places = Places::joint(&mut buffers, inputs);
     submit("attention", &qkv.client, &buffers.handles(), move |queue, buffers| {
         let inputs = places.of(buffers);
         let ([tile, ..], _) = geometry.tiles(queue)?;
@@ -193,7 +274,7 @@ pub fn backward(
     let mut buffers = Buffers::default();
     let tensors = [&gradient, &rotated, &delta, &orders[0], &orders[1], output, log_denominators, dy];
     let at = tensors.map(|tensor| buffers.add_rows(tensor));
-    let places = Places::add(&mut buffers, inputs);
+    let places = Places::joint(&mut buffers, inputs);
     submit("attention_backward", &qkv.client, &buffers.handles(), move |queue, buffers| {
         let inputs = places.of(buffers);
         let [gradient, qk, delta, q_order, kv_order, output, lse, dy] = at.map(|at| buffers[at]);
@@ -225,4 +306,54 @@ pub fn backward(
         geometry.rotate(queue, "attention_rotate_backward", gradient, &inputs)
     });
     gradient
+}
+
+/// Keys and values of new tokens, written into the cache.
+pub fn keep_keys(
+    shape: &AttentionShape,
+    inputs: &CachedInputs<Cube>,
+    cache: [CubeTensor; 2],
+) -> [CubeTensor; 2] {
+    let extension = Extension::new(shape, inputs, &cache);
+    let mut buffers = Buffers::default();
+    let cache_at = cache.each_ref().map(|tensor| buffers.add(tensor));
+    let places = Places::cached(&mut buffers, inputs);
+    submit("attention_keep", &inputs.qkv.client, &buffers.handles(), move |queue, buffers| {
+        extension.keep(queue, 0, cache_at.map(|at| buffers[at]), &places.of(buffers))
+    });
+    cache
+}
+
+/// The same, and attention from the new tokens.
+pub fn attend_cached(
+    shape: &AttentionShape,
+    inputs: &CachedInputs<Cube>,
+    cache: [CubeTensor; 2],
+) -> (CubeTensor, [CubeTensor; 2]) {
+    let extension = Extension::new(shape, inputs, &cache);
+    let Extension { geometry, time, slots, length, .. } = extension;
+    let Geometry { source, tokens, heads, kv_heads, head_dim, window, scale, .. } = geometry;
+    let ((units, rows), splits) = (extension.units(), extension.splits());
+    let output = empty(&inputs.qkv, &[tokens, heads * head_dim], DType::BF16);
+    let q = empty(&inputs.qkv, &[tokens, heads * head_dim], DType::BF16);
+    let partial =
+        (splits > 1).then(|| empty(&inputs.qkv, &[units * rows, splits, 16 * (head_dim + 2)], DType::F32));
+    let mut buffers = Buffers::default();
+    let cache_at = cache.each_ref().map(|tensor| buffers.add(tensor));
+    let [output_at, q_at] = [&output, &q].map(|tensor| buffers.add(tensor));
+    let partial_at = partial.as_ref().map(|partial| buffers.add(partial));
+    let places = Places::cached(&mut buffers, inputs);
+    submit("attention_cached", &inputs.qkv.client, &buffers.handles(), move |queue, buffers| {
+        let (inputs, [k, v], q) = (places.of(buffers), cache_at.map(|at| buffers[at]), buffers[q_at]);
+        extension.keep(queue, q, [k, v], &inputs)?;
+        let (threads, shared) = geometry.decode(queue)?;
+        let partial = partial_at.map_or(0, |partial| buffers[partial]);
+        let arguments = Arguments::default().address(buffers[output_at]).address(partial);
+        let arguments = arguments.address(queue.counters()).address(q).address(k).address(v);
+        let arguments = arguments.address(inputs.first).int(length + time).int(time);
+        let arguments = arguments.int(heads).int(kv_heads).int(slots).int(window).float(scale);
+        let launch = Launch { grid: (splits, units, rows), block: (threads, 1), shared };
+        queue.launch(source, "attention_decode", launch, arguments)
+    });
+    (output, cache)
 }

@@ -1,15 +1,18 @@
 //! The kernels over cubecl's tensors.
 
 use super::cublaslt::{Element, Product};
-use super::engine::{Arguments, Buffers, Launch, Queue, Source, flush, submit, together};
+use super::engine::{Arguments, Buffers, Launch, Queue, Source, flush, read_later, submit, together};
 use super::error::Fault;
 use super::{attention, optimizer};
+use crate::kernels::READ_BACK;
 use crate::kernels::adamw::{AdamW, Update};
-use crate::kernels::attention::{AttentionInputs, AttentionShape};
+use crate::kernels::attention::{AttentionInputs, AttentionShape, CachedInputs};
 use crate::kernels::backend::{Kernels, conversions};
 use crate::kernels::cross_entropy::CrossEntropyParts;
 use crate::kernels::dropout::Dropout;
-use crate::kernels::linear::{Factors as LowRank, LinearGradients, Part, PartGradients, Wanted};
+use crate::kernels::linear::{
+    Factors as LowRank, LinearGradients, LowRankState, Part, PartGradients, Wanted,
+};
 use burn::backend::Cube;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Shape};
@@ -73,7 +76,7 @@ fn gate_launch(dtype: DType, rows: usize, columns: usize) -> Launch {
     Launch { grid: (rows, (columns / lanes).div_ceil(threads), 1), block: (threads, 1), shared: 0 }
 }
 
-/// Maps whose weights lie one after another and that are alike in having a low-rank term.
+/// Maps whose weights lie one after another.
 struct JoinedMaps {
     /// Where their columns of the result begin.
     start: usize,
@@ -81,20 +84,15 @@ struct JoinedMaps {
     width: usize,
     /// The address of the first weight.
     weight: u64,
-    /// Whether they have low-rank terms.
-    adapted: bool,
 }
 
 /// Joins weights that lie one after another.
 fn joined(layout: &Layout, weights: &[u64], inputs: usize, dtype: DType) -> Vec<JoinedMaps> {
     let mut runs: Vec<JoinedMaps> = Vec::with_capacity(weights.len());
-    for ((&(start, width), (_, rank)), &weight) in layout.outs.iter().zip(&layout.ranks).zip(weights) {
-        let adapted = *rank > 0;
+    for (&(start, width), &weight) in layout.outs.iter().zip(weights) {
         match runs.last_mut() {
-            Some(run) if at(run.weight, run.width * inputs, dtype) == weight && run.adapted == adapted => {
-                run.width += width;
-            }
-            _ => runs.push(JoinedMaps { start, width, weight, adapted }),
+            Some(run) if at(run.weight, run.width * inputs, dtype) == weight => run.width += width,
+            _ => runs.push(JoinedMaps { start, width, weight }),
         }
     }
     runs
@@ -131,68 +129,90 @@ impl Layout {
     }
 }
 
-/// The factors of all maps in the activations' type: `[A₁; A₂; …]` `[Σr, in]`, then each `s·B` `[out, r]` one after another.
+/// The factors of all maps in the activations' type: `[A₁; A₂; …]` `[Σr, in]`, then each `s·B` in the rows of its map and
+/// the columns of its rank, `[out, Σr]`, with zeros elsewhere: one thin product takes all maps at once, and what it
+/// multiplies by zero costs less than more products.
 struct Factors {
-    /// Where their buffer stands.
-    at: usize,
-    dtype: DType,
-    /// Per map: elements before its `A`, and before its `B`.
-    places: Vec<(usize, usize)>,
-    /// For each factor: where its buffer stands, elements before its place, how many it has, what they are scaled by.
-    casts: Vec<(usize, usize, usize, f32)>,
+    /// Elements before the `B`s.
+    b: usize,
+    /// Elements in all.
+    len: usize,
 }
 
 impl Factors {
-    /// A tensor for them on the device of `like`, and the buffers that are cast into it.
-    fn new(
+    fn new(layout: &Layout, inputs: usize) -> Option<Self> {
+        // The Bs begin at a multiple of 256 bytes.
+        let b = (layout.rank * inputs).next_multiple_of(128);
+        (layout.rank > 0).then_some(Self { b, len: b + layout.out * layout.rank })
+    }
+}
+
+/// A factor that is cast.
+struct Cast {
+    /// Where its buffer stands; `None` where a map has no term.
+    from: Option<usize>,
+    /// Elements before the first row that it is written to.
+    to: usize,
+    /// Rows, and its columns.
+    dims: (usize, usize),
+    /// The first of these columns there, and how many there are.
+    columns: (usize, usize),
+    scale: f32,
+}
+
+impl Cast {
+    /// Those of all maps.
+    fn all(
         parts: &[Part<CubeTensor>],
+        layout: &Layout,
+        factors: &Factors,
         inputs: usize,
-        like: &CubeTensor,
         buffers: &mut Buffers,
-    ) -> Option<Self> {
-        let factors = || parts.iter().filter_map(|part| part.factors.as_ref());
-        let all_ranks: usize = factors().map(|factors| dims(&factors.a).0).sum();
-        if all_ranks == 0 {
-            return None;
-        }
-        let (mut a_place, mut b_place) = (0, (all_ranks * inputs).next_multiple_of(128));
-        let mut places = Vec::with_capacity(parts.len());
+    ) -> Vec<Self> {
         let mut casts = Vec::with_capacity(2 * parts.len());
-        for part in parts {
-            // Each B begins at a multiple of 256 bytes.
-            places.push((a_place, b_place));
-            if let Some(LowRank { a, b, scale, .. }) = &part.factors {
-                let (rank, out) = (dims(a).0, dims(b).0);
-                casts.push((buffers.add_rows(a), a_place, rank * inputs, 1.0));
-                casts.push((buffers.add_rows(b), b_place, out * rank, *scale));
-                a_place += rank * inputs;
-                b_place += (out * rank).next_multiple_of(128);
+        for ((part, (start, out)), (first, rank)) in parts.iter().zip(&layout.outs).zip(&layout.ranks) {
+            let low = part.factors.as_ref();
+            if let Some(LowRank { a, .. }) = low {
+                let (from, to) = (Some(buffers.add_rows(a)), first * inputs);
+                casts.push(Self { from, to, dims: (*rank, inputs), columns: (0, inputs), scale: 1.0 });
             }
+            casts.push(Self {
+                from: low.map(|LowRank { b, .. }| buffers.add_rows(b)),
+                to: factors.b + start * layout.rank,
+                dims: (*out, *rank),
+                columns: (*first, layout.rank),
+                scale: low.map_or(0.0, |low| low.scale),
+            });
         }
-        let tensor = empty(like, &[b_place], like.dtype);
-        let at = buffers.add(&tensor);
-        Some(Self { at, dtype: like.dtype, places, casts })
+        casts
     }
 
-    /// Casts them; returns their address.
-    fn cast(&self, queue: &mut Queue, buffers: &[u64]) -> Result<u64, Fault> {
-        let to = buffers[self.at];
-        let most = self.casts.iter().map(|cast| cast.2).max().unwrap_or(0);
+    /// Enqueues them.
+    fn enqueue(
+        casts: &[Self],
+        queue: &mut Queue,
+        dtype: DType,
+        buffers: &[u64],
+        to: u64,
+    ) -> Result<(), Fault> {
+        let pair = |low: usize, high: usize| low as u64 | (high as u64) << 32;
         let mut arguments = Arguments::default();
         for slot in 0..6 {
-            arguments = match self.casts.get(slot) {
-                Some((from, place, count, scale)) => arguments.structure(&[
-                    buffers[*from],
-                    at(to, *place, self.dtype),
-                    *count as u64 | u64::from(scale.to_bits()) << 32,
+            arguments = match casts.get(slot) {
+                Some(cast) => arguments.structure(&[
+                    cast.from.map_or(0, |from| buffers[from]),
+                    at(to, cast.to, dtype),
+                    pair(cast.dims.0, cast.dims.1),
+                    pair(cast.columns.0, cast.columns.1),
+                    u64::from(cast.scale.to_bits()),
                 ]),
-                None => arguments.structure(&[0; 3]),
+                None => arguments.structure(&[0; 5]),
             };
         }
-        let grid = (most.div_ceil(1024).min(256), self.casts.len(), 1);
+        let most = casts.iter().map(|cast| cast.dims.0 * cast.columns.1).max().unwrap_or(0);
+        let grid = (most.div_ceil(1024).min(256), casts.len(), 1);
         let launch = Launch { grid, block: (256, 1), shared: 0 };
-        queue.launch(elementwise(self.dtype), "cast_factors", launch, arguments)?;
-        Ok(to)
+        queue.launch(elementwise(dtype), "cast_factors", launch, arguments)
     }
 }
 
@@ -302,7 +322,7 @@ impl Kernels for Cube {
         x: &CubeTensor,
         parts: &[Part<CubeTensor>],
         residual: Option<&CubeTensor>,
-    ) -> (CubeTensor, Option<CubeTensor>) {
+    ) -> (CubeTensor, Option<LowRankState<CubeTensor>>) {
         let ((rows, inputs), dtype) = (dims(x), x.dtype);
         let layout = Layout::new(parts);
         let mut buffers = Buffers::default();
@@ -312,55 +332,52 @@ impl Kernels for Cube {
         let bias_at: Vec<Option<usize>> =
             parts.iter().map(|part| part.bias.as_ref().map(|bias| buffers.add_rows(bias))).collect();
         let residual_at = residual.map(|residual| buffers.add_rows(residual));
-        let factors = Factors::new(parts, inputs, x, &mut buffers);
-        let down = factors.as_ref().map(|_| empty(x, &[rows, layout.rank], dtype));
-        let down_at = down.as_ref().map(|down| buffers.add(down));
+        let low = Factors::new(&layout, inputs).map(|factors| {
+            let down = empty(x, &[rows, layout.rank], dtype);
+            let cast = empty(x, &[1, factors.len], dtype);
+            let at = (buffers.add(&down), buffers.add(&cast));
+            let casts = Cast::all(parts, &layout, &factors, inputs, &mut buffers);
+            (LowRankState { down, factors: Some(cast) }, (factors, casts, at))
+        });
+        let (low, low_work) = low.unzip();
         let dropouts = dropouts(parts);
         let left = dropouts.iter().any(Option::is_some).then(|| empty(x, &[rows, inputs], dtype));
         let left_at = left.as_ref().map(|left| buffers.add(left));
         submit("linears", &y.client, &buffers.handles(), move |queue, buffers| {
             let (x, y) = (buffers[x_at], buffers[y_at]);
             let weights: Vec<u64> = weight_at.iter().map(|weight| buffers[*weight]).collect();
-            // What a map's result starts from: the residual, if there is one.
-            let residual = residual_at.map(|residual| buffers[residual]);
-            let from = |start: usize| match residual {
-                Some(residual) => (1.0, at(residual, start, dtype)),
-                None => (0.0, at(y, start, dtype)),
-            };
+            // What the results start from: the residual, if there is one.
+            let (mut beta, mut from) = residual_at.map_or((0.0, y), |residual| (1.0, buffers[residual]));
             // The thin products come first: the large ones, bound by arithmetic, read what these wrote in passing.
-            if let Some((factors, down)) = factors.zip(down_at.map(|down| buffers[down])) {
-                let (low, rank) = (factors.cast(queue, buffers)?, layout.rank);
+            if let Some((factors, casts, (down, cast))) = low_work {
+                let (down, a, rank) = (buffers[down], buffers[cast], layout.rank);
+                Cast::enqueue(&casts, queue, dtype, buffers, a)?;
                 match left_at.map(|left| buffers[left]) {
                     None => {
                         let product = Product { b: (true, inputs), ..dense(rows, rank, inputs, dtype) };
-                        queue.product(&product, 1.0, x, low, 0.0, down, down)?;
+                        queue.product(&product, 1.0, x, a, 0.0, down, down)?;
                     }
                     // Each term has an input of its own.
                     Some(left) => {
-                        for (i, (&(first, r), (a, _))) in layout.ranks.iter().zip(&factors.places).enumerate()
+                        for (&(first, r), dropout) in
+                            layout.ranks.iter().zip(&dropouts).filter(|((_, r), _)| *r > 0)
                         {
-                            let input = left_of(queue, dtype, (rows, inputs), &dropouts[i], x, left)?;
+                            let input = left_of(queue, dtype, (rows, inputs), dropout, x, left)?;
                             let product =
                                 Product { b: (true, inputs), c: rank, ..dense(rows, r, inputs, dtype) };
-                            let to = at(down, first, dtype);
-                            queue.product(&product, 1.0, input, at(low, *a, dtype), 0.0, to, to)?;
+                            let (a, to) = (at(a, first * inputs, dtype), at(down, first, dtype));
+                            queue.product(&product, 1.0, input, a, 0.0, to, to)?;
                         }
                     }
                 }
-                let places = layout.outs.iter().zip(&layout.ranks).zip(&factors.places);
-                for ((&(start, width), &(first, r)), (_, b)) in places.filter(|((_, (_, r)), _)| *r > 0) {
-                    let (a, b_layout) = ((false, rank), (true, r));
-                    let product = Product { a, b: b_layout, c: layout.out, ..dense(rows, width, r, dtype) };
-                    let (down, b) = (at(down, first, dtype), at(low, *b, dtype));
-                    let (beta, from) = from(start);
-                    queue.product(&product, 1.0, down, b, beta, from, at(y, start, dtype))?;
-                }
+                let product = Product { b: (true, rank), ..dense(rows, layout.out, rank, dtype) };
+                queue.product(&product, 1.0, down, at(a, factors.b, dtype), beta, from, y)?;
+                (beta, from) = (1.0, y);
             }
-            for JoinedMaps { start, width, weight, adapted } in joined(&layout, &weights, inputs, dtype) {
+            for JoinedMaps { start, width, weight } in joined(&layout, &weights, inputs, dtype) {
                 let product =
                     Product { b: (true, inputs), c: layout.out, ..dense(rows, width, inputs, dtype) };
-                let to = at(y, start, dtype);
-                let (beta, from) = if adapted { (1.0, to) } else { from(start) };
+                let (from, to) = (at(from, start, dtype), at(y, start, dtype));
                 queue.product(&product, 1.0, x, weight, beta, from, to)?;
             }
             for ((start, width), bias) in layout.outs.iter().zip(bias_at) {
@@ -373,13 +390,13 @@ impl Kernels for Cube {
             }
             Ok(())
         });
-        (y, down)
+        (y, low)
     }
 
     fn linears_backward(
         dy: &CubeTensor,
         x: &CubeTensor,
-        down: Option<&CubeTensor>,
+        low: Option<&LowRankState<CubeTensor>>,
         parts: &[Part<CubeTensor>],
         wanted: &Wanted,
     ) -> LinearGradients<CubeTensor> {
@@ -387,12 +404,11 @@ impl Kernels for Cube {
         let layout = Layout::new(parts);
         let dx = wanted.input.then(|| empty(x, &[rows, inputs], dtype));
         let mut buffers = Buffers::default();
-        let factors = Factors::new(parts, inputs, x, &mut buffers);
-        let with_factors = down.zip(factors.as_ref());
-        let ddown = with_factors.map(|_| empty(x, &[rows, layout.rank], dtype));
+        let low = low.and_then(|low| Some((&low.down, low.factors.as_ref()?)));
+        let ddown = low.map(|_| empty(x, &[rows, layout.rank], dtype));
         // The gradients of all As lie under one another, so that one product makes them.
         let wants_a = wanted.parts.iter().any(|wanted| wanted.a);
-        let da = with_factors.filter(|_| wants_a).map(|_| empty(x, &[layout.rank, inputs], DType::F32));
+        let da = low.filter(|_| wants_a).map(|_| empty(x, &[layout.rank, inputs], DType::F32));
         let of_b: Vec<Option<CubeTensor>> = parts
             .iter()
             .zip(&layout.ranks)
@@ -417,8 +433,9 @@ impl Kernels for Cube {
         let (dy_at, x_at) = (buffers.add_rows(dy), buffers.add_rows(x));
         let weight_at: Vec<usize> = parts.iter().map(|part| buffers.add_rows(&part.weight)).collect();
         let dx_at = dx.as_ref().map(|dx| buffers.add(dx));
-        let low_rank_at =
-            down.zip(ddown.as_ref()).map(|(down, ddown)| [buffers.add_rows(down), buffers.add(ddown)]);
+        let low_rank_at = low.zip(ddown.as_ref()).map(|((down, factors), ddown)| {
+            [buffers.add_rows(down), buffers.add(ddown), buffers.add(factors)]
+        });
         let da_at = da.as_ref().map(|da| buffers.add(da));
         let left_at = left.as_ref().map(|left| buffers.add(left));
         let mut each = |tensors: &[Option<CubeTensor>]| -> Vec<Option<usize>> {
@@ -447,17 +464,11 @@ impl Kernels for Cube {
             // As forward, the thin product into dx comes before the large ones.
             let mut beta = 0.0;
             let low_rank = low_rank_at.map(|at| at.map(|at| buffers[at]));
-            if let Some((factors, [down, ddown])) = factors.zip(low_rank) {
-                let (low, places) = (factors.cast(queue, buffers)?, &factors.places);
+            if let Some((factors, [down, ddown, a])) = Factors::new(&layout, inputs).zip(low_rank) {
                 let da = da_at.map(|da| buffers[da]);
+                let product = dense(rows, *rank, *out, dtype);
+                queue.product(&product, 1.0, dy, at(a, factors.b, dtype), 0.0, ddown, ddown)?;
                 for (i, ((start, width), (first, r))) in outs.iter().zip(ranks).enumerate() {
-                    if *r == 0 {
-                        continue;
-                    }
-                    let dy = at(dy, *start, dtype);
-                    let product = Product { a: (false, *out), c: *rank, ..dense(rows, *r, *width, dtype) };
-                    let to = at(ddown, *first, dtype);
-                    queue.product(&product, 1.0, dy, at(low, places[i].1, dtype), 0.0, to, to)?;
                     let Some(db) = b_at[i].map(|b| buffers[b]) else { continue };
                     let product = Product {
                         a: (true, *out),
@@ -465,7 +476,8 @@ impl Kernels for Cube {
                         output: Element::F32,
                         ..dense(*width, *r, rows, dtype)
                     };
-                    queue.product(&product, scales[i], dy, at(down, *first, dtype), 0.0, db, db)?;
+                    let (dy, down) = (at(dy, *start, dtype), at(down, *first, dtype));
+                    queue.product(&product, scales[i], dy, down, 0.0, db, db)?;
                 }
                 match left_at.map(|left| buffers[left]) {
                     None => {
@@ -476,7 +488,7 @@ impl Kernels for Cube {
                         }
                         if let Some(dx) = dx {
                             let product = dense(rows, inputs, *rank, dtype);
-                            queue.product(&product, 1.0, ddown, low, 0.0, dx, dx)?;
+                            queue.product(&product, 1.0, ddown, a, 0.0, dx, dx)?;
                             beta = 1.0;
                         }
                     }
@@ -492,7 +504,7 @@ impl Kernels for Cube {
                             }
                             let Some(dx) = dx else { continue };
                             let product = Product { a: (false, *rank), ..dense(rows, inputs, *r, dtype) };
-                            let a = at(low, places[i].0, dtype);
+                            let a = at(a, first * inputs, dtype);
                             match &dropouts[i] {
                                 Some(dropout) => {
                                     queue.product(&product, 1.0, ddown, a, 0.0, left, left)?;
@@ -508,7 +520,7 @@ impl Kernels for Cube {
             }
             let Some(dx) = dx else { return Ok(()) };
             let weights: Vec<u64> = weight_at.iter().map(|weight| buffers[*weight]).collect();
-            for JoinedMaps { start, width, weight, .. } in joined(&layout, &weights, inputs, dtype) {
+            for JoinedMaps { start, width, weight } in joined(&layout, &weights, inputs, dtype) {
                 let product = Product { a: (false, *out), ..dense(rows, inputs, width, dtype) };
                 queue.product(&product, 1.0, at(dy, start, dtype), weight, beta, dx, dx)?;
                 beta = 1.0;
@@ -546,6 +558,45 @@ impl Kernels for Cube {
         dy: &CubeTensor,
     ) -> CubeTensor {
         attention::backward(shape, inputs, output, log_denominators, dy)
+    }
+
+    fn keep_keys(
+        shape: &AttentionShape,
+        inputs: &CachedInputs<Self>,
+        cache: [CubeTensor; 2],
+    ) -> [CubeTensor; 2] {
+        attention::keep_keys(shape, inputs, cache)
+    }
+
+    fn attend_cached(
+        shape: &AttentionShape,
+        inputs: &CachedInputs<Self>,
+        cache: [CubeTensor; 2],
+    ) -> (CubeTensor, [CubeTensor; 2]) {
+        attention::attend_cached(shape, inputs, cache)
+    }
+
+    fn largest(rows: &CubeTensor) -> CubeTensor {
+        let rows = contiguous(rows);
+        let ((count, columns), dtype) = (dims(&rows), rows.dtype);
+        let places = empty(&rows, &[count], DType::I32);
+        submit("largest", &rows.client, &[&rows.handle, &places.handle], move |queue, buffers| {
+            let arguments = Arguments::default().address(buffers[0]).address(buffers[1]);
+            let arguments = arguments.int(columns).int(vectors(dtype, columns));
+            let launch = Launch::new(count, row_threads(dtype, columns, 1024));
+            queue.launch(elementwise(dtype), "largest", launch, arguments)
+        });
+        places
+    }
+
+    fn read_later(numbers: CubeTensor) -> Box<dyn FnOnce() -> Vec<u32>> {
+        let numbers = contiguous(&numbers);
+        let count = numbers.meta.shape().num_elements();
+        let asked = read_later(&numbers.client, &numbers.handle, count, numbers.dtype.size());
+        Box::new(move || {
+            let bytes = asked().expect(READ_BACK);
+            bytes.as_chunks::<4>().0.iter().map(|word| u32::from_ne_bytes(*word)).collect()
+        })
     }
 
     fn adamw(

@@ -250,13 +250,17 @@ extern "C" __global__ void silu_gate_backward(const scalar* gate_up, const scala
     else gate_piece_backward<1>(gate_up, dy, d, columns);
 }
 
-// Factors of up to three low-rank terms in the activations' type: the As under one another, each B times its scale.
-struct Factor { const float* from; scalar* to; int count; float scale; };
+// Factors of up to three low-rank terms in the activations' type, times their scales. Each is written to `columns` columns of
+// `stride`, from `first` on; the others of its rows get zeros.
+struct Factor { const float* from; scalar* to; int rows, columns, first, stride; float scale; };
 extern "C" __global__ void cast_factors(Factor f0, Factor f1, Factor f2, Factor f3, Factor f4, Factor f5) {
     Factor factors[6] = {f0, f1, f2, f3, f4, f5};
     Factor f = factors[blockIdx.y];
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < f.count; i += gridDim.x * blockDim.x)
-        f.to[i] = to_scalar(f.from[i] * f.scale);
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < f.rows * f.stride; i += gridDim.x * blockDim.x) {
+        int row = i / f.stride, c = i - row * f.stride - f.first;
+        bool inside = c >= 0 && c < f.columns;
+        f.to[i] = to_scalar(inside ? f.from[(size_t)row * f.columns + c] * f.scale : 0.f);
+    }
 }
 
 struct Running { float max, sum; int at; };
@@ -312,6 +316,40 @@ extern "C" __global__ void cross_entropy(scalar* z, const int* targets, int wide
         for (int i = 0; i < lanes; i++) a[i] = __expf(a[i] - total.max) * inverse - (c + i == target ? scale : 0.f);
         write(row + c, lanes, a);
     });
+}
+
+// The first place of each row's largest value. One block a row.
+extern "C" __global__ void largest(const scalar* x, int* places, int columns, int vectors) {
+    __shared__ float values[32];
+    __shared__ int at[32];
+    x += (size_t)blockIdx.x * columns;
+    float top = __int_as_float(0xff800000);
+    int place = 0x7fffffff;
+    auto consider = [&](float value, int where) {
+        if (value > top || (value == top && where < place)) top = value, place = where;
+    };
+    over_row(columns, vectors, [&](int c, int lanes) {
+        float a[V];
+        read(x + c, lanes, a);
+        for (int i = 0; i < lanes; i++) consider(a[i], c + i);
+    });
+    auto across_warp = [&] {
+#pragma unroll
+        for (int offset = 16; offset > 0; offset >>= 1) {
+            float value = __shfl_xor_sync(0xffffffffu, top, offset);
+            int where = __shfl_xor_sync(0xffffffffu, place, offset);
+            consider(value, where);
+        }
+    };
+    across_warp();
+    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    if (lane == 0) values[warp] = top, at[warp] = place;
+    __syncthreads();
+    if (warp > 0) return;
+    bool held = lane < blockDim.x >> 5;
+    top = held ? values[lane] : __int_as_float(0xff800000), place = held ? at[lane] : 0x7fffffff;
+    across_warp();
+    if (lane == 0) places[blockIdx.x] = place < columns ? place : 0;
 }
 
 // Sums of both, by one block in a fixed order.

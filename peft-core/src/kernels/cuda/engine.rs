@@ -9,11 +9,13 @@ use super::cublaslt::{CublasLt, Product, WORKSPACE};
 use super::error::{self, Fault};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
+use cubecl::bytes::Bytes;
 use cubecl::client::Client;
 use cubecl::cuda::CudaRuntime;
 use cubecl::device::DeviceId;
 use cubecl::device_handle::DeviceHandle;
-use cubecl::server::{BufferBinding, Handle, ServerStorage};
+use cubecl::server::{BufferBinding, CopyDescriptor, Handle, Server as _, ServerStorage};
+use cubecl_environment::future::reader::read_sync;
 use cubecl_environment::stream::StreamId;
 use cubecl_runtime::runtime::Runtime;
 use cudarc::driver::{result, sys};
@@ -126,6 +128,9 @@ impl Buffers {
     }
 }
 
+/// Counters that kernels share; they run one after another.
+pub const COUNTERS: usize = 4096;
+
 /// What the closures enqueue work on.
 pub struct Queue {
     context: sys::CUcontext,
@@ -133,6 +138,8 @@ pub struct Queue {
     before: sys::CUevent,
     after: sys::CUevent,
     workspace: u64,
+    /// [`COUNTERS`] zeros.
+    counters: u64,
     cublas: CublasLt,
     functions: HashMap<(SourceKey, &'static str), sys::CUfunction>,
     constants: HashMap<(SourceKey, &'static str), Vec<i32>>,
@@ -182,6 +189,11 @@ impl Queue {
                 before: event()?,
                 after: event()?,
                 workspace: result::malloc_sync(WORKSPACE)?,
+                counters: {
+                    let counters = result::malloc_sync(4 * COUNTERS)?;
+                    result::memset_d8_sync(counters, 0, 4 * COUNTERS)?;
+                    counters
+                },
                 cublas: CublasLt::new(library)?,
                 functions: HashMap::new(),
                 constants: HashMap::new(),
@@ -214,6 +226,11 @@ impl Queue {
         let (workspace, stream) = (self.workspace, self.stream.cast());
         // SAFETY: the addresses are those of buffers that the closure was given.
         unsafe { self.cublas.enqueue(product, alpha, a, b, beta, d, c, workspace, stream) }
+    }
+
+    /// Where [`COUNTERS`] 32-bit zeros stand, which a kernel may change if it leaves zeros.
+    pub fn counters(&self) -> u64 {
+        self.counters
     }
 
     /// Enqueues a kernel.
@@ -387,6 +404,24 @@ pub fn memory(client: &Client) -> Option<(u64, u64)> {
     // cubecl's thread has the device's context.
     let (free, total) = device.submit_blocking(|_| result::mem_get_info().ok()).ok().flatten()?;
     Some((free as u64, total as u64))
+}
+
+/// Asks for the first `count` elements of `size` bytes of a buffer, and returns what waits for them.
+pub fn read_later(
+    client: &Client,
+    buffer: &Handle,
+    count: usize,
+    size: usize,
+) -> impl FnOnce() -> Result<Bytes, Fault> + 'static {
+    let (stream, binding) = (StreamId::current(), buffer.clone().binding());
+    let wanted = CopyDescriptor::new(binding, [count].into(), [1].into(), size);
+    let asked =
+        handle(client.service_id().device).submit_blocking(move |server| server.read(vec![wanted], stream));
+    move || {
+        let asked = asked.map_err(|error| Fault(format!("CUDA: {error:?}")))?;
+        let read = read_sync(asked).map_err(|error| Fault(format!("CUDA: {error:?}")))?;
+        read.into_iter().next().ok_or_else(|| Fault("CUDA: nothing was read".to_string()))
+    }
 }
 
 type Job = Box<dyn FnOnce(&mut Queue, &[u64]) -> Result<(), Fault> + Send>;
