@@ -1,8 +1,9 @@
 //! A sparse change of a linear map: `y ← y + x·Δᵀ`, where `Δ` has trained values at fixed positions.
 //!
 //! The sum is taken in f32, so that a small change is not lost beside a large weight, as it would be in `W + Δ` rounded
-//! to bf16. The backward is `dx = dy·Δ` and `dvalues[j] = Σ_tokens dy[·, row_j]·x[·, column_j]`. On the CPU both run over
-//! the entries alone; elsewhere blocks of rows of `Δ` and of its gradient are made dense for a moment each.
+//! to bf16. The backward is `dx = dy·Δ` and `dvalues[j] = Σ_tokens dy[·, row_j]·x[·, column_j]`. The kernels run over the
+//! entries alone; a backend without ones of its own makes blocks of rows of `Δ` and of its gradient dense, each for a
+//! moment.
 
 use super::as_dtype;
 use super::backend::{Kernels, has_graph, lift, served, with_backend};
@@ -27,6 +28,8 @@ pub struct SparsePattern {
     columns: Vec<u32>,
     by_column: OnceLock<ByColumn>,
     on_device: OnceLock<Tensor<1, Int>>,
+    #[cfg(feature = "cuda")]
+    order_on_device: OnceLock<Tensor<1, Int>>,
 }
 
 /// The entries in the order of their columns, for products with the transposed matrix.
@@ -83,8 +86,17 @@ impl SparsePattern {
         let (of_row, of_column): (Vec<u32>, Vec<u32>) =
             positions.iter().map(|position| (position / width, position % width)).unzip();
         let row_starts = starts(&of_row, rows);
-        let (by_column, on_device) = (OnceLock::new(), OnceLock::new());
-        Ok(Self { dims, positions, row_starts, rows: of_row, columns: of_column, by_column, on_device })
+        Ok(Self {
+            dims,
+            positions,
+            row_starts,
+            rows: of_row,
+            columns: of_column,
+            by_column: OnceLock::new(),
+            on_device: OnceLock::new(),
+            #[cfg(feature = "cuda")]
+            order_on_device: OnceLock::new(),
+        })
     }
 
     /// `[rows, columns]`.
@@ -137,14 +149,19 @@ impl SparsePattern {
         })
     }
 
-    /// The positions as a tensor.
-    fn tensor(&self, device: &Device) -> Tensor<1, Int> {
-        let make = || {
-            let positions: Vec<i32> = self.positions.iter().map(|position| *position as i32).collect();
-            Tensor::from_data(TensorData::new(positions, [self.len()]), device)
-        };
-        let tensor = self.on_device.get_or_init(make);
-        if tensor.device() == *device { tensor.clone() } else { make() }
+    /// The positions as a tensor, in 32 bits.
+    pub(super) fn tensor(&self, device: &Device) -> Tensor<1, Int> {
+        kept(&self.on_device, device, || vec![&self.positions])
+    }
+
+    /// What kernels of a GPU read beside the positions, one after another: where each row starts among the entries, where
+    /// each column does, and the rows and the places of the entries in the order of the columns.
+    #[cfg(feature = "cuda")]
+    pub(super) fn order(&self, device: &Device) -> Tensor<1, Int> {
+        let by_column = self.by_column();
+        kept(&self.order_on_device, device, || {
+            vec![&self.row_starts, &by_column.starts, &by_column.rows, &by_column.entries]
+        })
     }
 
     /// Rows in blocks of at most [`BLOCK`] places, each with its entries.
@@ -186,6 +203,21 @@ impl SparsePattern {
 
 /// Places of a block of rows that is made dense at a time; few in tests, so that these have several blocks.
 const BLOCK: usize = if cfg!(test) { 64 } else { 1 << 26 };
+
+/// Numbers below 2³¹ on a device, one part after another; kept in `place`, where that is for the same device.
+fn kept<'a>(
+    place: &OnceLock<Tensor<1, Int>>,
+    device: &Device,
+    parts: impl Fn() -> Vec<&'a Vec<u32>>,
+) -> Tensor<1, Int> {
+    let make = || {
+        let numbers: Vec<i32> = parts().into_iter().flatten().map(|number| *number as i32).collect();
+        let count = numbers.len();
+        Tensor::from_data(TensorData::new(numbers, [count]), (device, DType::I32))
+    };
+    let tensor = place.get_or_init(make);
+    if tensor.device() == *device { tensor.clone() } else { make() }
+}
 
 /// Where each of `count` ascending keys starts among `keys`, and their number.
 fn starts(keys: &[u32], count: usize) -> Vec<u32> {

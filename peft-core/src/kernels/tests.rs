@@ -600,12 +600,13 @@ fn updates_of_many_parameters() {
     }
 }
 
-/// A pattern with an empty row, a full row and random entries.
+/// A pattern with an empty row and column, a row that is full but for that, and random entries.
 fn pattern([rows, columns]: [usize; 2]) -> Arc<SparsePattern> {
     let mut stream = Stream::new(7, "test", "pattern", &[]);
-    let places = (0..(rows * columns) as u32).filter(|place| match place / columns as u32 {
-        0 => false,
-        1 => true,
+    let width = columns as u32;
+    let places = (0..(rows * columns) as u32).filter(|place| match (place / width, place % width) {
+        (0, _) | (_, 0) => false,
+        (1, _) => true,
         _ => stream.uniform() < 0.2,
     });
     Arc::new(SparsePattern::new([rows, columns], places.collect()).unwrap())
@@ -619,8 +620,8 @@ fn term(values: Tensor<2>, pattern: &Arc<SparsePattern>) -> SparseTerm {
 fn sparse_changes() {
     for place in &places() {
         let factors = (place.0.clone(), DType::F32, place.2);
-        for (tokens, dims) in [(1, [3, 5]), (16, [12, 7]), (37, [18, 40])] {
-            let pattern = pattern(dims);
+        for (tokens, dims) in [(1, [3, 5]), (16, [12, 7]), (37, [18, 40]), (301, [70, 37])] {
+            let (pattern, what) = (pattern(dims), format!("{tokens} tokens, {dims:?}"));
             let inputs = [
                 random("y", [tokens, dims[0]], place),
                 random("x", [tokens, dims[1]], place),
@@ -648,7 +649,11 @@ fn sparse_changes() {
                 let dtype = y.dtype();
                 as_dtype(as_dtype(y, DType::F32) + as_dtype(x, DType::F32).matmul(dense.transpose()), dtype)
             };
-            compare(&format!("{tokens} tokens, {dims:?}"), place, &inputs, found, expected);
+            // A `y` that nobody else has may be written over.
+            let [y, x, values] = inputs.clone();
+            let alone = add_sparse(y.mul_scalar(1.0), x, term(values, &pattern));
+            assert_close(&what, alone, found(inputs.to_vec()), 0.0);
+            compare(&what, place, &inputs, found, expected);
         }
     }
 }
@@ -689,20 +694,22 @@ impl BackwardObserver for Seen {
 /// The observer can tell the dense gradient of the weight, whose entries at the positions are the values' gradient.
 #[test]
 fn observers_of_sparse_changes() {
-    let place = &places()[0];
-    let (tokens, dims) = (9, [6, 11]);
-    let pattern = pattern(dims);
-    let x: Tensor<2> = random("x", [tokens, dims[1]], place);
-    let values = leaf(&random("values", [1, pattern.len()], place));
-    let seen = Arc::new(Seen::default());
-    let term = SparseTerm { observer: Some(seen.clone()), ..term(values.clone(), &pattern) };
-    let y = add_sparse(random("y", [tokens, dims[0]], place), x.clone(), term);
-    let dy: Tensor<2> = random("dy", [tokens, dims[0]], place);
-    let mut gradients = backward_from(y, dy.clone());
-    let dense = seen.0.lock().unwrap().pop().unwrap();
-    let of_values = values.grad_remove(&mut gradients).unwrap();
-    assert_close("observed", pattern.gather(dense), of_values.clone(), 1e-5);
-    assert_close("products", sampled_products(x, dy, &pattern), of_values, 1e-6);
+    for place in &places() {
+        let (tokens, dims) = (9, [6, 11]);
+        let pattern = pattern(dims);
+        let x: Tensor<2> = random("x", [tokens, dims[1]], place);
+        let values: Tensor<2> = random("values", [1, pattern.len()], &(place.0.clone(), DType::F32, place.2));
+        let values = leaf(&values);
+        let seen = Arc::new(Seen::default());
+        let term = SparseTerm { observer: Some(seen.clone()), ..term(values.clone(), &pattern) };
+        let y = add_sparse(random("y", [tokens, dims[0]], place), x.clone(), term);
+        let dy: Tensor<2> = random("dy", [tokens, dims[0]], place);
+        let mut gradients = backward_from(y, dy.clone());
+        let dense = seen.0.lock().unwrap().pop().unwrap();
+        let of_values = values.grad_remove(&mut gradients).unwrap();
+        assert_close("observed", pattern.gather(dense), of_values.clone(), place.2);
+        assert_close("products", sampled_products(x, dy, &pattern), of_values, 1e-6);
+    }
 }
 
 #[test]

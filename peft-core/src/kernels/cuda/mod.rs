@@ -7,6 +7,7 @@ mod cublaslt;
 mod engine;
 mod error;
 mod optimizer;
+mod sparse;
 
 use super::backend::Kernels;
 use burn::backend::Cube;
