@@ -31,7 +31,7 @@ pub use adamw::{AdamW, AdamWState, Update};
 pub use attention::{
     AttentionShape, Rotation, Visibility, attends_jointly, attention, causal_mask, joint_attention,
 };
-pub use basis::RandomBasis;
+pub use basis::{RandomBasis, Span, combine, combine_backward};
 pub use cross_entropy::{CrossEntropy, cross_entropy, head_loss};
 #[cfg(feature = "cuda")]
 pub use cuda::{fault, profile};

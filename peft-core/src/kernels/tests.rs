@@ -600,6 +600,53 @@ fn updates_of_many_parameters() {
     }
 }
 
+/// Combinations of random matrices are the same to the bit everywhere, and their gradients are the products with the
+/// dense elements; more of them than a launch takes, beside the borders of groups and blocks.
+#[test]
+fn combinations_of_random_matrices() {
+    let cpu = (Device::flex(), DType::F32, 0.0);
+    let span = |i: usize| {
+        let len = [1, 127, 128, 129, 2500][i % 5];
+        let basis = |purpose: &str| RandomBasis::new(7, purpose, ["q", "k", "v"][i % 3], len);
+        let offset = (i % 2 == 0).then(|| (basis("offset"), 0.25));
+        (Span { basis: basis("basis"), scale: 0.3 + i as f32, offset }, [1, 4, 33, 5][i % 4])
+    };
+    let spans: Vec<(Span, usize)> = (0..70).map(span).collect();
+    let host = |tensor: &Tensor<2>| tensor.to_data().iter::<f32>().collect::<Vec<f32>>();
+    for (to, ..) in &places() {
+        let (mut combinations, mut gradients) = (Vec::new(), Vec::new());
+        for (i, (span, count)) in spans.iter().enumerate() {
+            let numbers = |name: &str, len| random(&format!("{name}{i}"), [1, len], &cpu).to_device(to);
+            combinations.push((*span, numbers("a", *count)));
+            gradients.push((*span, numbers("g", span.basis.len()), *count));
+        }
+        let (found, found_gradients) = (combine(combinations.clone()), combine_backward(gradients.clone()));
+        assert_eq!((found.len(), found_gradients.len()), (spans.len(), spans.len()));
+        for (i, (span, count)) in spans.iter().enumerate() {
+            let len = span.basis.len();
+            let elements: Vec<Vec<f32>> =
+                (0..*count).map(|element| span.basis.first_values(element as u32, len)).collect();
+            let coefficients = host(&combinations[i].1);
+            let offset = span.offset.map(|(basis, scale)| (scale, basis.first_values(0, len)));
+            let scaled = coefficients.iter().map(|a| a * span.scale);
+            let terms: Vec<(f32, Vec<f32>)> = scaled.zip(elements.clone()).chain(offset).collect();
+            let expected: Vec<f32> =
+                (0..len).map(|e| terms.iter().fold(0.0, |sum, (a, values)| sum + a * values[e])).collect();
+            assert_eq!(host(&found[i]), expected, "matrix {i}");
+
+            let gradient = host(&gradients[i].1);
+            let of_element = |values: &Vec<f32>| {
+                let products = values.iter().zip(&gradient).map(|(v, g)| f64::from(*v) * f64::from(*g));
+                (f64::from(span.scale) * products.sum::<f64>()) as f32
+            };
+            let expected: Vec<f32> = elements.iter().map(of_element).collect();
+            let expected = Tensor::from_data(TensorData::new(expected, [1, *count]), (&cpu.0, DType::F32));
+            let found = found_gradients[i].clone().to_device(&cpu.0);
+            assert_close(&format!("gradient {i}"), found, expected, 1e-4);
+        }
+    }
+}
+
 /// A pattern with an empty row and column, a row that is full but for that, and random entries.
 fn pattern([rows, columns]: [usize; 2]) -> Arc<SparsePattern> {
     let mut stream = Stream::new(7, "test", "pattern", &[]);

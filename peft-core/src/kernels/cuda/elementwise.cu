@@ -76,8 +76,8 @@ extern "C" __global__ void add_bias(scalar* y, int stride, const scalar* bias, i
 }
 
 // A block of Philox4x32-10 (Salmon et al., SC 2011).
-__device__ __forceinline__ uint4 philox(unsigned c0, unsigned c1, unsigned k0, unsigned k1) {
-    unsigned c2 = 0, c3 = 0;
+__device__ __forceinline__ uint4 philox(unsigned c0, unsigned c1, unsigned c2, unsigned k0, unsigned k1) {
+    unsigned c3 = 0;
 #pragma unroll
     for (int round = 0; round < 10; round++) {
         unsigned high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
@@ -101,7 +101,7 @@ __device__ __forceinline__ void dropout_piece(const scalar* x, scalar* y, int co
     if (accumulate) read(y, LANES, b);
 #pragma unroll
     for (int i = 0; i < LANES; i += 4) {
-        uint4 random = philox((unsigned)(c + i) / 4, (unsigned)row, k0, k1);
+        uint4 random = philox((unsigned)(c + i) / 4, (unsigned)row, 0, k0, k1);
         unsigned words[4] = {random.x, random.y, random.z, random.w};
 #pragma unroll
         for (int j = 0; j < 4 && i + j < LANES; j++) {
@@ -301,4 +301,90 @@ extern "C" __global__ void total_of(const float* partial, int count, float* tota
     for (int i = threadIdx.x; i < count; i += blockDim.x) sum += partial[i];
     sum = block_sum(sum);
     if (threadIdx.x == 0) *total = sum;
+}
+
+// Matrices of a random basis. A block b of the generator has eight values of an element, 16 apart; the documentation of
+// RandomBasis says where.
+__device__ __forceinline__ void draw(unsigned k0, unsigned k1, int element, int b, float* values) {
+    uint4 random = philox(b, 0, element, k0, k1);
+    unsigned words[4] = {random.x, random.y, random.z, random.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        values[2 * i] = (((int)(words[i] << 16) >> 16) + 0.5f) * (1.f / 32768.f);
+        values[2 * i + 1] = (((int)words[i] >> 16) + 0.5f) * (1.f / 32768.f);
+    }
+}
+__device__ __forceinline__ int first_value(int b) { return b / 16 * 128 + b % 16; }
+
+struct Combinations {
+    struct {
+        const float* coefficients;
+        float* to;
+        unsigned k0, k1, offset_k0, offset_k1;
+        int length, count;
+        float scale, offset;
+    } each[AT_ONCE];
+};
+
+// M = M0 + Σ (scale·coefficients[i])·E_i with M0 = offset·(the first element of a basis of its own). Blocks (·, matrix), a
+// thread a block of the generator. Every product and sum is rounded, in the order of the elements: M is that of the host.
+extern "C" __global__ void combine(const __grid_constant__ Combinations t) {
+    const auto& m = t.each[blockIdx.y];
+    int b = blockIdx.x * blockDim.x + threadIdx.x, first = first_value(b);
+    if (first >= m.length) return;
+    float sums[8] = {}, values[8];
+    for (int i = 0; i < m.count; i++) {
+        float a = m.coefficients[i] * m.scale;
+        draw(m.k0, m.k1, i, b, values);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sums[j] = __fadd_rn(sums[j], __fmul_rn(a, values[j]));
+    }
+    if (m.offset != 0.f) {
+        draw(m.offset_k0, m.offset_k1, 0, b, values);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sums[j] = __fadd_rn(sums[j], __fmul_rn(m.offset, values[j]));
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+        if (first + 16 * j < m.length) m.to[first + 16 * j] = sums[j];
+}
+
+struct Spans {
+    struct {
+        const float* gradient;
+        float* to;
+        unsigned k0, k1;
+        int length, count;
+        float scale;
+    } each[AT_ONCE];
+};
+
+// Elements that a block of `combine_backward` takes: it reads the gradient once for all of them.
+#define ELEMENTS 4
+
+// to[i] = scale·⟨gradient, E_i⟩. Blocks (elements, matrix). The order of the sums is fixed, and they are in double precision
+// but for eight values at a time and across threads.
+extern "C" __global__ void combine_backward(const __grid_constant__ Spans t) {
+    const auto& m = t.each[blockIdx.y];
+    int element = blockIdx.x * ELEMENTS;
+    if (element >= m.count) return;
+    double sums[ELEMENTS] = {};
+    for (int b = threadIdx.x; b / 16 * 128 < m.length; b += blockDim.x) {
+        int first = first_value(b);
+        float g[8], values[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++) g[j] = first + 16 * j < m.length ? m.gradient[first + 16 * j] : 0.f;
+#pragma unroll
+        for (int i = 0; i < ELEMENTS; i++) {
+            float sum = 0.f;
+            draw(m.k0, m.k1, element + i, b, values);
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum += g[j] * values[j];
+            sums[i] += sum;
+        }
+    }
+    for (int i = 0; i < ELEMENTS; i++) {
+        float sum = block_sum((float)sums[i]);
+        if (threadIdx.x == 0 && element + i < m.count) m.to[element + i] = m.scale * sum;
+    }
 }

@@ -3,6 +3,7 @@
 
 mod attention;
 mod backend;
+mod basis;
 mod cublaslt;
 mod engine;
 mod error;
@@ -12,6 +13,7 @@ mod sparse;
 use super::backend::Kernels;
 use burn::backend::Cube;
 use burn::tensor::{Device, Tensor};
+pub(super) use basis::{combine, combine_backward};
 pub(super) use engine::is_available;
 
 /// Bytes of a CUDA device's memory that nobody uses, and all of them.
