@@ -3,11 +3,9 @@
 #![allow(clippy::unwrap_used)]
 
 use super::attention::{AttentionShape, Rotation, Visibility, attention, causal_mask, joint_attention};
-use super::backend::Kernels;
 use super::linear::{self, AdaptedLinear, LinearInput, LowRankTerm, ScaledPairTerm, Term, adapted_linears};
 use super::*;
 use crate::random::Stream;
-use burn::backend::Flex;
 use burn::tensor::{Int, TensorData};
 use std::sync::Arc;
 
@@ -702,30 +700,6 @@ fn sparse_changes() {
             assert_close(&what, alone, found(inputs.to_vec()), 0.0);
             compare(&what, place, &inputs, found, expected);
         }
-    }
-}
-
-/// What elsewhere stands in for the kernels of the CPU does the same.
-#[test]
-fn sparse_changes_by_dense_blocks() {
-    let place = &places()[0];
-    let (tokens, dims) = (21, [18, 20]);
-    let pattern = pattern(dims);
-    let y: Tensor<2> = random("y", [tokens, dims[0]], place);
-    let x: Tensor<2> = random("x", [tokens, dims[1]], place);
-    let values: Tensor<2> = random("values", [1, pattern.len()], place);
-    let p = |tensor: &Tensor<2>| Flex::primitive(tensor.clone());
-    let t = |primitive| Flex::tensor::<2>(primitive);
-    let found = t(sparse::add_by_blocks::<Flex>(p(&y), &p(&x), &p(&values), &pattern));
-    assert_close("sum", found, t(Flex::add_sparse(p(&y), &p(&x), &p(&values), &pattern)), 1e-5);
-    for values in [Some(p(&values)), None] {
-        let found = sparse::gradients_by_blocks::<Flex>(&p(&y), &p(&x), values.as_ref(), &pattern, true);
-        let expected = Flex::sparse_gradients(&p(&y), &p(&x), values.as_ref(), &pattern, true);
-        assert_eq!((found.input.is_some(), expected.input.is_some()), (values.is_some(), values.is_some()));
-        if let Some((found, expected)) = found.input.zip(expected.input) {
-            assert_close("dx", t(found), t(expected), 1e-5);
-        }
-        assert_close("dvalues", t(found.values.unwrap()), t(expected.values.unwrap()), 1e-5);
     }
 }
 
