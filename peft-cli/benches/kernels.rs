@@ -1,11 +1,11 @@
-//! The three operations that a training step spends its time in, at a model's shapes, forward and backward.
+//! The operations that a training step spends its time in, at a model's shapes, forward and backward.
 //!
 //! ```text
 //! cargo bench -p peft-cli --bench kernels -- --shape 25m --batch 4 --seq 256 --rank 8
 //! cargo bench -p peft-cli --bench kernels --features cuda -- --device cuda --shape 1b --batch 4 --seq 1024 attention
 //! ```
 //!
-//! Names choose among `attention`, `head_loss` and `adapted_linear`; without any, all run. A line has the time, the bytes
+//! Names choose among `attention`, `head_loss`, `adapted_linear` and `sparse`; without any, all run. A line has the time, the bytes
 //! that must be read and written, the multiplications and additions that cannot be saved, and the share of the limit: the
 //! larger of the two times that bytes and operations would take at the rates in the first line, which a large product and
 //! a sum of two large tensors reach here. `bench/torch_ops.py` times the same operations in PyTorch.
@@ -14,10 +14,11 @@ mod shapes;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use peft_core::kernels::{
-    AdaptedLinear, AttentionShape, LinearInput, LowRankTerm, Rotation, Term, Visibility, adapted_linears,
-    backward_from, fault, head_loss, joint_attention,
+    AdaptedLinear, AttentionShape, LinearInput, LowRankTerm, Rotation, SparsePattern, SparseTerm, Term,
+    Visibility, adapted_linears, add_sparse, backward_from, fault, head_loss, joint_attention,
 };
 use shapes::{Failure, Sizes, median};
+use std::sync::Arc;
 use std::time::Instant;
 
 struct Bench {
@@ -45,7 +46,7 @@ fn main() -> Result<(), Failure> {
             "--batch" => batch = value()?.parse()?,
             "--seq" => seq = value()?.parse()?,
             "--rank" => rank = value()?.parse()?,
-            "attention" | "head_loss" | "adapted_linear" => chosen.push(word),
+            "attention" | "head_loss" | "adapted_linear" | "sparse" => chosen.push(word),
             // What cargo adds.
             "--bench" => {}
             other => return Err(format!("no such flag or operation: {other}").into()),
@@ -65,6 +66,9 @@ fn main() -> Result<(), Failure> {
     let runs = |operation: &str| chosen.is_empty() || chosen.iter().any(|name| name == operation);
     if runs("adapted_linear") {
         bench.adapted_linear();
+    }
+    if runs("sparse") {
+        bench.sparse();
     }
     if runs("attention") {
         bench.attention();
@@ -207,6 +211,30 @@ impl Bench {
             );
             let elements = weights + t * (2 * inputs + total);
             self.report(&format!("adapted_linear {name} backward"), base + 2 * low, elements, backward);
+        }
+    }
+
+    /// A change at one place in a hundred.
+    fn sparse(&self) {
+        let Sizes { hidden: h, intermediate: i, heads, head_dim, .. } = self.sizes;
+        let t = self.tokens();
+        for (name, inputs, out) in [("q", h, heads * head_dim), ("up", h, i), ("down", i, h)] {
+            let count = inputs * out / 100;
+            let positions = (0..count).map(|entry| (100 * entry + entry * 7919 % 100) as u32).collect();
+            let pattern = SparsePattern::new([out, inputs], positions).expect("positions ascend");
+            let pattern = Arc::new(pattern);
+            let values = self.numbers_as(1, count, DType::F32).autodiff().require_grad();
+            let y = self.numbers(t, out);
+            let (forward, backward) = self.both(
+                |x| {
+                    let (values, pattern) = (values.clone(), pattern.clone());
+                    add_sparse(y.clone(), x, SparseTerm { values, pattern, observer: None })
+                },
+                &self.numbers(t, inputs),
+            );
+            let operations = 2 * t * count;
+            self.report(&format!("sparse {name} forward"), operations, t * (inputs + 2 * out), forward);
+            self.report(&format!("sparse {name} backward"), 2 * operations, t * (2 * inputs + out), backward);
         }
     }
 

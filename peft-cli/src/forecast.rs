@@ -54,10 +54,11 @@ pub fn method_plan(
 }
 
 impl Forecast {
-    /// The run of the recipe over these examples. The memory that the process has at this moment counts as what the
+    /// The run of the recipe at `path` over these examples. The memory that the process has at this moment counts as what the
     /// run has before its model is loaded.
     pub fn new(
         recipe: &Recipe,
+        path: &Path,
         config: &TrainConfig,
         method: &MethodPlan,
         (train, validation): (&[Example], &[Example]),
@@ -68,6 +69,8 @@ impl Forecast {
         crate::allocator::collect();
         let epochs = config.epochs(train);
         let steps = config.total_steps(&epochs);
+        let check = recipe.method.block.check_length(steps);
+        check.map_err(|message| CliError::method(path, &message))?;
         let batches = RunBatches::of_run(config, &epochs, train, steps);
         let answered = &validation[..config.eval_generations.min(validation.len())];
         let mut work = Workload {

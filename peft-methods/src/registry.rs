@@ -141,6 +141,14 @@ pub trait Block: BlockData + Debug + Send + Sync {
     /// A message about the first that does not.
     fn check(&self, starts_from_adapter: bool) -> Result<(), String>;
 
+    /// Checks that a run of that many steps in all is long enough.
+    ///
+    /// # Errors
+    /// A message about what it would end before.
+    fn check_length(&self, _total_steps: u64) -> Result<(), String> {
+        Ok(())
+    }
+
     /// What the method would add and make trainable on a base of that shape.
     ///
     /// # Errors

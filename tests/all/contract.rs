@@ -271,7 +271,7 @@ const STEP: StepSettings =
     StepSettings { gradient_checkpointing: GradientCheckpointing::Off, loss_chunk_rows: None };
 
 const LENGTH: RunLength =
-    RunLength { learning_rate: 1e-3, warmup: Warmup::Steps(0), total_steps: 1, epochs: 1.0 };
+    RunLength { learning_rate: 1e-3, warmup: Warmup::Steps(0), total_steps: 8, epochs: 1.0 };
 
 impl Case {
     fn base_dir(&self) -> PathBuf {

@@ -331,9 +331,34 @@ fn bad_recipes_are_refused() {
         refuses(&[entry], &[expected]);
     }
     refuses(&["method.density=1e-9"], &["no value"]);
-    refuses(&["max_steps=5"], &["5 steps", "selection_accumulation_steps"]);
     // A module whose share is less than a value gets none, and the plan says so.
     let overrides = ["--override", "method.density=null", "--override", "method.num_tunable_weights=80"];
     let plan = peft_ok(&[&["plan", "recipes/sparse.yaml"], &overrides[..]].concat());
     assert!(plan.contains("unchanged: k_proj, v_proj"), "{plan}");
+}
+
+/// A run that ends with its first choice of positions is refused before a step is run, whether its length is given in steps
+/// or follows from the data; one step more is enough (`damaged_files_are_refused` trains six).
+#[test]
+fn a_run_too_short_to_choose_positions_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("run");
+    let out_dir = out.display().to_string();
+    let train = ["train", "recipes/sparse.yaml", "--output-dir", &out_dir];
+    for (overrides, numbers) in [
+        (&["max_steps=5"][..], ["has 5 steps", "after step 5"]),
+        (&["max_steps=19", "method.selection_accumulation_steps=19"][..], ["has 19 steps", "after step 19"]),
+        // Three batches of eight.
+        (&["datasets.0.limit=24", "num_epochs=1"][..], ["has 3 steps", "after step 5"]),
+    ] {
+        let overrides: Vec<&str> = overrides.iter().flat_map(|entry| ["--override", *entry]).collect();
+        for command in [&train[..], &["plan", "recipes/sparse.yaml"]] {
+            let said = peft_refuses(&[command, &overrides[..]].concat());
+            let place = ["recipes/sparse.yaml", "selection_accumulation_steps"];
+            for expected in numbers.into_iter().chain(place) {
+                assert!(said.contains(expected), "{expected}: {said}");
+            }
+        }
+        assert!(!out.exists());
+    }
 }

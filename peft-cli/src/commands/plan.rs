@@ -163,7 +163,7 @@ pub fn run(args: PlanArgs) -> Result<(), CliError> {
     let data = Data::read(&recipe, &tokenizer)?;
     let mut config = train::train_config(&recipe, Path::new(&recipe.output_dir));
     let examples = (data.train.as_slice(), data.validation.as_slice());
-    let forecast = Forecast::new(&recipe, &config, &method, examples)?;
+    let forecast = Forecast::new(&recipe, &args.recipe, &config, &method, examples)?;
     train::settle(&mut recipe, &mut config, &forecast);
 
     let course = course(&config, &forecast, &data);

@@ -233,7 +233,7 @@ fn forecast(
     model.tie_word_embeddings = ties_embeddings(base)?;
     let headers = Headers::of(base)?;
     model.require_in(&headers)?;
-    Forecast::new(recipe, config, &method_plan(recipe, path, &model, &headers)?, examples)
+    Forecast::new(recipe, path, config, &method_plan(recipe, path, &model, &headers)?, examples)
 }
 
 pub(super) fn adamw(block: &OptimizerBlock) -> AdamW {

@@ -7,7 +7,7 @@ use super::attention::{AttentionInputs, AttentionShape, CachedInputs};
 use super::cross_entropy::CrossEntropyParts;
 use super::dropout::Dropout;
 use super::linear::{LinearGradients, LowRankState, Part, Wanted};
-use super::sparse::{self, SparseGradients, SparsePattern};
+use super::sparse::{SparseGradients, SparsePattern};
 use burn::backend::autodiff::ops::NodeGuard;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Autodiff, AutodiffBackend, Backend};
@@ -87,9 +87,7 @@ pub(super) trait Kernels: Backend {
         x: &FloatTensor<Self>,
         values: &FloatTensor<Self>,
         pattern: &SparsePattern,
-    ) -> FloatTensor<Self> {
-        sparse::add_by_blocks::<Self>(y, x, values, pattern)
-    }
+    ) -> FloatTensor<Self>;
 
     /// Gradients of [`add_sparse`](Self::add_sparse): of the input where `values` are given, of the values where wanted.
     fn sparse_gradients(
@@ -98,9 +96,7 @@ pub(super) trait Kernels: Backend {
         values: Option<&FloatTensor<Self>>,
         pattern: &SparsePattern,
         wants_values: bool,
-    ) -> SparseGradients<FloatTensor<Self>> {
-        sparse::gradients_by_blocks::<Self>(dy, x, values, pattern, wants_values)
-    }
+    ) -> SparseGradients<FloatTensor<Self>>;
 
     /// Whether [`attend`](Self::attend) takes these heads.
     fn attends(shape: &AttentionShape, dtype: DType) -> bool;

@@ -1,20 +1,22 @@
 //! Linear combinations of random matrices that are never kept:
 //!
 //! ```text
-//! M = Σᵢ cᵢ·Eᵢ        ∂ℓ/∂cᵢ = ⟨∂ℓ/∂M, Eᵢ⟩
+//! M = M₀ + c·Σᵢ aᵢ·Eᵢ        ∂ℓ/∂aᵢ = c·⟨∂ℓ/∂M, Eᵢ⟩
 //! ```
 //!
-//! Both directions draw the elements `Eᵢ` anew, a tile of a few kilobytes at a time. Drawing costs far more than what is
-//! done with the values, so that several combinations of one basis are taken together.
-//!
-//! This runs on the host, whatever the device: what goes in and comes out is as small as `M`, and the sums are the same
-//! to the bit everywhere.
+//! Both directions draw the elements `Eᵢ` anew. On CUDA each value is drawn where it is used. On the CPU a tile of a few
+//! kilobytes is drawn at a time, and as that costs far more than what is done with the values, all combinations of one
+//! basis are taken together. `M` is the same to the bit everywhere; the products of the backward may differ in the last.
 
+#[cfg(feature = "cuda")]
+use super::backend::{Served, served};
 use super::cpu::basis::{GROUP, add_scaled, dot, fill};
 use crate::checkpoint::{f32_bytes, hex};
 use crate::random::Stream;
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use rayon::prelude::*;
 use sha2::{Digest, Sha256};
+use std::collections::HashMap;
 
 /// Values of an element drawn at a time: 4 KiB, which stay in the first cache.
 const TILE: usize = 8 * GROUP;
@@ -31,8 +33,8 @@ const TILE: usize = 8 * GROUP;
 /// * those bits, as a signed number `u`, make the value `(u + ½)·2⁻¹⁵`, in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct RandomBasis {
-    key: [u32; 2],
-    len: usize,
+    pub(super) key: [u32; 2],
+    pub(super) len: usize,
 }
 
 impl RandomBasis {
@@ -67,12 +69,12 @@ impl RandomBasis {
     }
 
     /// The combinations `Σᵢ cᵢ·Eᵢ` for each of the coefficient vectors, which have one length.
-    pub fn combine(&self, coefficients: &[Vec<f32>]) -> Vec<Vec<f32>> {
+    fn combine(&self, coefficients: &[Vec<f32>]) -> Vec<Vec<f32>> {
         combine(|index, first, out| self.fill(index, first, out), self.len, coefficients)
     }
 
     /// The products `⟨g, Eᵢ⟩` for `i` below `count` and each of the matrices `g`, of `len` values each.
-    pub fn products(&self, matrices: &[Vec<f32>], count: usize) -> Vec<Vec<f32>> {
+    fn products(&self, matrices: &[Vec<f32>], count: usize) -> Vec<Vec<f32>> {
         products(|index, first, out| self.fill(index, first, out), matrices, count)
     }
 
@@ -90,6 +92,107 @@ impl RandomBasis {
     fn fill(&self, index: u32, first: u64, out: &mut [f32]) {
         fill(self.key, index, first, out);
     }
+}
+
+/// The matrices `M = M₀ + c·Σᵢ aᵢ·Eᵢ`, whatever the coefficients `a`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Span {
+    /// `E₀, E₁, …`.
+    pub basis: RandomBasis,
+    /// `c`.
+    pub scale: f32,
+    /// `M₀` is the first element of that basis times that number; without it there is none.
+    pub offset: Option<(RandomBasis, f32)>,
+}
+
+/// The matrix of each span with its coefficients.
+///
+/// # Shapes
+/// Coefficients are `[1, k]` and results `[1, len]`, in f32 and all on one device.
+pub fn combine(combinations: Vec<(Span, Tensor<2>)>) -> Vec<Tensor<2>> {
+    let Some((_, first)) = combinations.first() else { return Vec::new() };
+    let device = first.device();
+    #[cfg(feature = "cuda")]
+    if served(&device, DType::F32) == Some(Served::Cuda) {
+        return super::cuda::combine(&combinations);
+    }
+    let key = |(span, coefficients): &(Span, Tensor<2>)| (span.basis, coefficients.dims()[1]);
+    by_basis(combinations, key, |(basis, _), combinations| {
+        let (spans, coefficients): (Vec<Span>, Vec<Tensor<2>>) = combinations.into_iter().unzip();
+        let scaled = |(coefficients, span): (Tensor<2>, &Span)| -> Vec<f32> {
+            to_host(coefficients).into_iter().map(|a| a * span.scale).collect()
+        };
+        let coefficients: Vec<Vec<f32>> = coefficients.into_iter().zip(&spans).map(scaled).collect();
+        let mut sums = basis.combine(&coefficients);
+        for (sum, span) in sums.iter_mut().zip(spans) {
+            if let Some((basis, scale)) = span.offset {
+                let offset = basis.first_values(0, sum.len());
+                sum.iter_mut().zip(offset).for_each(|(sum, offset)| *sum += offset * scale);
+            }
+        }
+        sums.into_iter().map(|sum| from_host(sum, &device)).collect()
+    })
+}
+
+/// The gradients of the `k` coefficients of each span from that of its matrix.
+///
+/// # Shapes
+/// What comes in has `len` values row by row, results are `[1, k]`, in f32 and all on one device.
+pub fn combine_backward(gradients: Vec<(Span, Tensor<2>, usize)>) -> Vec<Tensor<2>> {
+    let Some((_, first, _)) = gradients.first() else { return Vec::new() };
+    let device = first.device();
+    #[cfg(feature = "cuda")]
+    if served(&device, DType::F32) == Some(Served::Cuda) {
+        return super::cuda::combine_backward(&gradients);
+    }
+    let key = |(span, _, count): &(Span, Tensor<2>, usize)| (span.basis, *count);
+    by_basis(gradients, key, |(basis, count), gradients| {
+        let (scales, matrices): (Vec<f32>, Vec<Vec<f32>>) =
+            gradients.into_iter().map(|(span, gradient, _)| (span.scale, to_host(gradient))).unzip();
+        let scaled = |(products, scale): (Vec<f32>, f32)| {
+            from_host(products.into_iter().map(|product| product * scale).collect(), &device)
+        };
+        basis.products(&matrices, count).into_iter().zip(scales).map(scaled).collect()
+    })
+}
+
+/// The results of `work` on those with one basis and number of elements together, in the order of `items`.
+fn by_basis<T: Send>(
+    items: Vec<T>,
+    key: impl Fn(&T) -> (RandomBasis, usize),
+    work: impl Fn((RandomBasis, usize), Vec<T>) -> Vec<Tensor<2>> + Sync,
+) -> Vec<Tensor<2>> {
+    type Group<T> = ((RandomBasis, usize), (Vec<usize>, Vec<T>));
+    let mut groups: Vec<Group<T>> = Vec::new();
+    let mut numbers = HashMap::new();
+    for (place, item) in items.into_iter().enumerate() {
+        let key = key(&item);
+        let number = *numbers.entry(key).or_insert(groups.len());
+        if number == groups.len() {
+            groups.push((key, Default::default()));
+        }
+        let (places, items) = &mut groups[number].1;
+        places.push(place);
+        items.push(item);
+    }
+    let results = groups
+        .into_par_iter()
+        .flat_map_iter(|(key, (places, items))| places.into_iter().zip(work(key, items)));
+    let mut results: Vec<(usize, Tensor<2>)> = results.collect();
+    results.sort_by_key(|(place, _)| *place);
+    results.into_iter().map(|(_, result)| result).collect()
+}
+
+/// Row-major values.
+fn to_host(tensor: Tensor<2>) -> Vec<f32> {
+    let values = tensor.try_into_vec_as::<f32>();
+    // burn reports a lost device nowhere else than here; no file or flag of a user's leads to it.
+    values.expect("a tensor can be read back from its device")
+}
+
+fn from_host(values: Vec<f32>, device: &Device) -> Tensor<2> {
+    let shape = [1, values.len()];
+    Tensor::from_data(TensorData::new(values, shape), (device, DType::F32))
 }
 
 /// Draws values of the element `index` from a group on, in whole groups.

@@ -1,12 +1,11 @@
 //! A sparse change of a linear map: `y ← y + x·Δᵀ`, where `Δ` has trained values at fixed positions.
 //!
 //! The sum is taken in f32, so that a small change is not lost beside a large weight, as it would be in `W + Δ` rounded
-//! to bf16. The backward is `dx = dy·Δ` and `dvalues[j] = Σ_tokens dy[·, row_j]·x[·, column_j]`. On the CPU both run over
-//! the entries alone; elsewhere blocks of rows of `Δ` and of its gradient are made dense for a moment each.
+//! to bf16. The backward is `dx = dy·Δ` and `dvalues[j] = Σ_tokens dy[·, row_j]·x[·, column_j]`. The kernels run over the
+//! entries alone; the composition makes `Δ` dense.
 
 use super::as_dtype;
 use super::backend::{Kernels, has_graph, lift, served, with_backend};
-use super::linear::{Part, Wanted, WantedPart};
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
 use burn::backend::autodiff::grads::Gradients;
@@ -14,7 +13,6 @@ use burn::backend::autodiff::ops::{Backward, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
 use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData};
 use std::fmt::Debug;
-use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 /// Positions of a sparse matrix `[rows, columns]`, ascending by row and then by column.
@@ -27,6 +25,8 @@ pub struct SparsePattern {
     columns: Vec<u32>,
     by_column: OnceLock<ByColumn>,
     on_device: OnceLock<Tensor<1, Int>>,
+    #[cfg(feature = "cuda")]
+    order_on_device: OnceLock<Tensor<1, Int>>,
 }
 
 /// The entries in the order of their columns, for products with the transposed matrix.
@@ -83,8 +83,17 @@ impl SparsePattern {
         let (of_row, of_column): (Vec<u32>, Vec<u32>) =
             positions.iter().map(|position| (position / width, position % width)).unzip();
         let row_starts = starts(&of_row, rows);
-        let (by_column, on_device) = (OnceLock::new(), OnceLock::new());
-        Ok(Self { dims, positions, row_starts, rows: of_row, columns: of_column, by_column, on_device })
+        Ok(Self {
+            dims,
+            positions,
+            row_starts,
+            rows: of_row,
+            columns: of_column,
+            by_column: OnceLock::new(),
+            on_device: OnceLock::new(),
+            #[cfg(feature = "cuda")]
+            order_on_device: OnceLock::new(),
+        })
     }
 
     /// `[rows, columns]`.
@@ -137,43 +146,30 @@ impl SparsePattern {
         })
     }
 
-    /// The positions as a tensor.
-    fn tensor(&self, device: &Device) -> Tensor<1, Int> {
-        let make = || {
-            let positions: Vec<i32> = self.positions.iter().map(|position| *position as i32).collect();
-            Tensor::from_data(TensorData::new(positions, [self.len()]), device)
-        };
-        let tensor = self.on_device.get_or_init(make);
-        if tensor.device() == *device { tensor.clone() } else { make() }
+    /// The positions as a tensor, in 32 bits.
+    pub(super) fn tensor(&self, device: &Device) -> Tensor<1, Int> {
+        kept(&self.on_device, device, || vec![&self.positions])
     }
 
-    /// Rows in blocks of at most [`BLOCK`] places, each with its entries.
-    fn blocks(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
-        let [rows, columns] = self.dims;
-        let height = (BLOCK / columns.max(1)).max(1);
-        (0..rows).step_by(height).map(move |first| {
-            let last = (first + height).min(rows);
-            (first..last, self.row_starts[first] as usize..self.row_starts[last] as usize)
+    /// What kernels of a GPU read beside the positions, one after another: where each row starts among the entries, where
+    /// each column does, and the rows and the places of the entries in the order of the columns.
+    #[cfg(feature = "cuda")]
+    pub(super) fn order(&self, device: &Device) -> Tensor<1, Int> {
+        let by_column = self.by_column();
+        kept(&self.order_on_device, device, || {
+            vec![&self.row_starts, &by_column.starts, &by_column.rows, &by_column.entries]
         })
-    }
-
-    /// The rows of a block made dense, in f32.
-    fn dense_block(&self, values: &Tensor<2>, rows: &Range<usize>, entries: &Range<usize>) -> Tensor<2> {
-        let (columns, device) = (self.dims[1], values.device());
-        let zeros = Tensor::<1>::zeros([rows.len() * columns], (&device, values.dtype()));
-        if entries.is_empty() {
-            return zeros.reshape([rows.len(), columns]);
-        }
-        let (first, count) = (entries.start, entries.len());
-        let places = self.tensor(&device).narrow(0, first, count).sub_scalar((rows.start * columns) as i32);
-        let values = values.clone().narrow(1, first, count).reshape([count]);
-        let dense = zeros.scatter_nd(places.reshape([count, 1]), values, IndexingUpdateOp::Add);
-        dense.reshape([rows.len(), columns])
     }
 
     /// The whole matrix with `values` `[1, entries]`, `[rows, columns]`.
     pub fn dense(&self, values: &Tensor<2>) -> Tensor<2> {
-        self.dense_block(values, &(0..self.dims[0]), &(0..self.len()))
+        let ([rows, columns], count, device) = (self.dims, self.len(), values.device());
+        let zeros = Tensor::<1>::zeros([rows * columns], (&device, values.dtype()));
+        if self.is_empty() {
+            return zeros.reshape([rows, columns]);
+        }
+        let (places, values) = (self.tensor(&device).reshape([count, 1]), values.clone().reshape([count]));
+        zeros.scatter_nd(places, values, IndexingUpdateOp::Add).reshape([rows, columns])
     }
 
     /// The values of a matrix `[rows, columns]` at the positions, `[1, entries]`.
@@ -184,8 +180,20 @@ impl SparsePattern {
     }
 }
 
-/// Places of a block of rows that is made dense at a time; few in tests, so that these have several blocks.
-const BLOCK: usize = if cfg!(test) { 64 } else { 1 << 26 };
+/// Numbers below 2³¹ on a device, one part after another; kept in `place`, where that is for the same device.
+fn kept<'a>(
+    place: &OnceLock<Tensor<1, Int>>,
+    device: &Device,
+    parts: impl Fn() -> Vec<&'a Vec<u32>>,
+) -> Tensor<1, Int> {
+    let make = || {
+        let numbers: Vec<i32> = parts().into_iter().flatten().map(|number| *number as i32).collect();
+        let count = numbers.len();
+        Tensor::from_data(TensorData::new(numbers, [count]), (device, DType::I32))
+    };
+    let tensor = place.get_or_init(make);
+    if tensor.device() == *device { tensor.clone() } else { make() }
+}
 
 /// Where each of `count` ascending keys starts among `keys`, and their number.
 fn starts(keys: &[u32], count: usize) -> Vec<u32> {
@@ -267,79 +275,6 @@ fn fused<B: Kernels>(y: Tensor<2>, x: Tensor<2>, term: SparseTerm) -> Tensor<2> 
         OpsKind::Tracked(prepared) => prepared.finish(State { x, values, pattern, observer }, sum),
         OpsKind::UnTracked(prepared) => prepared.finish(sum),
     })
-}
-
-/// A block of rows of `Δ` as a dense map in the type of `like`.
-fn dense_part<B: Kernels>(
-    pattern: &SparsePattern,
-    values: &Tensor<2>,
-    (rows, entries): &(Range<usize>, Range<usize>),
-    dtype: DType,
-) -> Part<FloatTensor<B>> {
-    let weight = as_dtype(pattern.dense_block(values, rows, entries), dtype);
-    Part { weight: B::primitive(weight), bias: None, factors: None }
-}
-
-/// [`Kernels::add_sparse`] by dense blocks.
-pub(super) fn add_by_blocks<B: Kernels>(
-    y: FloatTensor<B>,
-    x: &FloatTensor<B>,
-    values: &FloatTensor<B>,
-    pattern: &SparsePattern,
-) -> FloatTensor<B> {
-    let values = B::tensor::<2>(values.clone());
-    let dtype = B::tensor::<2>(x.clone()).dtype();
-    let changes = pattern.blocks().map(|block| {
-        let part = dense_part::<B>(pattern, &values, &block, dtype);
-        B::tensor::<2>(B::linears(x, &[part], None).0)
-    });
-    let change = Tensor::cat(changes.collect(), 1);
-    let y = B::tensor::<2>(y);
-    let dtype = y.dtype();
-    let sum = as_dtype(y, DType::F32) + as_dtype(change, DType::F32);
-    B::primitive(as_dtype(sum, dtype))
-}
-
-/// [`Kernels::sparse_gradients`] by dense blocks.
-pub(super) fn gradients_by_blocks<B: Kernels>(
-    dy: &FloatTensor<B>,
-    x: &FloatTensor<B>,
-    values: Option<&FloatTensor<B>>,
-    pattern: &SparsePattern,
-    wants_values: bool,
-) -> SparseGradients<FloatTensor<B>> {
-    let (dy, like) = (B::tensor::<2>(dy.clone()), B::tensor::<2>(x.clone()));
-    // Where only the products are asked for, the map's own values do not matter.
-    let filler = || Tensor::zeros([1, pattern.len()], (&like.device(), DType::F32));
-    let wants_input = values.is_some();
-    let values = values.map_or_else(filler, |values| B::tensor::<2>(values.clone()));
-    let (mut input, mut products) = (None, Vec::new());
-    for block in pattern.blocks() {
-        let part = dense_part::<B>(pattern, &values, &block, like.dtype());
-        let (rows, entries) = &block;
-        let dy = B::primitive(dy.clone().narrow(1, rows.start, rows.len()));
-        let of_weight = WantedPart { weight: wants_values, bias: false, a: false, b: false };
-        let wanted = Wanted { input: wants_input, parts: vec![of_weight] };
-        let mut gradients = B::linears_backward(&dy, x, None, &[part], &wanted);
-        if let Some(dx) = gradients.input.map(B::tensor::<2>) {
-            input = Some(match input.take() {
-                Some(sum) => dx + sum,
-                None => dx,
-            });
-        }
-        let weight = gradients.parts.pop().and_then(|part| part.weight).map(B::tensor::<2>);
-        if let Some(weight) = weight.filter(|_| !entries.is_empty()) {
-            let (count, width) = (entries.len(), pattern.dims[1]);
-            let places = pattern.tensor(&like.device()).narrow(0, entries.start, count);
-            let places = places.sub_scalar((rows.start * width) as i32);
-            let weight = as_dtype(weight, DType::F32).reshape([rows.len() * width]);
-            products.push(weight.select(0, places).reshape([1, count]));
-        }
-    }
-    SparseGradients {
-        input: input.map(B::primitive),
-        values: wants_values.then(|| B::primitive(Tensor::<2>::cat(products, 1))),
-    }
 }
 
 /// Gradients of [`Kernels::add_sparse`].

@@ -6,11 +6,9 @@ use super::attention::{
     AttentionShape, KeyValues, Rotation, Visibility, attention, cached_attention, causal_mask,
     joint_attention, keep_keys,
 };
-use super::backend::Kernels;
 use super::linear::{self, AdaptedLinear, LinearInput, LowRankTerm, ScaledPairTerm, Term, adapted_linears};
 use super::*;
 use crate::random::Stream;
-use burn::backend::Flex;
 use burn::tensor::{Int, TensorData};
 use std::sync::Arc;
 
@@ -603,12 +601,60 @@ fn updates_of_many_parameters() {
     }
 }
 
-/// A pattern with an empty row, a full row and random entries.
+/// Combinations of random matrices are the same to the bit everywhere, and their gradients are the products with the
+/// dense elements; more of them than a launch takes, beside the borders of groups and blocks.
+#[test]
+fn combinations_of_random_matrices() {
+    let cpu = (Device::flex(), DType::F32, 0.0);
+    let span = |i: usize| {
+        let len = [1, 127, 128, 129, 2500][i % 5];
+        let basis = |purpose: &str| RandomBasis::new(7, purpose, ["q", "k", "v"][i % 3], len);
+        let offset = (i % 2 == 0).then(|| (basis("offset"), 0.25));
+        (Span { basis: basis("basis"), scale: 0.3 + i as f32, offset }, [1, 4, 33, 5][i % 4])
+    };
+    let spans: Vec<(Span, usize)> = (0..70).map(span).collect();
+    let host = |tensor: &Tensor<2>| tensor.to_data().iter::<f32>().collect::<Vec<f32>>();
+    for (to, ..) in &places() {
+        let (mut combinations, mut gradients) = (Vec::new(), Vec::new());
+        for (i, (span, count)) in spans.iter().enumerate() {
+            let numbers = |name: &str, len| random(&format!("{name}{i}"), [1, len], &cpu).to_device(to);
+            combinations.push((*span, numbers("a", *count)));
+            gradients.push((*span, numbers("g", span.basis.len()), *count));
+        }
+        let (found, found_gradients) = (combine(combinations.clone()), combine_backward(gradients.clone()));
+        assert_eq!((found.len(), found_gradients.len()), (spans.len(), spans.len()));
+        for (i, (span, count)) in spans.iter().enumerate() {
+            let len = span.basis.len();
+            let elements: Vec<Vec<f32>> =
+                (0..*count).map(|element| span.basis.first_values(element as u32, len)).collect();
+            let coefficients = host(&combinations[i].1);
+            let offset = span.offset.map(|(basis, scale)| (scale, basis.first_values(0, len)));
+            let scaled = coefficients.iter().map(|a| a * span.scale);
+            let terms: Vec<(f32, Vec<f32>)> = scaled.zip(elements.clone()).chain(offset).collect();
+            let expected: Vec<f32> =
+                (0..len).map(|e| terms.iter().fold(0.0, |sum, (a, values)| sum + a * values[e])).collect();
+            assert_eq!(host(&found[i]), expected, "matrix {i}");
+
+            let gradient = host(&gradients[i].1);
+            let of_element = |values: &Vec<f32>| {
+                let products = values.iter().zip(&gradient).map(|(v, g)| f64::from(*v) * f64::from(*g));
+                (f64::from(span.scale) * products.sum::<f64>()) as f32
+            };
+            let expected: Vec<f32> = elements.iter().map(of_element).collect();
+            let expected = Tensor::from_data(TensorData::new(expected, [1, *count]), (&cpu.0, DType::F32));
+            let found = found_gradients[i].clone().to_device(&cpu.0);
+            assert_close(&format!("gradient {i}"), found, expected, 1e-4);
+        }
+    }
+}
+
+/// A pattern with an empty row and column, a row that is full but for that, and random entries.
 fn pattern([rows, columns]: [usize; 2]) -> Arc<SparsePattern> {
     let mut stream = Stream::new(7, "test", "pattern", &[]);
-    let places = (0..(rows * columns) as u32).filter(|place| match place / columns as u32 {
-        0 => false,
-        1 => true,
+    let width = columns as u32;
+    let places = (0..(rows * columns) as u32).filter(|place| match (place / width, place % width) {
+        (0, _) | (_, 0) => false,
+        (1, _) => true,
         _ => stream.uniform() < 0.2,
     });
     Arc::new(SparsePattern::new([rows, columns], places.collect()).unwrap())
@@ -622,8 +668,8 @@ fn term(values: Tensor<2>, pattern: &Arc<SparsePattern>) -> SparseTerm {
 fn sparse_changes() {
     for place in &places() {
         let factors = (place.0.clone(), DType::F32, place.2);
-        for (tokens, dims) in [(1, [3, 5]), (16, [12, 7]), (37, [18, 40])] {
-            let pattern = pattern(dims);
+        for (tokens, dims) in [(1, [3, 5]), (16, [12, 7]), (37, [18, 40]), (301, [70, 37])] {
+            let (pattern, what) = (pattern(dims), format!("{tokens} tokens, {dims:?}"));
             let inputs = [
                 random("y", [tokens, dims[0]], place),
                 random("x", [tokens, dims[1]], place),
@@ -651,32 +697,12 @@ fn sparse_changes() {
                 let dtype = y.dtype();
                 as_dtype(as_dtype(y, DType::F32) + as_dtype(x, DType::F32).matmul(dense.transpose()), dtype)
             };
-            compare(&format!("{tokens} tokens, {dims:?}"), place, &inputs, found, expected);
+            // A `y` that nobody else has may be written over.
+            let [y, x, values] = inputs.clone();
+            let alone = add_sparse(y.mul_scalar(1.0), x, term(values, &pattern));
+            assert_close(&what, alone, found(inputs.to_vec()), 0.0);
+            compare(&what, place, &inputs, found, expected);
         }
-    }
-}
-
-/// What elsewhere stands in for the kernels of the CPU does the same.
-#[test]
-fn sparse_changes_by_dense_blocks() {
-    let place = &places()[0];
-    let (tokens, dims) = (21, [18, 20]);
-    let pattern = pattern(dims);
-    let y: Tensor<2> = random("y", [tokens, dims[0]], place);
-    let x: Tensor<2> = random("x", [tokens, dims[1]], place);
-    let values: Tensor<2> = random("values", [1, pattern.len()], place);
-    let p = |tensor: &Tensor<2>| Flex::primitive(tensor.clone());
-    let t = |primitive| Flex::tensor::<2>(primitive);
-    let found = t(sparse::add_by_blocks::<Flex>(p(&y), &p(&x), &p(&values), &pattern));
-    assert_close("sum", found, t(Flex::add_sparse(p(&y), &p(&x), &p(&values), &pattern)), 1e-5);
-    for values in [Some(p(&values)), None] {
-        let found = sparse::gradients_by_blocks::<Flex>(&p(&y), &p(&x), values.as_ref(), &pattern, true);
-        let expected = Flex::sparse_gradients(&p(&y), &p(&x), values.as_ref(), &pattern, true);
-        assert_eq!((found.input.is_some(), expected.input.is_some()), (values.is_some(), values.is_some()));
-        if let Some((found, expected)) = found.input.zip(expected.input) {
-            assert_close("dx", t(found), t(expected), 1e-5);
-        }
-        assert_close("dvalues", t(found.values.unwrap()), t(expected.values.unwrap()), 1e-5);
     }
 }
 
@@ -692,20 +718,22 @@ impl BackwardObserver for Seen {
 /// The observer can tell the dense gradient of the weight, whose entries at the positions are the values' gradient.
 #[test]
 fn observers_of_sparse_changes() {
-    let place = &places()[0];
-    let (tokens, dims) = (9, [6, 11]);
-    let pattern = pattern(dims);
-    let x: Tensor<2> = random("x", [tokens, dims[1]], place);
-    let values = leaf(&random("values", [1, pattern.len()], place));
-    let seen = Arc::new(Seen::default());
-    let term = SparseTerm { observer: Some(seen.clone()), ..term(values.clone(), &pattern) };
-    let y = add_sparse(random("y", [tokens, dims[0]], place), x.clone(), term);
-    let dy: Tensor<2> = random("dy", [tokens, dims[0]], place);
-    let mut gradients = backward_from(y, dy.clone());
-    let dense = seen.0.lock().unwrap().pop().unwrap();
-    let of_values = values.grad_remove(&mut gradients).unwrap();
-    assert_close("observed", pattern.gather(dense), of_values.clone(), 1e-5);
-    assert_close("products", sampled_products(x, dy, &pattern), of_values, 1e-6);
+    for place in &places() {
+        let (tokens, dims) = (9, [6, 11]);
+        let pattern = pattern(dims);
+        let x: Tensor<2> = random("x", [tokens, dims[1]], place);
+        let values: Tensor<2> = random("values", [1, pattern.len()], &(place.0.clone(), DType::F32, place.2));
+        let values = leaf(&values);
+        let seen = Arc::new(Seen::default());
+        let term = SparseTerm { observer: Some(seen.clone()), ..term(values.clone(), &pattern) };
+        let y = add_sparse(random("y", [tokens, dims[0]], place), x.clone(), term);
+        let dy: Tensor<2> = random("dy", [tokens, dims[0]], place);
+        let mut gradients = backward_from(y, dy.clone());
+        let dense = seen.0.lock().unwrap().pop().unwrap();
+        let of_values = values.grad_remove(&mut gradients).unwrap();
+        assert_close("observed", pattern.gather(dense), of_values.clone(), place.2);
+        assert_close("products", sampled_products(x, dy, &pattern), of_values, 1e-6);
+    }
 }
 
 #[test]

@@ -10,9 +10,8 @@
 //! however large it is, and never kept.
 
 use super::{Form, Parameter, Tape};
-use crate::kernels::{LowRankTerm, RandomBasis, Term};
-use burn::tensor::{DType, Tensor, TensorData};
-use rayon::prelude::*;
+use crate::kernels::{LowRankTerm, RandomBasis, Span, Term, combine, combine_backward};
+use burn::tensor::{DType, Tensor};
 use std::collections::BTreeMap;
 
 /// One factor `M = M₀ + c·Σᵢ aᵢ·Eᵢ`, `[rows, columns]`.
@@ -20,9 +19,7 @@ use std::collections::BTreeMap;
 pub struct CombinedFactor {
     /// The coefficients `a`, `[1, k]`, f32.
     pub coefficients: Parameter,
-    basis: RandomBasis,
-    scale: f32,
-    offset: Option<(RandomBasis, f32)>,
+    span: Span,
     /// What the gradient of the value goes by.
     name: String,
     value: Tensor<2>,
@@ -41,7 +38,7 @@ impl CombinedFactor {
         offset: Option<(RandomBasis, f32)>,
     ) -> Self {
         let value = Tensor::zeros(dims, (&coefficients.value.device(), DType::F32));
-        Self { coefficients, basis, scale, offset, name, value }
+        Self { coefficients, span: Span { basis, scale, offset }, name, value }
     }
 
     /// What the gradient of `M` goes by.
@@ -103,7 +100,12 @@ impl Form for Combination {
 
 /// Computes the factors of combinations from their coefficients: to be called whenever these have changed.
 pub fn refresh<'a>(forms: impl Iterator<Item = &'a mut Combination>) {
-    combine(forms.flat_map(|form| [&mut form.a, &mut form.b]).collect());
+    let factors: Vec<&mut CombinedFactor> = forms.flat_map(|form| [&mut form.a, &mut form.b]).collect();
+    let combinations: Vec<_> =
+        factors.iter().map(|factor| (factor.span, factor.coefficients.value.clone())).collect();
+    for (factor, value) in factors.into_iter().zip(combine(combinations)) {
+        factor.value = value.reshape(factor.value.dims());
+    }
 }
 
 /// Replaces the gradients of the factors, by name, with those of the coefficients.
@@ -112,70 +114,15 @@ pub fn pull_back<'a>(
     gradients: &mut BTreeMap<String, Tensor<2>>,
 ) {
     let factors = forms.flat_map(|form| [&form.a, &form.b]);
-    let wanted = factors.filter_map(|factor| Some((factor, gradients.remove(&factor.name)?))).collect();
-    let groups: Vec<Vec<(&CombinedFactor, Tensor<2>)>> = grouped(wanted, |(factor, _)| factor);
-    let found: Vec<Vec<(&Parameter, Vec<f32>)>> = groups
-        .into_par_iter()
-        .map(|group| {
-            let (factors, matrices): (Vec<_>, Vec<_>) =
-                group.into_iter().map(|(factor, gradient)| (factor, to_host(gradient))).unzip();
-            let count = factors.first().map_or(0, |factor| factor.coefficients.numel());
-            let products = factors[0].basis.products(&matrices, count);
-            factors
-                .iter()
-                .zip(products)
-                .map(|(factor, products)| {
-                    (&factor.coefficients, products.iter().map(|product| product * factor.scale).collect())
-                })
-                .collect()
+    let (coefficients, of_factors): (Vec<&Parameter>, Vec<_>) = factors
+        .filter_map(|factor| {
+            let gradient = gradients.remove(&factor.name)?;
+            Some((&factor.coefficients, (factor.span, gradient, factor.coefficients.numel())))
         })
-        .collect();
-    for (coefficients, gradient) in found.into_iter().flatten() {
-        let place = (&coefficients.value.device(), DType::F32);
-        let data = TensorData::new(gradient, coefficients.value.dims());
-        gradients.insert(coefficients.name.clone(), Tensor::from_data(data, place));
+        .unzip();
+    for (coefficients, gradient) in coefficients.into_iter().zip(combine_backward(of_factors)) {
+        gradients.insert(coefficients.name.clone(), gradient);
     }
-}
-
-/// Those with one basis together, so that its elements are drawn once for all of them.
-fn grouped<T>(items: Vec<T>, factor: impl Fn(&T) -> &CombinedFactor) -> Vec<Vec<T>> {
-    let mut groups: Vec<Vec<T>> = Vec::new();
-    let mut numbers = std::collections::HashMap::new();
-    for item in items {
-        let of = factor(&item);
-        let number = *numbers.entry((of.basis, of.coefficients.numel())).or_insert(groups.len());
-        if number == groups.len() {
-            groups.push(Vec::new());
-        }
-        groups[number].push(item);
-    }
-    groups
-}
-
-fn combine(factors: Vec<&mut CombinedFactor>) {
-    grouped(factors, |factor| factor).into_par_iter().for_each(|mut group| {
-        let coefficients: Vec<Vec<f32>> = group
-            .iter()
-            .map(|factor| factor.coefficients.to_host().iter().map(|a| a * factor.scale).collect())
-            .collect();
-        let sums = group[0].basis.combine(&coefficients);
-        for (factor, mut sum) in group.iter_mut().zip(sums) {
-            let dims = factor.value.dims();
-            if let Some((basis, scale)) = factor.offset {
-                let offset = basis.first_values(0, sum.len());
-                sum.iter_mut().zip(offset).for_each(|(sum, offset)| *sum += offset * scale);
-            }
-            factor.value =
-                Tensor::from_data(TensorData::new(sum, dims), (&factor.value.device(), DType::F32));
-        }
-    });
-}
-
-/// Row-major values.
-fn to_host(tensor: Tensor<2>) -> Vec<f32> {
-    let values = tensor.try_into_vec_as::<f32>();
-    // burn reports a lost device nowhere else than here; no file or flag of a user's leads to it.
-    values.expect("a gradient can be read back from its device")
 }
 
 #[cfg(test)]

@@ -4,8 +4,9 @@
 //! and rank, and its file is these and a seed. The random matrices come from a generator of the toolkit's own
 //! ([`RandomBasis`](peft_core::kernels::RandomBasis)), so that a file means the same on every machine and device.
 //!
-//! Bases are drawn on the host, also for a model on another device: there go `A` and `B` after an update, and from there
-//! come their gradients before one, each as large as those of a LoRA of that rank.
+//! Bases are drawn where the model is, on a CPU or an NVIDIA GPU, and `A` and `B` are the same to the bit on both. For
+//! other devices the host draws them: from there come `A` and `B` after an update, and there go their gradients before
+//! one, each as large as those of a LoRA of that rank.
 
 mod bases;
 mod config;

@@ -148,6 +148,22 @@ impl SparseBlock {
         Ok(())
     }
 
+    /// Checks that a run of that many steps goes on after its first choice of positions.
+    ///
+    /// # Errors
+    /// A message that names both, and what to change.
+    pub fn check_length(&self, total_steps: u64) -> Result<(), String> {
+        let first = self.selection_accumulation_steps;
+        if total_steps > first {
+            return Ok(());
+        }
+        Err(format!(
+            "the run has {total_steps} steps, and positions are chosen for the first time after step {first}, so that \
+             what is chosen would never train: lower selection_accumulation_steps, which is {first}, or make the run \
+             longer"
+        ))
+    }
+
     /// When positions are chosen again; `starts_at_random` says where the first ones come from.
     pub fn schedule(&self, starts_at_random: bool) -> Schedule {
         Schedule {

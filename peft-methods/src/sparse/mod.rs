@@ -78,6 +78,10 @@ impl Block for SparseBlock {
         SparseBlock::check(self)
     }
 
+    fn check_length(&self, total_steps: u64) -> Result<(), String> {
+        SparseBlock::check_length(self, total_steps)
+    }
+
     fn plan(&self, model: &ModelConfig, _base: &Headers) -> peft_core::Result<MethodPlan> {
         let targets = self.targets(model)?;
         let with_values = targets.iter().filter(|target| target.values > 0);
@@ -314,6 +318,7 @@ impl Method for SparseFineTuning {
     /// Values are 0 at positions drawn from the stream (seed, "sparse positions", path), or come from an adapter with as
     /// many of them.
     fn prepare(&mut self, model: &mut Decoder, preparation: &Preparation) -> peft_core::Result<()> {
+        self.block.check_length(preparation.length.total_steps).map_err(TrainError::Preparation)?;
         let targets = self.block.targets(&model.config)?;
         let device = model.device.clone();
         let mut given = match &self.start {
@@ -360,13 +365,6 @@ impl Method for SparseFineTuning {
     ) -> Result<(), TrainError> {
         let Progress { step, total_steps } = progress;
         let schedule = self.schedule();
-        if total_steps <= schedule.accumulation_steps {
-            return Err(TrainError::Method(format!(
-                "a run of {total_steps} steps ends before positions were chosen: it needs more than \
-                 selection_accumulation_steps, which is {}",
-                schedule.accumulation_steps
-            )));
-        }
         if let Some(phase) = &mut self.phase {
             phase.steps += 1;
         }

@@ -3,7 +3,7 @@
 use super::cublaslt::{Element, Product};
 use super::engine::{Arguments, Buffers, Launch, Queue, Source, flush, read_later, submit, together};
 use super::error::Fault;
-use super::{attention, optimizer};
+use super::{attention, optimizer, sparse};
 use crate::kernels::READ_BACK;
 use crate::kernels::adamw::{AdamW, Update};
 use crate::kernels::attention::{AttentionInputs, AttentionShape, CachedInputs};
@@ -13,13 +13,14 @@ use crate::kernels::dropout::Dropout;
 use crate::kernels::linear::{
     Factors as LowRank, LinearGradients, LowRankState, Part, PartGradients, Wanted,
 };
+use crate::kernels::sparse::{SparseGradients, SparsePattern};
 use burn::backend::Cube;
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::tensor::{DType, Shape};
 use burn_cubecl::kernel::{into_contiguous, slice};
 use burn_cubecl::tensor::CubeTensor;
 
-const CODE: &str = include_str!("elementwise.cu");
+const CODE: &str = concat!(include_str!("scalar.cu"), include_str!("elementwise.cu"));
 
 /// The row-wise and elementwise kernels for activations of a type.
 pub(super) fn elementwise(dtype: DType) -> Source {
@@ -38,7 +39,7 @@ pub(super) fn empty(like: &CubeTensor, shape: &[usize], dtype: DType) -> CubeTen
 }
 
 /// Rows and columns.
-fn dims(tensor: &CubeTensor) -> (usize, usize) {
+pub(super) fn dims(tensor: &CubeTensor) -> (usize, usize) {
     (tensor.meta.shape()[0], tensor.meta.shape()[1])
 }
 
@@ -540,6 +541,20 @@ impl Kernels for Cube {
                 PartGradients { weight, bias, a: if place.1 > 0 { of_a(place) } else { None }, b }
             });
         LinearGradients { input: dx, parts: gradients.collect() }
+    }
+
+    fn add_sparse(y: CubeTensor, x: &CubeTensor, values: &CubeTensor, pattern: &SparsePattern) -> CubeTensor {
+        sparse::add(y, x, values, pattern)
+    }
+
+    fn sparse_gradients(
+        dy: &CubeTensor,
+        x: &CubeTensor,
+        values: Option<&CubeTensor>,
+        pattern: &SparsePattern,
+        wants_values: bool,
+    ) -> SparseGradients<CubeTensor> {
+        sparse::gradients(dy, x, values, pattern, wants_values)
     }
 
     fn attends(shape: &AttentionShape, dtype: DType) -> bool {

@@ -1,88 +1,3 @@
-// Row-wise and elementwise kernels. Compiled once for each type of the activations, `scalar`: with BF16 defined it is
-// bf16, else f32. Arithmetic is in f32; every kernel reads and writes each element once where it can.
-//
-// Rows of V·n elements are read V at a time; `columns` is a multiple of V where a launch passes `vectors = 1`, and rows
-// then start at multiples of 16 bytes.
-
-#ifdef BF16
-typedef unsigned short scalar;
-__device__ __forceinline__ float to_float(scalar x) { return __uint_as_float((unsigned)x << 16); }
-__device__ __forceinline__ unsigned pack(float low, float high) {
-    unsigned packed;
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
-    return packed;
-}
-__device__ __forceinline__ scalar to_scalar(float x) { return (scalar)(pack(x, 0.f) & 0xffffu); }
-#define V 8
-__device__ __forceinline__ void load(const scalar* p, float* x) {
-    uint4 u = *(const uint4*)p;
-    unsigned words[4] = {u.x, u.y, u.z, u.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        x[2 * i] = __uint_as_float(words[i] << 16);
-        x[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-    }
-}
-__device__ __forceinline__ void store(scalar* p, const float* x) {
-    *(uint4*)p = make_uint4(pack(x[0], x[1]), pack(x[2], x[3]), pack(x[4], x[5]), pack(x[6], x[7]));
-}
-#else
-typedef float scalar;
-__device__ __forceinline__ float to_float(scalar x) { return x; }
-__device__ __forceinline__ scalar to_scalar(float x) { return x; }
-#define V 4
-__device__ __forceinline__ void load(const scalar* p, float* x) {
-    float4 u = *(const float4*)p;
-    x[0] = u.x; x[1] = u.y; x[2] = u.z; x[3] = u.w;
-}
-__device__ __forceinline__ void store(scalar* p, const float* x) { *(float4*)p = make_float4(x[0], x[1], x[2], x[3]); }
-#endif
-
-// The value as it is after being stored.
-__device__ __forceinline__ float rounded(float x) { return to_float(to_scalar(x)); }
-
-__device__ __forceinline__ float warp_sum(float x) {
-#pragma unroll
-    for (int offset = 16; offset > 0; offset >>= 1) x += __shfl_xor_sync(0xffffffffu, x, offset);
-    return x;
-}
-
-// The sum over a block of at most 1024 threads, the same in all of them.
-__device__ float block_sum(float x) {
-    __shared__ float sums[33];
-    int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, warps = blockDim.x >> 5;
-    x = warp_sum(x);
-    __syncthreads();
-    if (lane == 0) sums[warp] = x;
-    __syncthreads();
-    if (warp == 0) {
-        float total = warp_sum(lane < warps ? sums[lane] : 0.f);
-        if (lane == 0) sums[32] = total;
-    }
-    __syncthreads();
-    return sums[32];
-}
-
-// Calls `body(column, lanes)` for the pieces of a row that this thread has.
-template <class Body>
-__device__ __forceinline__ void over_row(int columns, int vectors, Body body) {
-    if (vectors) {
-        for (int c = threadIdx.x * V; c < columns; c += blockDim.x * V) body(c, V);
-    } else {
-        for (int c = threadIdx.x; c < columns; c += blockDim.x) body(c, 1);
-    }
-}
-
-__device__ __forceinline__ void read(const scalar* p, int lanes, float* x) {
-    if (lanes == V) load(p, x);
-    else x[0] = to_float(*p);
-}
-
-__device__ __forceinline__ void write(scalar* p, int lanes, const float* x) {
-    if (lanes == V) store(p, x);
-    else *p = to_scalar(x[0]);
-}
-
 // y = w ∘ x·r with r = 1/√(mean(x²) + ε). One block a row.
 extern "C" __global__ void rms_norm(const scalar* x, const scalar* w, scalar* y, int columns, int vectors, float epsilon) {
     x += (size_t)blockIdx.x * columns;
@@ -161,8 +76,8 @@ extern "C" __global__ void add_bias(scalar* y, int stride, const scalar* bias, i
 }
 
 // A block of Philox4x32-10 (Salmon et al., SC 2011).
-__device__ __forceinline__ uint4 philox(unsigned c0, unsigned c1, unsigned k0, unsigned k1) {
-    unsigned c2 = 0, c3 = 0;
+__device__ __forceinline__ uint4 philox(unsigned c0, unsigned c1, unsigned c2, unsigned k0, unsigned k1) {
+    unsigned c3 = 0;
 #pragma unroll
     for (int round = 0; round < 10; round++) {
         unsigned high0 = __umulhi(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
@@ -186,7 +101,7 @@ __device__ __forceinline__ void dropout_piece(const scalar* x, scalar* y, int co
     if (accumulate) read(y, LANES, b);
 #pragma unroll
     for (int i = 0; i < LANES; i += 4) {
-        uint4 random = philox((unsigned)(c + i) / 4, (unsigned)row, k0, k1);
+        uint4 random = philox((unsigned)(c + i) / 4, (unsigned)row, 0, k0, k1);
         unsigned words[4] = {random.x, random.y, random.z, random.w};
 #pragma unroll
         for (int j = 0; j < 4 && i + j < LANES; j++) {
@@ -424,4 +339,90 @@ extern "C" __global__ void total_of(const float* partial, int count, float* tota
     for (int i = threadIdx.x; i < count; i += blockDim.x) sum += partial[i];
     sum = block_sum(sum);
     if (threadIdx.x == 0) *total = sum;
+}
+
+// Matrices of a random basis. A block b of the generator has eight values of an element, 16 apart; the documentation of
+// RandomBasis says where.
+__device__ __forceinline__ void draw(unsigned k0, unsigned k1, int element, int b, float* values) {
+    uint4 random = philox(b, 0, element, k0, k1);
+    unsigned words[4] = {random.x, random.y, random.z, random.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        values[2 * i] = (((int)(words[i] << 16) >> 16) + 0.5f) * (1.f / 32768.f);
+        values[2 * i + 1] = (((int)words[i] >> 16) + 0.5f) * (1.f / 32768.f);
+    }
+}
+__device__ __forceinline__ int first_value(int b) { return b / 16 * 128 + b % 16; }
+
+struct Combinations {
+    struct {
+        const float* coefficients;
+        float* to;
+        unsigned k0, k1, offset_k0, offset_k1;
+        int length, count;
+        float scale, offset;
+    } each[AT_ONCE];
+};
+
+// M = M0 + Σ (scale·coefficients[i])·E_i with M0 = offset·(the first element of a basis of its own). Blocks (·, matrix), a
+// thread a block of the generator. Every product and sum is rounded, in the order of the elements: M is that of the host.
+extern "C" __global__ void combine(const __grid_constant__ Combinations t) {
+    const auto& m = t.each[blockIdx.y];
+    int b = blockIdx.x * blockDim.x + threadIdx.x, first = first_value(b);
+    if (first >= m.length) return;
+    float sums[8] = {}, values[8];
+    for (int i = 0; i < m.count; i++) {
+        float a = m.coefficients[i] * m.scale;
+        draw(m.k0, m.k1, i, b, values);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sums[j] = __fadd_rn(sums[j], __fmul_rn(a, values[j]));
+    }
+    if (m.offset != 0.f) {
+        draw(m.offset_k0, m.offset_k1, 0, b, values);
+#pragma unroll
+        for (int j = 0; j < 8; j++) sums[j] = __fadd_rn(sums[j], __fmul_rn(m.offset, values[j]));
+    }
+#pragma unroll
+    for (int j = 0; j < 8; j++)
+        if (first + 16 * j < m.length) m.to[first + 16 * j] = sums[j];
+}
+
+struct Spans {
+    struct {
+        const float* gradient;
+        float* to;
+        unsigned k0, k1;
+        int length, count;
+        float scale;
+    } each[AT_ONCE];
+};
+
+// Elements that a block of `combine_backward` takes: it reads the gradient once for all of them.
+#define ELEMENTS 4
+
+// to[i] = scale·⟨gradient, E_i⟩. Blocks (elements, matrix). The order of the sums is fixed, and they are in double precision
+// but for eight values at a time and across threads.
+extern "C" __global__ void combine_backward(const __grid_constant__ Spans t) {
+    const auto& m = t.each[blockIdx.y];
+    int element = blockIdx.x * ELEMENTS;
+    if (element >= m.count) return;
+    double sums[ELEMENTS] = {};
+    for (int b = threadIdx.x; b / 16 * 128 < m.length; b += blockDim.x) {
+        int first = first_value(b);
+        float g[8], values[8];
+#pragma unroll
+        for (int j = 0; j < 8; j++) g[j] = first + 16 * j < m.length ? m.gradient[first + 16 * j] : 0.f;
+#pragma unroll
+        for (int i = 0; i < ELEMENTS; i++) {
+            float sum = 0.f;
+            draw(m.k0, m.k1, element + i, b, values);
+#pragma unroll
+            for (int j = 0; j < 8; j++) sum += g[j] * values[j];
+            sums[i] += sum;
+        }
+    }
+    for (int i = 0; i < ELEMENTS; i++) {
+        float sum = block_sum((float)sums[i]);
+        if (threadIdx.x == 0 && element + i < m.count) m.to[element + i] = m.scale * sum;
+    }
 }

@@ -3,14 +3,17 @@
 
 mod attention;
 mod backend;
+mod basis;
 mod cublaslt;
 mod engine;
 mod error;
 mod optimizer;
+mod sparse;
 
 use super::backend::Kernels;
 use burn::backend::Cube;
 use burn::tensor::{Device, Tensor};
+pub(super) use basis::{combine, combine_backward};
 pub(super) use engine::is_available;
 
 /// Bytes of a CUDA device's memory that nobody uses, and all of them.

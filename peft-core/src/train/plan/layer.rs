@@ -228,15 +228,12 @@ impl LayerShape {
     }
 
     /// The most bytes that a sparse change has at a time beside what everything else has: input and gradient laid out by
-    /// blocks of tokens, or on a GPU the change and its gradient made dense.
+    /// blocks of tokens, on the CPU in f32.
     fn sparse(&self, batch: &BatchShape) -> u64 {
-        let element = self.machine.element();
+        let element = if self.machine.host { F32 } else { self.machine.element() };
         let changed = self.modules.iter().zip(self.dims()).filter(|(module, _)| module.entries > 0);
-        let scratch = changed.map(|(_, (rows, columns))| match self.machine.host {
-            true => batch.tokens() * (rows + columns) * F32,
-            false => rows * columns * (2 * element + F32),
-        });
-        scratch.max().unwrap_or(0)
+        let features = changed.map(|(_, (rows, columns))| rows + columns).max();
+        batch.tokens() * features.unwrap_or(0) * element
     }
 
     /// The most bytes that watching a gradient takes at a time: a dense one in f32 on its device and on the host.
