@@ -1,6 +1,7 @@
 //! The command line.
 
 use clap::{ArgGroup, Args, Parser, Subcommand, ValueEnum};
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 /// Parameter-efficient fine-tuning of Hugging Face checkpoints, without Python.
@@ -182,6 +183,9 @@ pub struct CompareArgs {
     /// Set a key of the recipe, dots for nesting: `--override compare.seeds=[1,2]`. May be repeated.
     #[arg(long = "override", value_name = "KEY=VALUE", num_args = 1..)]
     pub overrides: Vec<String>,
+    /// So many runs at once, for a device that one run does not fill. Their times are not those of a run alone.
+    #[arg(long, value_name = "N", default_value = "1")]
+    pub jobs: NonZeroUsize,
     /// Train nothing: write table and page again from the runs that are there.
     #[arg(long)]
     pub summary: bool,

@@ -235,6 +235,53 @@ fn a_stopped_comparison_goes_on() {
 }
 
 #[test]
+fn runs_made_at_once_are_those_made_one_by_one() {
+    let dir = tempfile::tempdir().unwrap();
+    let compare = json!({"seeds": [1, 2], "learning_rates": [1e-3], "methods": [{"method": "lora"}, {"method": "ia3"}]});
+    let (recipe, out) = comparison(dir.path(), compare, json!({"max_steps": 8, "eval_generations": 0}));
+    let runs =
+        ["lora-1e-3-1", "lora-1e-3-2", "ia3-1e-3-1", "ia3-1e-3-2"].map(|name| out.join("runs").join(name));
+    let mut command = Command::new(program());
+    command
+        .current_dir(root())
+        .args(["compare", &recipe, "--jobs", "2"])
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    // Once two are under way, all of them save and end.
+    let begun = Instant::now();
+    while runs.iter().filter(|run| run.join("metrics.jsonl").exists()).count() < 2 {
+        assert!(begun.elapsed() < Duration::from_secs(300), "the comparison hangs");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let kill = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    let ended = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&ended.stderr);
+    assert_eq!(ended.status.code(), Some(143), "{stderr}");
+    assert!(runs[..2].iter().all(|run| run.join("checkpoints").exists()), "{stderr}");
+
+    let said = peft_ok(&["compare", &recipe, "--jobs", "4"]);
+    let markdown = std::fs::read_to_string(out.join("comparison.md")).unwrap();
+    assert!(said.contains("runs went on at once") && markdown.contains("runs went on at once"), "{said}");
+    let alone = dir.path().join("alone");
+    let said = peft_ok(&["compare", &recipe, "--output-dir", &alone.display().to_string()]);
+    assert!(!said.contains("at once"), "{said}");
+    for run in &runs {
+        let other = alone.join("runs").join(run.file_name().unwrap());
+        let adapter = |run: &Path| std::fs::read(run.join("adapter/adapter_model.safetensors")).unwrap();
+        assert!(adapter(run) == adapter(&other), "{}", run.display());
+        let steps = metrics(run).iter().filter(|line| line["loss"].is_number()).count();
+        assert_eq!(steps, 8, "{}", run.display());
+    }
+    let labels = |text: &str| -> Vec<String> {
+        let rows = text.lines().filter(|line| line.starts_with("| ")).skip(1);
+        rows.map(|line| line.split(' ').nth(1).unwrap().to_string()).collect()
+    };
+    assert_eq!(labels(&markdown), ["lora", "ia3"]);
+}
+
+#[test]
 fn mistakes_in_the_recipe_name_file_and_key() {
     let dir = tempfile::tempdir().unwrap();
     let methods = json!([{"method": "lora"}]);
@@ -261,27 +308,27 @@ fn mistakes_in_the_recipe_name_file_and_key() {
 }
 
 #[test]
-fn the_recipe_compares_every_kind_of_method() {
+fn the_recipes_compare_every_kind_of_method() {
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out").display().to_string();
-    let said = peft_ok(&["compare", "recipes/compare.yaml", "--output-dir", &out, "--summary", "--json"]);
-    let said: Value = serde_json::from_str(&said).unwrap();
-    let labels: Vec<&str> =
-        said["methods"].as_array().unwrap().iter().map(|row| row["label"].as_str().unwrap()).collect();
-    for label in [
-        "lora",
-        "lora_xs",
-        "lora_sb",
-        "vera",
-        "nola",
-        "lamda",
-        "sparse",
-        "ia3",
-        "bitfit",
-        "norm_only",
-        "full",
+    let kinds = ["lora", "lora_xs", "lora_sb", "vera", "nola", "lamda", "sparse", "ia3", "norm_only", "full"];
+    // Bases and data that a clone does not have are exchanged.
+    let base = format!("base_model={BASE}");
+    let data = "[{path: recipes/quickstart/held_out.jsonl, type: prompt_completion}]";
+    let (train, held_out) = (format!("datasets={data}"), format!("eval_datasets={data}"));
+    let present = ["--override", &base, &train, &held_out];
+    for (recipe, overrides) in [
+        ("recipes/compare.yaml", &present[..0]),
+        ("recipes/compare_smollm2.yaml", &present[..]),
+        ("recipes/compare_cost.yaml", &present[..]),
     ] {
-        assert!(labels.contains(&label), "no {label} in {labels:?}");
+        let args = ["compare", recipe, "--output-dir", &out, "--summary", "--json"];
+        let said: Value = serde_json::from_str(&peft_ok(&[&args[..], overrides].concat())).unwrap();
+        let labels: Vec<&str> =
+            said["methods"].as_array().unwrap().iter().map(|row| row["label"].as_str().unwrap()).collect();
+        for label in kinds {
+            assert!(labels.contains(&label), "{recipe}: no {label} in {labels:?}");
+        }
+        assert!(said["methods"][0]["remarks"][0].as_str().unwrap().contains("not run"), "{said}");
     }
-    assert!(said["methods"][0]["remarks"][0].as_str().unwrap().contains("(3 seeds)"), "{said}");
 }

@@ -9,12 +9,13 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// The recipes for `peft train`; the one for `peft compare` has its own tests.
+/// The recipes for `peft train`; those for `peft compare` have their own tests.
 fn recipes() -> Vec<PathBuf> {
     let entries = std::fs::read_dir(root().join("recipes")).unwrap().map(|entry| entry.unwrap().path());
     let mut recipes: Vec<PathBuf> =
         entries.filter(|path| path.extension().is_some_and(|e| e == "yaml")).collect();
-    recipes.retain(|path| !path.ends_with("compare.yaml"));
+    recipes
+        .retain(|path| !path.file_stem().is_some_and(|name| name.to_string_lossy().starts_with("compare")));
     recipes.sort();
     recipes
 }

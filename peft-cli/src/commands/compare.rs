@@ -6,6 +6,7 @@
 mod child;
 mod method_comparison;
 mod plan;
+mod queue;
 mod results;
 mod standing;
 mod table;
@@ -13,14 +14,13 @@ mod table;
 use super::train::signals::StopSignal;
 use crate::args::CompareArgs;
 use crate::error::CliError;
-use crate::render::ComparisonProgress;
 use crate::report::comparison as page;
-use child::Ended;
 use peft_core::checkpoint::write_file;
-use plan::{Plan, Wanted};
-use results::{Measured, Outcome, Row};
+use plan::Plan;
+use queue::Settings;
+use results::{Outcome, Row};
 use serde_json::{Value, json};
-use standing::{Material, Standing};
+use standing::Material;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::Ordering;
@@ -35,36 +35,20 @@ pub fn run(args: CompareArgs) -> Result<ExitCode, CliError> {
     let Some(first) = plan.runs.first() else { return Ok(ExitCode::SUCCESS) };
     let mut material = Material::open(&first.recipe, args.offline)?;
     let stop = StopSignal::listen()?;
-    let is_stopping = || stop.requested().load(Ordering::SeqCst);
-
-    let mut progress = ComparisonProgress::new(plan.runs.len());
-    let mut outcomes = Vec::with_capacity(plan.runs.len());
-    for wanted in &plan.runs {
-        let standing = material.standing(wanted)?;
-        let outcome = match standing {
-            Standing::Finished => measured(wanted)?,
-            _ if args.summary => {
-                child::reason(&wanted.beside("log")).map_or(Outcome::Missing, Outcome::Failed)
-            }
-            _ if is_stopping() => Outcome::Missing,
-            _ => train(wanted, standing == Standing::Open, args.offline, &stop, &mut progress)?,
-        };
-        if !matches!(outcome, Outcome::Missing) {
-            progress.ended(&wanted.name, &said(&outcome, standing == Standing::Finished));
-        }
-        outcomes.push(outcome);
-    }
-    progress.clear();
+    let settings = Settings { jobs: args.jobs, summary: args.summary, offline: args.offline };
+    let outcomes = queue::outcomes(&plan, &mut material, &stop, &settings)?;
 
     let rows = results::rows(&plan, &outcomes);
-    let files = write(&plan, &outcomes, &rows)?;
+    let at_once = results::at_once(&outcomes);
+    let note = table::note(&plan, at_once);
+    let files = write(&plan, &outcomes, &rows, &note)?;
     if args.json {
-        println!("{}", json!({"seeds": plan.seeds, "methods": rows, "files": files}));
+        println!("{}", json!({"seeds": plan.seeds, "at_once": at_once, "methods": rows, "files": files}));
     } else {
-        println!("\n{}", table::terminal(&plan, &rows));
+        println!("\n{}", table::terminal(&rows, &note));
         files.iter().for_each(|file| println!("{}", file.display()));
     }
-    if is_stopping() {
+    if stop.requested().load(Ordering::SeqCst) {
         let left = outcomes.iter().filter(|outcome| matches!(outcome, Outcome::Missing)).count();
         eprintln!(
             "stopped by {} with {left} of {} runs left; the same command goes on",
@@ -77,41 +61,8 @@ pub fn run(args: CompareArgs) -> Result<ExitCode, CliError> {
     Ok(if any { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Trains the run, from where it was left if it is `open`, and reads its figures.
-fn train(
-    wanted: &Wanted,
-    open: bool,
-    offline: bool,
-    stop: &StopSignal,
-    progress: &mut ComparisonProgress,
-) -> Result<Outcome, CliError> {
-    let metrics = wanted.dir().join("metrics.jsonl");
-    progress.began(&wanted.name);
-    match child::train(wanted, open, offline, stop, &mut || progress.look(&wanted.name, &metrics))? {
-        Ended::Finished => measured(wanted),
-        Ended::Failed(reason) => Ok(Outcome::Failed(reason)),
-        Ended::Stopped => Ok(Outcome::Missing),
-    }
-}
-
-fn measured(wanted: &Wanted) -> Result<Outcome, CliError> {
-    Ok(Measured::read(&wanted.dir())?.map_or_else(Outcome::Failed, Outcome::Measured))
-}
-
-/// A run's outcome in a few words.
-fn said(outcome: &Outcome, before: bool) -> String {
-    match outcome {
-        Outcome::Measured(measured) => {
-            let earlier = if before { " · finished earlier" } else { "" };
-            format!("validation loss {:.4}{earlier}", measured.loss)
-        }
-        Outcome::Failed(reason) => format!("failed: {reason}"),
-        Outcome::Missing => "not run to its end".to_string(),
-    }
-}
-
 /// Writes table, page and the runs' results; returns where the first two are.
-fn write(plan: &Plan, outcomes: &[Outcome], rows: &[Row]) -> Result<Vec<PathBuf>, CliError> {
+fn write(plan: &Plan, outcomes: &[Outcome], rows: &[Row], note: &str) -> Result<Vec<PathBuf>, CliError> {
     let dir = &plan.output_dir;
     let results = dir.join("results");
     std::fs::create_dir_all(&results).map_err(|source| CliError::Io { path: results.clone(), source })?;
@@ -123,23 +74,23 @@ fn write(plan: &Plan, outcomes: &[Outcome], rows: &[Row]) -> Result<Vec<PathBuf>
         }
     }
     let files = [dir.join("comparison.md"), dir.join("comparison.html")];
-    write_file(&files[0], table::markdown(plan, rows).as_bytes())?;
-    write_file(&files[1], html(plan, outcomes, rows).as_bytes())?;
+    write_file(&files[0], table::markdown(rows, note).as_bytes())?;
+    write_file(&files[1], html(plan, outcomes, rows, note).as_bytes())?;
     Ok(files.to_vec())
 }
 
 /// The page.
-fn html(plan: &Plan, outcomes: &[Outcome], rows: &[Row]) -> String {
+fn html(plan: &Plan, outcomes: &[Outcome], rows: &[Row], note: &str) -> String {
     let recipe = plan.runs.first().map(|wanted| &wanted.recipe);
     let runs = plan.runs.iter().zip(outcomes).map(|(wanted, outcome)| page::RunLine {
         name: &wanted.name,
-        said: said(outcome, false),
+        said: outcome.to_string(),
         has_report: wanted.dir().join("report.html").is_file(),
     });
     page::html(&page::Comparison {
         title: &name(&plan.output_dir),
         base: recipe.map_or("", |recipe| recipe.base_model.as_str()),
-        note: &table::note(plan),
+        note,
         head: &table::HEAD,
         rows: &rows.iter().map(page_row).collect::<Vec<_>>(),
         runs: &runs.collect::<Vec<_>>(),

@@ -26,7 +26,7 @@ use serde_json::{Value, json};
 use signals::StopSignal;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Runs the command. A run that a signal stopped is no error, but its exit code says so.
 pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
@@ -159,6 +159,7 @@ pub fn run(args: TrainArgs) -> Result<ExitCode, CliError> {
     if let Value::Object(map) = &mut run_info {
         map.insert("result".to_string(), result_json(&summary));
         map.insert("total_seconds".to_string(), begun.elapsed().as_secs_f64().into());
+        map.insert("ended_at".to_string(), since_1970().as_secs_f64().into());
     }
     folder.write_json("run.json", &run_info)?;
     let card = users_card.unwrap_or_else(|| {
@@ -197,8 +198,11 @@ pub(super) fn datasets(
 
 /// The time, in seconds since 1970.
 pub(super) fn unix_seconds() -> u64 {
-    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    since.map_or(0, |since| since.as_secs())
+    since_1970().as_secs()
+}
+
+fn since_1970() -> Duration {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default()
 }
 
 /// The recipe's method, ready to prepare a model.

@@ -2,7 +2,7 @@
 
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 /// How often the running run's metrics are looked at.
@@ -21,29 +21,22 @@ impl ComparisonProgress {
     pub fn new(total: usize) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| ProgressBar::new(total as u64));
         if let Some((bar, style)) =
-            bar.as_ref().zip(ProgressStyle::with_template("{bar:24} {pos}/{len} {msg}").ok())
+            bar.as_ref().zip(ProgressStyle::with_template("{bar:24} {pos}/{len} {wide_msg}").ok())
         {
             bar.set_style(style);
         }
         Self { bar, total, done: 0, looked: Instant::now() }
     }
 
-    /// A run begins.
-    pub fn began(&self, name: &str) {
-        if let Some(bar) = &self.bar {
-            bar.set_message(name.to_string());
-        }
-    }
-
-    /// Shows how far the run has come, by the last line of its metrics.
-    pub fn look(&mut self, name: &str, metrics: &Path) {
+    /// Shows how far the running runs have come, by their names and the last lines of their metrics.
+    pub fn look<'a>(&mut self, running: impl Iterator<Item = (&'a str, PathBuf)>) {
         let Some(bar) = self.bar.as_ref().filter(|_| self.looked.elapsed() > PAUSE) else { return };
         self.looked = Instant::now();
-        let text = std::fs::read_to_string(metrics).unwrap_or_default();
-        let last = text.lines().rev().find_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-        if let Some(step) = last.and_then(|line| line["step"].as_u64()) {
-            bar.set_message(format!("{name} · step {step}"));
-        }
+        let course = |(name, metrics): (&str, PathBuf)| match last_step(&metrics) {
+            Some(step) => format!("{name} · step {step}"),
+            None => name.to_string(),
+        };
+        bar.set_message(running.map(course).collect::<Vec<_>>().join(", "));
     }
 
     /// A run ended, or had ended before.
@@ -65,4 +58,11 @@ impl ComparisonProgress {
             bar.finish_and_clear();
         }
     }
+}
+
+/// The step of the last whole line.
+fn last_step(metrics: &Path) -> Option<u64> {
+    let text = std::fs::read_to_string(metrics).ok()?;
+    let last = text.lines().rev().find_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())?;
+    last["step"].as_u64()
 }

@@ -191,6 +191,7 @@ pub fn value(value: f64, unit: Unit) -> String {
     match unit {
         Unit::Bytes => render::bytes(value.max(0.0) as u64),
         Unit::Scientific => scientific(value),
+        Unit::Count => render::count(value.abs().round() as u64),
         Unit::Number if value.abs() >= 1000.0 => render::count(value.abs().round() as u64),
         Unit::Number if value != 0.0 && value.abs() < 1e-3 => scientific(value),
         Unit::Number => format!("{value:.4}"),

@@ -97,7 +97,7 @@ fn charts(rows: &[Row]) -> String {
         points: row.sweep.to_vec(),
     });
     let scatter = |title, caption, x: (&'static str, Unit, bool), dots| Scatter { title, caption, x, dots };
-    let parameters = ("trained parameters", Unit::Number, true);
+    let parameters = ("trained parameters", Unit::Count, true);
     let drawn: String = [
         scatter("Trained parameters", caption, parameters, against(&|f| Some(f.trainable))),
         scatter("Peak memory", caption, ("bytes", Unit::Bytes, false), against(&|f| f.peak_bytes)),
@@ -123,13 +123,15 @@ fn charts(rows: &[Row]) -> String {
     }
 }
 
-/// The number of a method's colour; the style sheet has six.
+/// The numbers in the style sheet of the methods' colours.
+const COLOURS: [usize; 12] = [1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13];
+
 fn colour(place: usize) -> usize {
-    place % 6 + 1
+    COLOURS[place % COLOURS.len()]
 }
 
 fn table(comparison: &Comparison) -> String {
-    let mut out = String::from("<div class=\"scroll\"><table>\n<tr>");
+    let mut out = String::from("<div class=\"scroll methods\"><table>\n<tr>");
     for (i, name) in comparison.head.iter().enumerate() {
         let class = if i == 0 { "" } else { " class=\"n\"" };
         let _ = write!(out, "<th{class}>{}</th>", escape(name));

@@ -9,6 +9,8 @@ pub enum Unit {
     Number,
     /// A number for which the exponent matters, as a learning rate.
     Scientific,
+    /// How many, where thousands and millions are enough.
+    Count,
     /// Bytes, in binary units.
     Bytes,
 }
@@ -95,6 +97,7 @@ impl Axis {
         match self.unit {
             Unit::Bytes => render::bytes(tick.max(0.0).round() as u64).replace(".0 ", " "),
             Unit::Scientific => scientific(tick),
+            Unit::Count => compact(tick),
             Unit::Number => plain(tick, step),
         }
     }
@@ -132,6 +135,14 @@ fn plain(value: f64, step: f64) -> String {
         0 if value >= 0.0 => render::count(value.round() as u64),
         _ => format!("{value:.digits$}"),
     }
+}
+
+/// As `20k`, `1.5M` or `7B`.
+fn compact(value: f64) -> String {
+    let units = [(1e9, "B"), (1e6, "M"), (1e3, "k")];
+    let (factor, unit) = units.into_iter().find(|(factor, _)| value >= *factor).unwrap_or((1.0, ""));
+    let digits = format!("{:.2}", value / factor);
+    format!("{}{unit}", digits.trim_end_matches('0').trim_end_matches('.'))
 }
 
 /// As `3e-4`, with as few digits as the number has.
@@ -176,6 +187,10 @@ mod tests {
         let norm = Axis::around(0.012, 30.0, Unit::Number, false, true);
         assert_eq!(labels(&norm), ["0.01", "0.1", "1", "10"]);
         assert_eq!((norm.low, norm.high), (0.01, 50.0));
+        let parameters = Axis::around(35_136.0, 134_515_008.0, Unit::Count, false, true);
+        assert_eq!(labels(&parameters), ["100k", "1M", "10M", "100M"]);
+        let parameters = Axis::around(500.0, 1400.0, Unit::Count, false, true);
+        assert_eq!(labels(&parameters), ["500", "1k", "1.5k"]);
         let loss = Axis::around(0.25, 10.3, Unit::Number, false, true);
         assert_eq!(labels(&loss), ["0.2", "0.5", "1", "2", "5", "10", "20"]);
         assert!((loss.place(2.0) - 0.5).abs() < 1e-12);

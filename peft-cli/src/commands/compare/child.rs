@@ -7,13 +7,9 @@ use crate::yaml;
 use peft_core::checkpoint::{read_bounded, write_file};
 use std::fs::File;
 use std::os::unix::process::CommandExt;
-use std::path::Path;
-use std::process::{Child, Command, ExitStatus, Stdio};
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::Ordering;
-use std::time::Duration;
-
-/// How often the process is looked at.
-const PAUSE: Duration = Duration::from_millis(20);
 
 /// The most that is read of a log.
 const MAX_LOG_BYTES: u64 = 64 << 20;
@@ -28,55 +24,60 @@ pub enum Ended {
     Stopped,
 }
 
-/// Runs `peft train` on the recipe, which is written beside the run's folder as the log is. `look` is called now and
-/// then while it runs.
-///
-/// # Errors
-/// The program cannot be started, or the files not be written.
-pub fn train(
-    wanted: &Wanted,
-    resume: bool,
-    offline: bool,
-    stop: &StopSignal,
-    look: &mut dyn FnMut(),
-) -> Result<Ended, CliError> {
-    let (recipe, log) = (wanted.beside("yaml"), wanted.beside("log"));
-    let parent = log.parent().unwrap_or(Path::new("."));
-    std::fs::create_dir_all(parent).map_err(io(parent))?;
-    write_file(&recipe, yaml::recipe(&wanted.keys).as_bytes())?;
-    let out = File::create(&log).map_err(io(&log))?;
-    let program = std::env::current_exe().map_err(io(Path::new("peft")))?;
-    let mut command = Command::new(&program);
-    command.arg("train").arg(&recipe);
-    command.args(resume.then_some(["--resume", "auto"]).into_iter().flatten());
-    command.args(offline.then_some("--offline"));
-    command.stdin(Stdio::null()).stdout(out.try_clone().map_err(io(&log))?).stderr(out);
-    // A group of its own: a signal from the terminal reaches it once, through this process.
-    command.process_group(0);
-    end_with_this_process(&mut command);
-    let mut child = command.spawn().map_err(io(&program))?;
-    let status = wait(&mut child, stop, look).map_err(io(&program))?;
-    Ok(match status {
-        status if status.success() => Ended::Finished,
-        _ if stop.requested().load(Ordering::SeqCst) => Ended::Stopped,
-        status => Ended::Failed(reason(&log).unwrap_or_else(|| format!("peft train ended with {status}"))),
-    })
+/// A process under way.
+pub struct Running {
+    child: Child,
+    program: PathBuf,
+    log: PathBuf,
+    /// Whether it knows that it is to stop.
+    told: bool,
 }
 
-/// Waits for the end, and passes on that it is to stop.
-fn wait(child: &mut Child, stop: &StopSignal, look: &mut dyn FnMut()) -> std::io::Result<ExitStatus> {
-    let mut told = false;
-    loop {
-        if let Some(status) = child.try_wait()? {
-            return Ok(status);
-        }
-        if !told && stop.requested().load(Ordering::SeqCst) {
-            // SAFETY: the child has not been waited for, so the number is still its own.
-            unsafe { libc::kill(child.id() as libc::pid_t, libc::SIGTERM) };
-            told = true;
-        }
-        look();
-        std::thread::sleep(PAUSE);
+impl Running {
+    /// Starts `peft train` on the recipe, which is written beside the run's folder as the log is.
+    ///
+    /// # Errors
+    /// The program cannot be started, or the files not be written.
+    pub fn start(wanted: &Wanted, resume: bool, offline: bool) -> Result<Self, CliError> {
+        let (recipe, log) = (wanted.beside("yaml"), wanted.beside("log"));
+        let parent = log.parent().unwrap_or(Path::new("."));
+        std::fs::create_dir_all(parent).map_err(io(parent))?;
+        write_file(&recipe, yaml::recipe(&wanted.keys).as_bytes())?;
+        let out = File::create(&log).map_err(io(&log))?;
+        let program = std::env::current_exe().map_err(io(Path::new("peft")))?;
+        let mut command = Command::new(&program);
+        command.arg("train").arg(&recipe);
+        command.args(resume.then_some(["--resume", "auto"]).into_iter().flatten());
+        command.args(offline.then_some("--offline"));
+        command.stdin(Stdio::null()).stdout(out.try_clone().map_err(io(&log))?).stderr(out);
+        // A group of its own: a signal from the terminal reaches it once, through this process.
+        command.process_group(0);
+        end_with_this_process(&mut command);
+        let child = command.spawn().map_err(io(&program))?;
+        Ok(Self { child, program, log, told: false })
+    }
+
+    /// How it ended, if it has; otherwise passes on that it is to stop.
+    ///
+    /// # Errors
+    /// The system does not tell.
+    pub fn look(&mut self, stop: &StopSignal) -> Result<Option<Ended>, CliError> {
+        let stopping = stop.requested().load(Ordering::SeqCst);
+        let Some(status) = self.child.try_wait().map_err(io(&self.program))? else {
+            if stopping && !self.told {
+                // SAFETY: the child has not been waited for, so the number is still its own.
+                unsafe { libc::kill(self.child.id() as libc::pid_t, libc::SIGTERM) };
+                self.told = true;
+            }
+            return Ok(None);
+        };
+        Ok(Some(match status {
+            status if status.success() => Ended::Finished,
+            _ if stopping => Ended::Stopped,
+            status => {
+                Ended::Failed(reason(&self.log).unwrap_or_else(|| format!("peft train ended with {status}")))
+            }
+        }))
     }
 }
 

@@ -25,6 +25,8 @@ pub struct Measured {
     pub step_seconds: f64,
     /// Tokens a second of training steps.
     pub tokens_per_second: f64,
+    /// When its process began and ended, in seconds since 1970, where the run wrote it down.
+    pub span: Option<(f64, f64)>,
 }
 
 impl Measured {
@@ -45,6 +47,7 @@ impl Measured {
         }
         let peak = run.steps.iter().filter_map(|line| line.peak_memory_bytes).fold(0.0, f64::max) as u64;
         let peak = run.get("/result/peak_memory_bytes").as_u64().unwrap_or(0).max(peak);
+        let (ended_at, took) = (run.get("/ended_at").as_f64(), run.get("/total_seconds").as_f64());
         Ok(Self {
             loss,
             token_accuracy: after("eval_token_accuracy").unwrap_or(f64::NAN),
@@ -54,6 +57,7 @@ impl Measured {
             peak_bytes: (peak > 0).then_some(peak),
             step_seconds: seconds / steps as f64,
             tokens_per_second: tokens / seconds,
+            span: ended_at.zip(took).map(|(end, took)| (end - took, end)),
         })
     }
 }
@@ -93,6 +97,29 @@ pub enum Outcome {
     Missing,
 }
 
+impl std::fmt::Display for Outcome {
+    fn fmt(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+        match self {
+            Self::Measured(measured) => write!(f, "validation loss {:.4}", measured.loss),
+            Self::Failed(reason) => write!(f, "failed: {reason}"),
+            Self::Missing => f.write_str("not run to its end"),
+        }
+    }
+}
+
+/// The most runs that went on at one time.
+pub fn at_once(outcomes: &[Outcome]) -> usize {
+    let spans: Vec<(f64, f64)> = outcomes
+        .iter()
+        .filter_map(|outcome| match outcome {
+            Outcome::Measured(measured) => measured.span,
+            _ => None,
+        })
+        .collect();
+    let at = |time: f64| spans.iter().filter(|(begin, end)| *begin <= time && time < *end).count();
+    spans.iter().map(|(begin, _)| at(*begin)).max().unwrap_or(0)
+}
+
 /// Mean and spread over seeds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Spread {
@@ -130,6 +157,8 @@ pub struct Figures {
     pub file_bytes: u64,
     /// The largest peak of the seeds.
     pub peak_bytes: Option<u64>,
+    /// That, as a multiple of the first method's that has figures.
+    pub memory: Option<f64>,
     /// Time of a step.
     pub step_seconds: Spread,
     /// Tokens a second of training steps.
@@ -159,10 +188,12 @@ pub fn rows(plan: &Plan, outcomes: &[Outcome]) -> Vec<Row> {
         row(label, &own, plan.seeds.len())
     };
     let mut rows: Vec<Row> = plan.labels.iter().map(of_method).collect();
-    let first =
-        rows.iter().find_map(|row| row.figures.as_ref()).map(|figures| figures.tokens_per_second.mean);
+    let first = rows.iter().find_map(|row| row.figures.clone());
     for figures in rows.iter_mut().filter_map(|row| row.figures.as_mut()) {
-        figures.speed = figures.tokens_per_second.mean / first.unwrap_or(f64::NAN);
+        let Some(first) = &first else { break };
+        figures.speed = figures.tokens_per_second.mean / first.tokens_per_second.mean;
+        let peaks = figures.peak_bytes.zip(first.peak_bytes);
+        figures.memory = peaks.map(|(peak, first)| peak as f64 / first as f64);
     }
     rows
 }
@@ -208,6 +239,7 @@ fn figures(learning_rate: f64, runs: &[&Measured]) -> Option<Figures> {
         trainable: runs.first()?.trainable,
         file_bytes: runs.iter().map(|m| m.file_bytes).max()?,
         peak_bytes: runs.iter().filter_map(|m| m.peak_bytes).max(),
+        memory: None,
         step_seconds: spread(&|m| m.step_seconds)?,
         tokens_per_second: spread(&|m| m.tokens_per_second)?,
         speed: f64::NAN,
@@ -268,6 +300,7 @@ mod tests {
             peak_bytes: Some(1000),
             step_seconds: 0.1,
             tokens_per_second: speed,
+            span: None,
         })
     }
 
@@ -298,7 +331,7 @@ mod tests {
         let outcomes: Vec<Outcome> = runs.iter().map(|(_, outcome)| outcome.clone()).collect();
         let rows = rows(&plan, &outcomes);
         let a = rows[0].figures.as_ref().unwrap();
-        assert_eq!((a.learning_rate, a.loss.mean, a.speed), (1e-2, 1.5, 1.0));
+        assert_eq!((a.learning_rate, a.loss.mean, a.speed, a.memory), (1e-2, 1.5, 1.0, Some(1.0)));
         // √((0.25 + 0.25) / (2 − 1))
         assert!((a.loss.deviation.unwrap() - 0.5f64.sqrt()).abs() < 1e-12);
         assert_eq!(a.tokens_per_second.mean, 120.0);
@@ -310,6 +343,18 @@ mod tests {
         assert_eq!((c.learning_rate, c.speed), (1e-3, 0.5));
         assert_eq!(c.loss, Spread { mean: 4.0, deviation: Some(0.0) });
         assert!(rows[2].remarks[0].contains("1e-2 is not run") && rows[2].remarks[1].contains("a lower one"));
+    }
+
+    #[test]
+    fn runs_that_overlap_in_time_are_counted() {
+        let ran = |begin: f64, end: f64| match measured(1.0, 1.0) {
+            Outcome::Measured(run) => Outcome::Measured(Measured { span: Some((begin, end)), ..run }),
+            other => other,
+        };
+        let missing = Outcome::Missing;
+        assert_eq!(at_once(&[ran(0.0, 4.0), missing.clone(), ran(4.0, 6.0), ran(6.1, 7.0)]), 1);
+        assert_eq!(at_once(&[ran(3.0, 6.0), ran(0.0, 4.0), ran(3.5, 9.0), ran(5.0, 8.0)]), 3);
+        assert_eq!((at_once(&[missing]), at_once(&[measured(1.0, 1.0)])), (0, 0));
     }
 
     #[test]

@@ -7,7 +7,7 @@ use crate::device;
 use crate::error::CliError;
 use crate::open::{self, Base};
 use crate::recipe::{Checkpointing, Recipe};
-use peft_core::data::Dataset;
+use peft_core::data::{Dataset, DatasetType};
 use peft_core::model::ModelConfig;
 use peft_core::train::{Identity, latest_checkpoint, saved_identity};
 use serde_json::{Value, json};
@@ -27,7 +27,7 @@ pub enum Standing {
 pub struct Material {
     base: Base,
     base_sha256: String,
-    /// Data read with this time for templates that write the date.
+    /// Data read with this time for chat templates that write the date.
     data: (u64, Dataset, Option<Dataset>),
 }
 
@@ -72,7 +72,8 @@ impl Material {
     /// The identity that the run would have if it were started now, with what `saved` chose where the recipe leaves it
     /// open.
     fn identity(&mut self, recipe: &Recipe, started_at: u64, saved: &Identity) -> Result<Identity, CliError> {
-        if self.data.0 != started_at {
+        let all = recipe.datasets.iter().chain(&recipe.eval_datasets);
+        if self.data.0 != started_at && all.into_iter().any(|data| data.format == DatasetType::Messages) {
             let (dataset, held_out) = datasets(recipe, &self.base.tokenizer, started_at)?;
             self.data = (started_at, dataset, held_out);
         }

@@ -19,17 +19,21 @@ pub const HEAD: [&str; 10] = [
     "tokens/s",
 ];
 
-/// How the table is to be read.
-pub fn note(plan: &Plan) -> String {
+/// How the table is to be read, where up to `at_once` runs went on together.
+pub fn note(plan: &Plan, at_once: usize) -> String {
     let seeds: Vec<String> = plan.seeds.iter().map(u64::to_string).collect();
     let (over, spread) = match seeds.as_slice() {
         [seed] => (format!("seed {seed}"), ""),
         _ => (format!("seeds {}", seeds.join(", ")), ", ± their standard deviation"),
     };
+    let shared = match at_once {
+        ..=1 => String::new(),
+        _ => format!(" Up to {at_once} runs went on at once: times and speeds are not those of a run alone."),
+    };
     format!(
         "Means over {over}{spread}. Each method's learning rate is the one of those tried with the lowest mean \
          validation loss, and the row is measured on the same validation data. Peak memory is the whole process's, or the \
-         device's; times leave out the first step; × is the speed relative to the first method with figures."
+         device's; times leave out the first step; × is memory or speed relative to the first method with figures.{shared}"
     )
 }
 
@@ -47,10 +51,14 @@ pub fn cells(row: &Row) -> Vec<String> {
         figures.exact_match.map_or_else(none, percent),
         count(figures.trainable),
         bytes(figures.file_bytes),
-        figures.peak_bytes.map_or_else(none, bytes),
+        memory(figures).unwrap_or_else(none),
         spread(figures.step_seconds, |v| format!("{:.1}", 1e3 * v)) + " ms",
         speed(figures),
     ]
+}
+
+fn memory(figures: &Figures) -> Option<String> {
+    Some(format!("{} ({:.2}×)", bytes(figures.peak_bytes?), figures.memory?))
 }
 
 fn speed(figures: &Figures) -> String {
@@ -74,18 +82,18 @@ fn remarks(rows: &[Row]) -> impl Iterator<Item = String> {
 }
 
 /// The table for a terminal.
-pub fn terminal(plan: &Plan, rows: &[Row]) -> String {
+pub fn terminal(rows: &[Row], note: &str) -> String {
     let mut lines = vec![HEAD.map(str::to_string).to_vec()];
     lines.extend(rows.iter().map(cells));
     let mut out = table(&lines);
     out.push('\n');
     remarks(rows).for_each(|remark| out.push_str(&format!("  {remark}\n")));
-    out.push_str(&format!("\n{}\n", note(plan)));
+    out.push_str(&format!("\n{note}\n"));
     out
 }
 
 /// The table as Markdown.
-pub fn markdown(plan: &Plan, rows: &[Row]) -> String {
+pub fn markdown(rows: &[Row], note: &str) -> String {
     let line = |cells: &[String]| {
         let padded = (0..HEAD.len()).map(|i| cells.get(i).map_or_else(String::new, |cell| plain(cell)));
         format!("| {} |\n", padded.collect::<Vec<_>>().join(" | "))
@@ -98,7 +106,7 @@ pub fn markdown(plan: &Plan, rows: &[Row]) -> String {
     if rows.iter().any(|row| !row.remarks.is_empty()) {
         out.push('\n');
     }
-    out.push_str(&note(plan));
+    out.push_str(note);
     out.push('\n');
     out
 }
