@@ -11,9 +11,9 @@ mod optimizer;
 mod sparse;
 
 use super::backend::Kernels;
+pub(super) use basis::{combine, combine_backward};
 use burn::backend::Cube;
 use burn::tensor::{Device, Tensor};
-pub(super) use basis::{combine, combine_backward};
 pub(super) use engine::is_available;
 
 /// Bytes of a CUDA device's memory that nobody uses, and all of them.
