@@ -109,16 +109,16 @@ pub struct Span {
 ///
 /// # Shapes
 /// Coefficients are `[1, k]` and results `[1, len]`, in f32 and all on one device.
-pub fn combine(combinations: Vec<(Span, Tensor<2>)>) -> Vec<Tensor<2>> {
-    let Some((_, first)) = combinations.first() else { return Vec::new() };
+pub fn combinations(wanted: Vec<(Span, Tensor<2>)>) -> Vec<Tensor<2>> {
+    let Some((_, first)) = wanted.first() else { return Vec::new() };
     let device = first.device();
     #[cfg(feature = "cuda")]
     if served(&device, DType::F32) == Some(Served::Cuda) {
-        return super::cuda::combine(&combinations);
+        return super::cuda::combinations(&wanted);
     }
     let key = |(span, coefficients): &(Span, Tensor<2>)| (span.basis, coefficients.dims()[1]);
-    by_basis(combinations, key, |(basis, _), combinations| {
-        let (spans, coefficients): (Vec<Span>, Vec<Tensor<2>>) = combinations.into_iter().unzip();
+    by_basis(wanted, key, |(basis, _), wanted| {
+        let (spans, coefficients): (Vec<Span>, Vec<Tensor<2>>) = wanted.into_iter().unzip();
         let scaled = |(coefficients, span): (Tensor<2>, &Span)| -> Vec<f32> {
             to_host(coefficients).into_iter().map(|a| a * span.scale).collect()
         };
@@ -138,12 +138,12 @@ pub fn combine(combinations: Vec<(Span, Tensor<2>)>) -> Vec<Tensor<2>> {
 ///
 /// # Shapes
 /// What comes in has `len` values row by row, results are `[1, k]`, in f32 and all on one device.
-pub fn combine_backward(gradients: Vec<(Span, Tensor<2>, usize)>) -> Vec<Tensor<2>> {
+pub fn combinations_backward(gradients: Vec<(Span, Tensor<2>, usize)>) -> Vec<Tensor<2>> {
     let Some((_, first, _)) = gradients.first() else { return Vec::new() };
     let device = first.device();
     #[cfg(feature = "cuda")]
     if served(&device, DType::F32) == Some(Served::Cuda) {
-        return super::cuda::combine_backward(&gradients);
+        return super::cuda::combinations_backward(&gradients);
     }
     let key = |(span, _, count): &(Span, Tensor<2>, usize)| (span.basis, *count);
     by_basis(gradients, key, |(basis, count), gradients| {

@@ -33,7 +33,7 @@ pub use attention::{
     AttentionShape, KeyValues, Rotation, Visibility, attends_jointly, attention, cached_attention,
     causal_mask, joint_attention, keep_keys,
 };
-pub use basis::{RandomBasis, Span, combine, combine_backward};
+pub use basis::{RandomBasis, Span, combinations, combinations_backward};
 pub use cross_entropy::{CrossEntropy, cross_entropy, head_loss};
 #[cfg(feature = "cuda")]
 pub use cuda::{fault, profile};

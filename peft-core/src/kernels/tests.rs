@@ -621,7 +621,8 @@ fn combinations_of_random_matrices() {
             combinations.push((*span, numbers("a", *count)));
             gradients.push((*span, numbers("g", span.basis.len()), *count));
         }
-        let (found, found_gradients) = (combine(combinations.clone()), combine_backward(gradients.clone()));
+        let (found, found_gradients) =
+            (super::combinations(combinations.clone()), combinations_backward(gradients.clone()));
         assert_eq!((found.len(), found_gradients.len()), (spans.len(), spans.len()));
         for (i, (span, count)) in spans.iter().enumerate() {
             let len = span.basis.len();

@@ -10,7 +10,7 @@
 //! however large it is, and never kept.
 
 use super::{Form, Parameter, Tape};
-use crate::kernels::{LowRankTerm, RandomBasis, Span, Term, combine, combine_backward};
+use crate::kernels::{LowRankTerm, RandomBasis, Span, Term, combinations, combinations_backward};
 use burn::tensor::{DType, Tensor};
 use std::collections::BTreeMap;
 
@@ -101,9 +101,9 @@ impl Form for Combination {
 /// Computes the factors of combinations from their coefficients: to be called whenever these have changed.
 pub fn refresh<'a>(forms: impl Iterator<Item = &'a mut Combination>) {
     let factors: Vec<&mut CombinedFactor> = forms.flat_map(|form| [&mut form.a, &mut form.b]).collect();
-    let combinations: Vec<_> =
+    let wanted: Vec<_> =
         factors.iter().map(|factor| (factor.span, factor.coefficients.value.clone())).collect();
-    for (factor, value) in factors.into_iter().zip(combine(combinations)) {
+    for (factor, value) in factors.into_iter().zip(combinations(wanted)) {
         factor.value = value.reshape(factor.value.dims());
     }
 }
@@ -120,7 +120,7 @@ pub fn pull_back<'a>(
             Some((&factor.coefficients, (factor.span, gradient, factor.coefficients.numel())))
         })
         .unzip();
-    for (coefficients, gradient) in coefficients.into_iter().zip(combine_backward(of_factors)) {
+    for (coefficients, gradient) in coefficients.into_iter().zip(combinations_backward(of_factors)) {
         gradients.insert(coefficients.name.clone(), gradient);
     }
 }
@@ -131,7 +131,7 @@ mod tests {
     use super::*;
     use crate::kernels::LinearInput;
     use crate::projection::{Delta, DropoutKey, Projection, project};
-    use burn::tensor::Device;
+    use burn::tensor::{Device, TensorData};
 
     const SCALE: f64 = 1.5;
     const DIMS: [usize; 2] = [5, 7];

@@ -42,9 +42,9 @@ impl<const N: usize> Item<N> {
 }
 
 /// The matrix of each span with its coefficients, `[1, len]`.
-pub fn combine(combinations: &[(Span, Tensor<2>)]) -> Vec<Tensor<2>> {
-    let mut results = Vec::with_capacity(combinations.len());
-    for chunk in combinations.chunks(AT_ONCE) {
+pub fn combinations(wanted: &[(Span, Tensor<2>)]) -> Vec<Tensor<2>> {
+    let mut results = Vec::with_capacity(wanted.len());
+    for chunk in wanted.chunks(AT_ONCE) {
         let (mut buffers, mut items, mut longest) = (Buffers::default(), Vec::new(), 0);
         for (Span { basis, scale, offset }, coefficients) in chunk {
             let coefficients = Cube::primitive(coefficients.clone());
@@ -75,7 +75,7 @@ pub fn combine(combinations: &[(Span, Tensor<2>)]) -> Vec<Tensor<2>> {
 }
 
 /// The gradients of the coefficients of each span from that of its matrix, `[1, k]`.
-pub fn combine_backward(gradients: &[(Span, Tensor<2>, usize)]) -> Vec<Tensor<2>> {
+pub fn combinations_backward(gradients: &[(Span, Tensor<2>, usize)]) -> Vec<Tensor<2>> {
     let mut results: Vec<CubeTensor> = Vec::with_capacity(gradients.len());
     for chunk in gradients.chunks(AT_ONCE) {
         let (mut buffers, mut items, mut most) = (Buffers::default(), Vec::new(), 0);
