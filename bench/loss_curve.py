@@ -31,6 +31,7 @@ def main():
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa", help="PyTorch's kernels or its plain operations")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
@@ -38,7 +39,9 @@ def main():
     dtype = DTYPES[args.dtype or ("f32" if args.device == "cpu" else "bf16")]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     examples = examples_of(args.data, tokenizer, args.seq)
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(args.device)
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, dtype=dtype, attn_implementation=args.attention
+    ).to(args.device)
     if args.adapter:
         model = peft.PeftModel.from_pretrained(model, args.adapter, is_trainable=True)
     else:

@@ -12,7 +12,6 @@ mod sparse;
 
 use super::backend::Kernels;
 pub(super) use basis::{combinations, combinations_backward};
-pub(super) use basis::{combine, combine_backward};
 use burn::backend::Cube;
 use burn::tensor::{Device, Tensor};
 pub(super) use engine::is_available;
