@@ -48,10 +48,12 @@ def examples_of(path, tokenizer, limit):
     records = json.loads(text) if path.suffix == ".json" else [json.loads(line) for line in text.splitlines()]
     examples = []
     for record in records:
-        prompt = tokenizer(prompt_of(record))["input_ids"]
-        answer = tokenizer(record["output"], add_special_tokens=False)["input_ids"] + [tokenizer.eos_token_id]
-        ids = (prompt + answer)[:limit]
-        labels = ([-100] * len(prompt) + answer)[:limit]
+        # As one text: where the answer's first characters and the prompt's last make one token, it is learned.
+        prompt, answer = prompt_of(record), record["output"]
+        encoded = tokenizer(prompt + answer, return_offsets_mapping=True)
+        ids = (encoded["input_ids"] + [tokenizer.eos_token_id])[:limit]
+        learned = [end > len(prompt) for _, end in encoded["offset_mapping"]] + [True]
+        labels = [token if of_answer else -100 for token, of_answer in zip(ids, learned)]
         if any(label != -100 for label in labels):
             examples.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
     return examples

@@ -643,16 +643,28 @@ mod avx2 {
                 }
             }
         }
-        let mut dots = [[0f32; 2]; 4];
+        let mut together = [_mm256_setzero_ps(); 8];
         for r in 0..M {
             for c in 0..2 {
-                let mut lanes = [0f32; 8];
-                // SAFETY: eight numbers.
-                unsafe { _mm256_storeu_ps(lanes.as_mut_ptr(), _mm256_add_ps(sums[r][c][0], sums[r][c][1])) };
-                dots[r][c] = lanes.iter().sum();
+                together[2 * r + c] = _mm256_add_ps(sums[r][c][0], sums[r][c][1]);
             }
         }
-        dots
+        let dots = lane_sums(together);
+        std::array::from_fn(|r| [dots[2 * r], dots[2 * r + 1]])
+    }
+
+    /// The sum of the lanes of each.
+    #[target_feature(enable = "avx2,fma")]
+    fn lane_sums(v: [__m256; 8]) -> [f32; 8] {
+        let pairs =
+            |i: usize| _mm256_hadd_ps(_mm256_hadd_ps(v[i], v[i + 1]), _mm256_hadd_ps(v[i + 2], v[i + 3]));
+        let (first, second) = (pairs(0), pairs(4));
+        let low = _mm256_permute2f128_ps::<0x20>(first, second);
+        let high = _mm256_permute2f128_ps::<0x31>(first, second);
+        let mut sums = [0f32; 8];
+        // SAFETY: eight numbers.
+        unsafe { _mm256_storeu_ps(sums.as_mut_ptr(), _mm256_add_ps(low, high)) };
+        sums
     }
 
     /// Packs `P` full lines, contiguous in depth, eight depths at a time; returns how many depths it did.
