@@ -95,6 +95,7 @@ impl Block for NolaBlock {
             base: run.base_name.to_string(),
             revision: run.revision.map(str::to_string),
             start: run.start.map(Path::to_path_buf),
+            warnings: Vec::new(),
         }))
     }
 }
@@ -107,6 +108,34 @@ struct Nola {
     base: String,
     revision: Option<String>,
     start: Option<PathBuf>,
+    warnings: Vec<String>,
+}
+
+/// What the block asks for beyond what weights `[out, in]` can use: more rank than a weight has, or more random matrices
+/// than a factor has values, so that the factor itself would be fewer numbers.
+fn excesses(block: &NolaBlock, weights: &[(&str, [usize; 2])]) -> Vec<String> {
+    let r = block.r;
+    let bound = |key: &str, asked: usize, what: &str, most: &dyn Fn([usize; 2]) -> usize| {
+        let over: Vec<(usize, &str)> = weights
+            .iter()
+            .map(|(path, dims)| (most(*dims), *path))
+            .filter(|(most, _)| *most < asked)
+            .collect();
+        let (least, path) = over.iter().min()?;
+        Some(format!(
+            "nola: {key} is {asked}, more than {what} of {} of {} weights (as few as {least}, {path}); {key}: {least} would do",
+            over.len(),
+            weights.len()
+        ))
+    };
+    [
+        bound("r", r, "the smaller side", &|[rows, columns]| rows.min(columns)),
+        bound("num_basis_a", block.num_basis_a, "the values of A", &|[_, columns]| r * columns),
+        bound("num_basis_b", block.num_basis_b, "the values of B", &|[rows, _]| rows * r),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 impl Nola {
@@ -149,6 +178,9 @@ impl Method for Nola {
         self.seed = start.as_ref().map_or(own, |start| start.seed);
         let (shapes, device) = (model.base_shapes(), model.device.clone());
         let modules = modules(&self.block, self.seed, &shapes, true)?;
+        let dims =
+            modules.keys().map(|path| (path.as_str(), [shapes.weights[path][0], shapes.weights[path][1]]));
+        self.warnings = excesses(&self.block, &dims.collect::<Vec<_>>());
         for projection in model.projections_mut() {
             let Some(bases) = modules.get(&projection.path) else { continue };
             let (alpha, beta) = (bases.initial_alpha(&self.block), vec![0.0; self.block.num_basis_b]);
@@ -164,8 +196,35 @@ impl Method for Nola {
         Ok(())
     }
 
+    fn warnings(&self) -> &[String] {
+        &self.warnings
+    }
+
     fn export(&self, model: &Decoder, dir: &Path) -> Result<(), TrainError> {
         let base = (self.base.as_str(), self.revision.as_deref());
         Ok(save(model, &self.block, self.seed, base, dir)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn more_than_a_weight_can_use_is_told() {
+        let block = NolaBlock { r: 4, num_basis_a: 40, num_basis_b: 20, ..NolaBlock::default() };
+        let fits = [("q_proj", [8, 10]), ("k_proj", [5, 10])];
+        assert!(excesses(&block, &fits).is_empty());
+        let found = excesses(&block, &[("q_proj", [8, 10]), ("k_proj", [3, 9]), ("v_proj", [2, 9])]);
+        assert_eq!(
+            found,
+            [
+                "nola: r is 4, more than the smaller side of 2 of 3 weights (as few as 2, v_proj); r: 2 would do",
+                "nola: num_basis_a is 40, more than the values of A of 2 of 3 weights (as few as 36, k_proj); \
+                 num_basis_a: 36 would do",
+                "nola: num_basis_b is 20, more than the values of B of 2 of 3 weights (as few as 8, v_proj); \
+                 num_basis_b: 8 would do",
+            ]
+        );
     }
 }
