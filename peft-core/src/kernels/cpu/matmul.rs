@@ -6,7 +6,7 @@
 //! wherever its tile lies and whoever computes it.
 
 use super::buffers::{self, Buffer};
-use super::simd::{has_avx2, sum_by};
+use super::simd::{has_avx2, has_avx512, sum_by};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -379,7 +379,7 @@ impl Block {
     /// All pointers are good for what the sizes say, and `c` is this thread's alone. A right operand with a `b_step`
     /// other than `NR` is read `NR` columns at a time only where it has them.
     pub(super) unsafe fn run(&self) {
-        let tile = tile_function();
+        let (tile, four) = (tile_function(), four_function());
         let passes = self.first.depth.div_ceil(KC).max(1);
         let step = self.first.depth.div_ceil(passes);
         // Results wait for the next pass in a level-two cache.
@@ -388,10 +388,28 @@ impl Block {
         for left in (0..self.cols).step_by(group) {
             for pass in 0..passes {
                 let stretch = pass * step..self.first.depth.min((pass + 1) * step);
-                for col in (left..self.cols.min(left + group)).step_by(NR) {
-                    for row in (0..self.rows).step_by(MR) {
-                        // SAFETY: the caller's promise.
-                        unsafe { tile(&self.tile(row, col, stretch.clone(), pass == 0, pass + 1 == passes)) };
+                let end = self.cols.min(left + group);
+                let at = |row, col| self.tile(row, col, stretch.clone(), pass == 0, pass + 1 == passes);
+                let mut col = left;
+                while col < end {
+                    let mut row = 0;
+                    let wide = four.is_some() && end - col >= 2 * NR;
+                    // SAFETY: the caller's promise; all tiles of four are whole.
+                    unsafe {
+                        if let Some(four) = four.filter(|_| wide) {
+                            while self.rows - row >= 2 * MR {
+                                four([
+                                    [at(row, col), at(row, col + NR)],
+                                    [at(row + MR, col), at(row + MR, col + NR)],
+                                ]);
+                                row += 2 * MR;
+                            }
+                        }
+                        let next = col + if wide { 2 * NR } else { NR };
+                        for col in (col..next).step_by(NR) {
+                            (row..self.rows).step_by(MR).for_each(|row| tile(&at(row, col)));
+                        }
+                        col = next;
                     }
                 }
             }
@@ -486,6 +504,17 @@ fn tile_function() -> TileFunction {
     portable_tile
 }
 
+/// Computes four whole tiles, two by two, to the same bytes as one after the other.
+type FourFunction = unsafe fn([[Tile; 2]; 2]);
+
+fn four_function() -> Option<FourFunction> {
+    #[cfg(target_arch = "x86_64")]
+    if has_avx512() {
+        return Some(avx512::four);
+    }
+    None
+}
+
 /// The tile in code that compilers vectorise for any target.
 ///
 /// # Safety
@@ -509,6 +538,54 @@ unsafe fn portable_tile(tile: &Tile) {
             }
         }
         tile.store(&sums);
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use super::{MR, NR, Tile};
+    use std::arch::x86_64::*;
+
+    /// Twenty-four accumulators, a row of a tile each: two vectors of `b` a depth, and each number of `a` twice.
+    ///
+    /// # Safety
+    /// The CPU has AVX-512; the tiles are whole, of the same depths, and their pointers are good.
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn four(tiles: [[Tile; 2]; 2]) {
+        let mut sums = [[_mm512_setzero_ps(); 2]; 2 * MR];
+        let [[corner, right], [below, _]] = &tiles;
+        // SAFETY: the caller's promise; `NR` numbers fill a vector.
+        unsafe {
+            for s in 0..2 {
+                let [mut a_0, mut a_1] = [corner.a[s], below.a[s]];
+                let [mut b_0, mut b_1] = [corner.b[s], right.b[s]];
+                for _ in 0..corner.depths[s] {
+                    let (row_0, row_1) = (_mm512_loadu_ps(b_0), _mm512_loadu_ps(b_1));
+                    for i in 0..2 * MR {
+                        let number = _mm512_set1_ps(if i < MR { *a_0.add(i) } else { *a_1.add(i - MR) });
+                        sums[i][0] = _mm512_fmadd_ps(number, row_0, sums[i][0]);
+                        sums[i][1] = _mm512_fmadd_ps(number, row_1, sums[i][1]);
+                    }
+                    (a_0, a_1) = (a_0.wrapping_add(MR), a_1.wrapping_add(MR));
+                    (b_0, b_1) = (b_0.wrapping_add(corner.b_step[s]), b_1.wrapping_add(right.b_step[s]));
+                }
+            }
+            for (i, sums) in sums.iter().enumerate() {
+                for (tile, sum) in tiles[i / MR].iter().zip(sums) {
+                    let i = i % MR;
+                    let mut value = _mm512_mul_ps(_mm512_set1_ps(tile.alpha), *sum);
+                    if !tile.bias.is_null() {
+                        value = _mm512_add_ps(value, _mm512_loadu_ps(tile.bias));
+                    }
+                    if !tile.source.is_null() {
+                        value =
+                            _mm512_add_ps(value, _mm512_loadu_ps(tile.source.add(i * tile.source_stride)));
+                    }
+                    _mm512_storeu_ps(tile.c.add(i * tile.c_stride), value);
+                }
+            }
+        }
+        const { assert!(NR == 16) };
     }
 }
 

@@ -14,6 +14,17 @@ pub(super) fn has_avx2() -> bool {
     false
 }
 
+/// Whether the CPU has AVX-512's foundation, and what [`has_avx2`] asks for.
+#[inline]
+pub(super) fn has_avx512() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        has_avx2() && is_x86_feature_detected!("avx512f")
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 /// Defines functions whose body is compiled twice: for AVX2 with FMA and for the target's baseline; the first call
 /// that can tell picks. The body must be sequential code, for closures handed to other threads leave the fast copy.
 macro_rules! vectorised {
