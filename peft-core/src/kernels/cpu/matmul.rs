@@ -561,10 +561,10 @@ mod avx512 {
                 let [mut b_0, mut b_1] = [corner.b[s], right.b[s]];
                 for _ in 0..corner.depths[s] {
                     let (row_0, row_1) = (_mm512_loadu_ps(b_0), _mm512_loadu_ps(b_1));
-                    for i in 0..2 * MR {
+                    for (i, sums) in sums.iter_mut().enumerate() {
                         let number = _mm512_set1_ps(if i < MR { *a_0.add(i) } else { *a_1.add(i - MR) });
-                        sums[i][0] = _mm512_fmadd_ps(number, row_0, sums[i][0]);
-                        sums[i][1] = _mm512_fmadd_ps(number, row_1, sums[i][1]);
+                        sums[0] = _mm512_fmadd_ps(number, row_0, sums[0]);
+                        sums[1] = _mm512_fmadd_ps(number, row_1, sums[1]);
                     }
                     (a_0, a_1) = (a_0.wrapping_add(MR), a_1.wrapping_add(MR));
                     (b_0, b_1) = (b_0.wrapping_add(corner.b_step[s]), b_1.wrapping_add(right.b_step[s]));
