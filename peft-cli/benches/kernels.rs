@@ -5,10 +5,10 @@
 //! cargo bench -p peft-cli --bench kernels --features cuda -- --device cuda --shape 1b --batch 4 --seq 1024 attention
 //! ```
 //!
-//! Names choose among `attention`, `head_loss`, `adapted_linear` and `sparse`; without any, all run. A line has the time, the bytes
-//! that must be read and written, the multiplications and additions that cannot be saved, and the share of the limit: the
-//! larger of the two times that bytes and operations would take at the rates in the first line, which a large product and
-//! a sum of two large tensors reach here. `bench/torch_ops.py` times the same operations in PyTorch.
+//! Names choose among `attention`, `head_loss`, `adapted_linear` and `sparse`; without any, all run. A line has the time,
+//! the bytes that must be read and written, the multiplications and additions that cannot be saved, and the share of the
+//! limit: the larger of the two times that bytes and operations would take at the rates in the first line, which a large
+//! product and a sum of two large tensors reach here. `bench/torch_ops.py` times the same operations in PyTorch.
 
 mod shapes;
 

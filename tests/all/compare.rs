@@ -171,6 +171,24 @@ fn the_table_is_what_the_runs_files_say() {
     assert!(out.join("runs/norms-2e-2-1/previous-1/run.json").is_file());
 }
 
+/// Asks the program to stop once `ready` says so; what it wrote to stderr.
+fn stopped(args: &[&str], ready: impl Fn() -> bool) -> String {
+    let mut command = Command::new(program());
+    command.current_dir(root()).args(args).stdout(Stdio::null()).stderr(Stdio::piped());
+    let child = command.spawn().unwrap();
+    let begun = Instant::now();
+    while !ready() {
+        assert!(begun.elapsed() < Duration::from_secs(300), "the comparison hangs");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    let kill = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    let ended = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&ended.stderr).into_owned();
+    assert_eq!(ended.status.code(), Some(143), "{stderr}");
+    stderr
+}
+
 #[test]
 fn a_stopped_comparison_goes_on() {
     let dir = tempfile::tempdir().unwrap();
@@ -180,20 +198,8 @@ fn a_stopped_comparison_goes_on() {
         "methods": [{"method": "lora"}, {"method": "ia3"}],
     });
     let (recipe, out) = comparison(dir.path(), compare, json!({"max_steps": 8, "eval_generations": 0}));
-    let mut command = Command::new(program());
-    command.current_dir(root()).args(["compare", &recipe]).stdout(Stdio::null()).stderr(Stdio::piped());
-    let child = command.spawn().unwrap();
     // In the middle of the second run, or of whichever runs by then.
-    let begun = Instant::now();
-    while !out.join("runs/lora-1e-3-2/metrics.jsonl").exists() {
-        assert!(begun.elapsed() < Duration::from_secs(300), "the comparison hangs");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    let kill = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
-    assert!(kill.success());
-    let ended = child.wait_with_output().unwrap();
-    let stderr = String::from_utf8_lossy(&ended.stderr);
-    assert_eq!(ended.status.code(), Some(143), "{stderr}");
+    let stderr = stopped(&["compare", &recipe], || out.join("runs/lora-1e-3-2/metrics.jsonl").exists());
     assert!(stderr.contains("stopped by SIGTERM") && stderr.contains("the same command goes on"), "{stderr}");
     let markdown = std::fs::read_to_string(out.join("comparison.md")).unwrap();
     assert!(markdown.contains("is not run to its end"), "{markdown}");
@@ -241,24 +247,9 @@ fn runs_made_at_once_are_those_made_one_by_one() {
     let (recipe, out) = comparison(dir.path(), compare, json!({"max_steps": 8, "eval_generations": 0}));
     let runs =
         ["lora-1e-3-1", "lora-1e-3-2", "ia3-1e-3-1", "ia3-1e-3-2"].map(|name| out.join("runs").join(name));
-    let mut command = Command::new(program());
-    command
-        .current_dir(root())
-        .args(["compare", &recipe, "--jobs", "2"])
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped());
-    let child = command.spawn().unwrap();
     // Once two are under way, all of them save and end.
-    let begun = Instant::now();
-    while runs.iter().filter(|run| run.join("metrics.jsonl").exists()).count() < 2 {
-        assert!(begun.elapsed() < Duration::from_secs(300), "the comparison hangs");
-        std::thread::sleep(Duration::from_millis(2));
-    }
-    let kill = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
-    assert!(kill.success());
-    let ended = child.wait_with_output().unwrap();
-    let stderr = String::from_utf8_lossy(&ended.stderr);
-    assert_eq!(ended.status.code(), Some(143), "{stderr}");
+    let under_way = || runs.iter().filter(|run| run.join("metrics.jsonl").exists()).count();
+    let stderr = stopped(&["compare", &recipe, "--jobs", "2"], || under_way() >= 2);
     assert!(runs[..2].iter().all(|run| run.join("checkpoints").exists()), "{stderr}");
 
     let said = peft_ok(&["compare", &recipe, "--jobs", "4"]);
@@ -317,18 +308,18 @@ fn the_recipes_compare_every_kind_of_method() {
     let data = "[{path: recipes/quickstart/held_out.jsonl, type: prompt_completion}]";
     let (train, held_out) = (format!("datasets={data}"), format!("eval_datasets={data}"));
     let present = ["--override", &base, &train, &held_out];
-    for (recipe, overrides) in [
-        ("recipes/compare.yaml", &present[..0]),
-        ("recipes/compare_smollm2.yaml", &present[..]),
-        ("recipes/compare_cost.yaml", &present[..]),
+    for (recipe, overrides, without_biases, missing) in [
+        ("recipes/compare.yaml", &present[..0], &["bitfit"][..], "(3 seeds)"),
+        ("recipes/compare_smollm2.yaml", &present[..], &["bitfit"][..], "(2 seeds)"),
+        ("recipes/compare_cost.yaml", &present[..], &[], "is not run to its end"),
     ] {
         let args = ["compare", recipe, "--output-dir", &out, "--summary", "--json"];
         let said: Value = serde_json::from_str(&peft_ok(&[&args[..], overrides].concat())).unwrap();
         let labels: Vec<&str> =
             said["methods"].as_array().unwrap().iter().map(|row| row["label"].as_str().unwrap()).collect();
-        for label in kinds {
+        for label in kinds.iter().chain(without_biases) {
             assert!(labels.contains(&label), "{recipe}: no {label} in {labels:?}");
         }
-        assert!(said["methods"][0]["remarks"][0].as_str().unwrap().contains("not run"), "{said}");
+        assert!(said["methods"][0]["remarks"][0].as_str().unwrap().contains(missing), "{recipe}: {said}");
     }
 }

@@ -11,7 +11,7 @@
 //! [`attention`] is the plain composition over heads that are laid out already, for what no backend has kernels for.
 
 use super::as_dtype;
-use super::backend::{Kernels, has_graph, lift, served, with_backend};
+use super::backend::{Kernels, Served, has_graph, lift, served, with_backend};
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
 use burn::backend::autodiff::grads::Gradients;
@@ -190,8 +190,11 @@ pub fn keep_keys(
     norms: Option<(Tensor<2>, Tensor<2>)>,
     kept: KeyValues,
 ) -> KeyValues {
-    let served = served(&qkv.device(), qkv.dtype()).expect("asked before");
-    with_backend!(served, cached(shape, qkv, rotation, norms, kept, false)).1
+    fn keep<B: Kernels>(shape: &AttentionShape, new: NewTokens, kept: KeyValues) -> KeyValues {
+        extended::<B, _>(new, kept, |inputs, cache| ((), B::keep_keys(shape, inputs, cache))).1
+    }
+    let new = NewTokens { qkv, rotation, norms };
+    with_backend!(new.served(), keep(shape, new, kept))
 }
 
 /// Keeps the keys and values of the next tokens of each row as [`keep_keys`] does, and attends from these tokens: each sees
@@ -205,19 +208,34 @@ pub fn cached_attention(
     norms: Option<(Tensor<2>, Tensor<2>)>,
     kept: KeyValues,
 ) -> (Tensor<2>, KeyValues) {
-    let served = served(&qkv.device(), qkv.dtype()).expect("asked before");
-    let (y, kept) = with_backend!(served, cached(shape, qkv, rotation, norms, kept, true));
-    (y.expect("asked for"), kept)
+    fn attend<B: Kernels>(shape: &AttentionShape, new: NewTokens, kept: KeyValues) -> (Tensor<2>, KeyValues) {
+        let (y, kept) = extended::<B, _>(new, kept, |inputs, cache| B::attend_cached(shape, inputs, cache));
+        (B::tensor(y), kept)
+    }
+    let new = NewTokens { qkv, rotation, norms };
+    with_backend!(new.served(), attend(shape, new, kept))
 }
 
-fn cached<B: Kernels>(
-    shape: &AttentionShape,
+/// The next tokens of rows.
+struct NewTokens<'a> {
     qkv: Tensor<2>,
-    rotation: Option<&Rotation>,
+    rotation: Option<&'a Rotation>,
     norms: Option<(Tensor<2>, Tensor<2>)>,
+}
+
+impl NewTokens<'_> {
+    /// The kernels for them, of which [`attends_jointly`] has told.
+    fn served(&self) -> Served {
+        served(&self.qkv.device(), self.qkv.dtype()).expect("asked before")
+    }
+}
+
+/// What `work` makes of the new tokens and of the cache, and what is kept then.
+fn extended<B: Kernels, R>(
+    NewTokens { qkv, rotation, norms }: NewTokens,
     kept: KeyValues,
-    attends: bool,
-) -> (Option<Tensor<2>>, KeyValues) {
+    work: impl FnOnce(&CachedInputs<B>, [FloatTensor<B>; 2]) -> (R, [FloatTensor<B>; 2]),
+) -> (R, KeyValues) {
     let time = qkv.dims()[0] / kept.keys.dims()[0];
     let inputs = CachedInputs::<B> {
         rotation: rotation_of::<B>(rotation),
@@ -226,16 +244,9 @@ fn cached<B: Kernels>(
         first: B::integers(kept.first.clone()),
         length: kept.length,
     };
-    let cache = [B::primitive(kept.keys), B::primitive(kept.values)];
-    let (y, cache) = match attends {
-        true => {
-            let (y, cache) = B::attend_cached(shape, &inputs, cache);
-            (Some(B::tensor(y)), cache)
-        }
-        false => (None, B::keep_keys(shape, &inputs, cache)),
-    };
+    let (result, cache) = work(&inputs, [B::primitive(kept.keys), B::primitive(kept.values)]);
     let [keys, values] = cache.map(B::tensor);
-    (y, KeyValues { keys, values, length: kept.length + time, first: kept.first })
+    (result, KeyValues { keys, values, length: kept.length + time, first: kept.first })
 }
 
 #[derive(Debug)]

@@ -8,6 +8,7 @@
 //! kilobytes is drawn at a time, and as that costs far more than what is done with the values, all combinations of one
 //! basis are taken together. `M` is the same to the bit everywhere; the products of the backward may differ in the last.
 
+use super::READ_BACK;
 #[cfg(feature = "cuda")]
 use super::backend::{Served, served};
 use super::cpu::basis::{GROUP, add_scaled, dot, fill};
@@ -185,9 +186,7 @@ fn by_basis<T: Send>(
 
 /// Row-major values.
 fn to_host(tensor: Tensor<2>) -> Vec<f32> {
-    let values = tensor.try_into_vec_as::<f32>();
-    // burn reports a lost device nowhere else than here; no file or flag of a user's leads to it.
-    values.expect("a tensor can be read back from its device")
+    tensor.try_into_vec_as::<f32>().expect(READ_BACK)
 }
 
 fn from_host(values: Vec<f32>, device: &Device) -> Tensor<2> {

@@ -33,5 +33,6 @@ pub fn read_later(ids: Tensor<1, Int>) -> Box<dyn FnOnce() -> Vec<u32>> {
     }
 }
 
-/// Why reading what a device made is no error of the user's.
+/// What holds wherever a result is read: burn reports a lost device nowhere else, and no file or flag of a user's leads to
+/// it.
 pub(crate) const READ_BACK: &str = "a model's results can be read back from their device";

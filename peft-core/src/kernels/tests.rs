@@ -732,7 +732,8 @@ fn observers_of_sparse_changes() {
         let mut gradients = backward_from(y, dy.clone());
         let dense = seen.0.lock().unwrap().pop().unwrap();
         let of_values = values.grad_remove(&mut gradients).unwrap();
-        assert_close("observed", pattern.gather(dense), of_values.clone(), place.2);
+        let limit = if place.0 == Device::flex() { 1e-5 } else { place.2 };
+        assert_close("observed", pattern.gather(dense), of_values.clone(), limit);
         assert_close("products", sampled_products(x, dy, &pattern), of_values, 1e-6);
     }
 }
@@ -840,5 +841,8 @@ fn the_largest_of_each_row() {
         let equals = TensorData::from([[0f32, 2.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0]]);
         let equals = Tensor::from_data(equals, (&place.0, place.1));
         assert_eq!(largest(equals).try_into_vec_as::<i64>().unwrap(), [1, 0]);
+        let others = TensorData::from([[1.0f32, 3.0, 3.0], [5.0, 5.0, -1.0]]);
+        let others = Tensor::from_data(others, (&place.0, place.1));
+        assert_eq!(largest(others).try_into_vec_as::<i64>().unwrap(), [1, 0]);
     }
 }

@@ -211,4 +211,15 @@ mod tests {
         let negative: Vec<f32> = values[60..].iter().map(|value| -value).collect();
         assert_eq!(held.try_into_vec_as::<f32>().unwrap(), [&negative[..], &negative[..]].concat());
     }
+
+    #[test]
+    fn padding_follows_the_rows_that_are_kept() {
+        let mut cache = Cache::new(1, vec![0, 2, 1], &Device::flex());
+        let on_device = |cache: &Cache| cache.layers[0].first.clone().try_into_vec_as::<i64>().unwrap();
+        assert_eq!(on_device(&cache), [0, 2, 1]);
+        cache.keep(&[1, 2]);
+        assert_eq!((cache.first(), on_device(&cache)), (&[2, 1][..], vec![2, 1]));
+        cache.keep(&[1]);
+        assert_eq!((cache.rows(), cache.first(), on_device(&cache)), (1, &[1][..], vec![1]));
+    }
 }

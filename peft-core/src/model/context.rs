@@ -23,8 +23,8 @@ pub struct Context {
 
 /// How the sequences lie among the tokens.
 enum Arrangement {
-    /// Rows of `time` places after `past` cached tokens, padded on the right to the same length.
-    Padded { batch: usize, time: usize, past: usize, lengths: Option<Vec<usize>> },
+    /// Rows of `time` places, padded on the right to the same length.
+    Padded { batch: usize, time: usize, lengths: Option<Vec<usize>> },
     /// The next `time` tokens of cached rows of `past` slots each, whose first tokens stand in the slots `first`.
     Continued { first: Vec<usize>, time: usize, past: usize },
     /// At any place of the tokens.
@@ -57,18 +57,17 @@ pub(super) struct Packed {
 }
 
 impl Context {
-    /// `batch` sequences of `time` tokens each, after `past` cached ones. `lengths` are those of the sequences without
+    /// `batch` sequences of `time` tokens each. `lengths` are those of the sequences without
     /// their padding, if they are known.
     pub(super) fn padded(
         config: &ModelConfig,
         batch: usize,
         time: usize,
-        past: usize,
         lengths: Option<&[usize]>,
         device: &Device,
     ) -> Self {
         let lengths = lengths.map(<[usize]>::to_vec);
-        Self::new(config, Arrangement::Padded { batch, time, past, lengths }, device)
+        Self::new(config, Arrangement::Padded { batch, time, lengths }, device)
     }
 
     /// The next `time` tokens of each row of `cache`.
@@ -173,28 +172,14 @@ impl Context {
     pub(super) fn layout(&self) -> &Layout {
         let (config, device) = (&self.config, &self.device);
         self.layout.get_or_init(|| match &self.arrangement {
-            Arrangement::Padded { batch, time, past, .. } => {
-                let rope = RopeTable::new(
-                    &config.rope_scaling,
-                    config.rope_theta,
-                    config.head_dim,
-                    *past,
-                    *time,
-                    device,
-                );
-                Layout::Padded(Box::new(Sequences::new(config, *batch, *past, *time, rope, device)))
+            Arrangement::Padded { batch, time, .. } => {
+                // All rows have the angles of the first.
+                let rope = RopeTable::of_tokens(self.rotation(), 1, *time);
+                Layout::Padded(Box::new(Sequences::new(config, *batch, *time, rope, device)))
             }
             Arrangement::Continued { first, time, past } => {
-                let rope = RopeTable::of_rows(
-                    &config.rope_scaling,
-                    config.rope_theta,
-                    config.head_dim,
-                    first,
-                    *past..past + time,
-                    device,
-                );
-                let sequences = Sequences::continued(config, first, *past, *time, rope, device);
-                Layout::Padded(Box::new(sequences))
+                let rope = RopeTable::of_tokens(self.rotation(), first.len(), *time);
+                Layout::Padded(Box::new(Sequences::continued(config, first, *past, *time, rope, device)))
             }
             Arrangement::Packed { segments, tokens } => {
                 let indices = |list: Vec<i64>| {
@@ -211,7 +196,7 @@ impl Context {
                         group.time,
                         device,
                     );
-                    let sequences = Sequences::new(config, group.lengths.len(), 0, group.time, rope, device);
+                    let sequences = Sequences::new(config, group.lengths.len(), group.time, rope, device);
                     (indices(group.tokens), sequences)
                 });
                 Layout::Packed(Box::new(Packed { groups: groups.collect(), places: indices(places) }))
@@ -221,15 +206,7 @@ impl Context {
 }
 
 impl Sequences {
-    fn new(
-        config: &ModelConfig,
-        batch: usize,
-        past: usize,
-        time: usize,
-        rope: RopeTable,
-        device: &Device,
-    ) -> Self {
-        let keys = past + time;
+    fn new(config: &ModelConfig, batch: usize, time: usize, rope: RopeTable, device: &Device) -> Self {
         // A configuration has one window size at most.
         let window = config.windows.iter().flatten().next().copied();
         Self {
@@ -237,8 +214,8 @@ impl Sequences {
             time,
             rope,
             // Padding stands on the right, so a causal mask also hides it from every real token.
-            full: causal_mask(time, keys, None, device),
-            windowed: window.map(|size| (size, causal_mask(time, keys, Some(size), device))),
+            full: causal_mask(time, time, None, device),
+            windowed: window.map(|size| (size, causal_mask(time, time, Some(size), device))),
         }
     }
 
@@ -319,6 +296,9 @@ mod tests {
         assert_eq!(mask.dims(), [2, 1, 1, 1, 4]);
         let hidden: Vec<bool> = mask.try_into_vec_as::<f32>().unwrap().iter().map(|v| *v != 0.0).collect();
         assert_eq!(hidden, [false, false, false, false, true, true, false, false]);
+        let mask = padding_mask(&[0, 2], 75, &Device::flex()).unwrap();
+        let hidden = mask.try_into_vec_as::<f32>().unwrap().iter().filter(|v| **v != 0.0).count();
+        assert_eq!(hidden, 2);
         assert!(padding_mask(&[0, 0], 4, &Device::flex()).is_none());
     }
 }

@@ -37,10 +37,9 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// The shared context of a forward over `batch` sequences of `time` tokens after `past` cached ones, padded on the
-    /// right.
-    pub fn context(&self, batch: usize, time: usize, past: usize) -> Context {
-        Context::padded(&self.config, batch, time, past, None, &self.device)
+    /// The shared context of a forward over `batch` sequences of `time` tokens, padded on the right.
+    pub fn context(&self, batch: usize, time: usize) -> Context {
+        Context::padded(&self.config, batch, time, None, &self.device)
     }
 
     /// The shared context of a forward over a batch, padded or packed.
@@ -48,7 +47,7 @@ impl Decoder {
         match &batch.segments {
             None => {
                 let (rows, columns, lengths) = (batch.batch_size, batch.seq_len, Some(&*batch.lengths));
-                Context::padded(&self.config, rows, columns, 0, lengths, &self.device)
+                Context::padded(&self.config, rows, columns, lengths, &self.device)
             }
             Some(segments) => Context::packed(&self.config, segments, batch.ids.len(), &self.device),
         }
@@ -136,7 +135,7 @@ impl Decoder {
     /// Logits of all positions, `[batch · time, vocab]`, without autodiff.
     pub fn logits(&self, ids: &[i64], batch: usize) -> Tensor<2> {
         let tape = Tape::inference();
-        let context = self.context(batch, ids.len() / batch, 0);
+        let context = self.context(batch, ids.len() / batch);
         let x = self.embed(&tape, self.ids(ids));
         let x = self.layers.iter().fold(x, |x, layer| layer.forward(&tape, x, &context, None));
         self.head(&tape, self.final_norm(&tape, x))

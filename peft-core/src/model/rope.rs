@@ -2,6 +2,7 @@
 //! 2306.15595), `dynamic` NTK, `yarn` (Peng et al., arXiv 2309.00071) and `llama3` (Llama 3.1).
 
 use super::error::ModelError;
+use crate::kernels::Rotation;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use serde_json::Value;
 use std::f64::consts::TAU;
@@ -244,46 +245,13 @@ pub struct RopeTable {
 }
 
 impl RopeTable {
-    /// The table of positions `first .. first + time`, in sequences of `first + time` tokens.
-    pub fn new(
-        scaling: &RopeScaling,
-        theta: f64,
-        head_dim: usize,
-        first: usize,
-        time: usize,
-        device: &Device,
-    ) -> Self {
-        let frequencies = scaling.frequencies(theta, head_dim, first + time);
-        Self::of_frequencies(&[frequencies], first..first + time, device)
-    }
-
-    /// The table of the tokens in `slots` of rows whose first tokens stand in the slots `first`, from which their
-    /// positions and lengths count; one row of it where all are the same. Padding before a first token is not turned.
-    pub fn of_rows(
-        scaling: &RopeScaling,
-        theta: f64,
-        head_dim: usize,
-        first: &[usize],
-        slots: Range<usize>,
-        device: &Device,
-    ) -> Self {
-        let same = first.iter().all(|slot| *slot == first[0]);
-        let rows = if same { &first[..first.len().min(1)] } else { first };
-        let half = head_dim / 2;
-        let (mut cos, mut sin) = (Vec::new(), Vec::new());
-        for first in rows {
-            let padding = first.saturating_sub(slots.start).min(slots.len());
-            cos.resize(cos.len() + padding * half, 1.0);
-            sin.resize(sin.len() + padding * half, 0.0);
-            let (start, end) = (slots.start.max(*first), slots.end.max(*first));
-            let frequencies = scaling.frequencies(theta, head_dim, end - first);
-            let (cosines, sines) = Self::values(&frequencies, start - first..end - first);
-            cos.extend(cosines);
-            sin.extend(sines);
-        }
-        let shape = [rows.len(), 1, slots.len(), half];
-        let tensor = |values| Tensor::from_data(TensorData::new(values, shape), (device, DType::F32));
-        Self { cos: tensor(cos), sin: tensor(sin) }
+    /// The table of the first `rows` of rows of `time` tokens.
+    pub fn of_tokens(rotation: &Rotation, rows: usize, time: usize) -> Self {
+        let table = |all: &Tensor<2>| {
+            let half = all.dims()[1];
+            all.clone().narrow(0, 0, rows * time).reshape([rows, 1, time, half])
+        };
+        Self { cos: table(&rotation.cos), sin: table(&rotation.sin) }
     }
 
     /// The table of positions `0 .. time` in sequences of the given lengths: with a scaling that goes by the length,
@@ -301,18 +269,13 @@ impl RopeTable {
         if each.iter().all(|frequencies| *frequencies == each[0]) {
             each.truncate(1);
         }
-        Self::of_frequencies(&each, 0..time, device)
-    }
-
-    fn of_frequencies(batch: &[(Vec<f64>, f64)], positions: Range<usize>, device: &Device) -> Self {
         let (mut cos, mut sin) = (Vec::new(), Vec::new());
-        for frequencies in batch {
-            let (cosines, sines) = Self::values(frequencies, positions.clone());
+        for frequencies in &each {
+            let (cosines, sines) = Self::values(frequencies, 0..time);
             cos.extend(cosines);
             sin.extend(sines);
         }
-        let half = batch.first().map_or(0, |(frequencies, _)| frequencies.len());
-        let shape = [batch.len(), 1, positions.len(), half];
+        let shape = [each.len(), 1, time, head_dim / 2];
         let tensor = |values| Tensor::from_data(TensorData::new(values, shape), (device, DType::F32));
         Self { cos: tensor(cos), sin: tensor(sin) }
     }

@@ -40,7 +40,7 @@ pub fn evaluate(
         }
         let batch = collate(chunk, 0);
         let tape = Tape::inference();
-        let context = model.context(batch.batch_size, batch.seq_len, 0);
+        let context = model.context(batch.batch_size, batch.seq_len);
         let embedded = model.embed(&tape, model.ids(&batch.ids));
         let hidden = model.layers().iter().fold(embedded, |x, layer| layer.forward(&tape, x, &context, None));
         let rows = model.final_norm(&tape, hidden.select(0, model.ids(&batch.positions)));

@@ -392,25 +392,23 @@ impl Block {
                 let at = |row, col| self.tile(row, col, stretch.clone(), pass == 0, pass + 1 == passes);
                 let mut col = left;
                 while col < end {
+                    let (four, next) = match four {
+                        Some(four) if end - col >= 2 * NR => (Some(four), col + 2 * NR),
+                        _ => (None, col + NR),
+                    };
                     let mut row = 0;
-                    let wide = four.is_some() && end - col >= 2 * NR;
                     // SAFETY: the caller's promise; all tiles of four are whole.
                     unsafe {
-                        if let Some(four) = four.filter(|_| wide) {
-                            while self.rows - row >= 2 * MR {
-                                four([
-                                    [at(row, col), at(row, col + NR)],
-                                    [at(row + MR, col), at(row + MR, col + NR)],
-                                ]);
-                                row += 2 * MR;
-                            }
+                        while let Some(four) = four.filter(|_| self.rows - row >= 2 * MR) {
+                            let pair = |row| [at(row, col), at(row, col + NR)];
+                            four([pair(row), pair(row + MR)]);
+                            row += 2 * MR;
                         }
-                        let next = col + if wide { 2 * NR } else { NR };
                         for col in (col..next).step_by(NR) {
                             (row..self.rows).step_by(MR).for_each(|row| tile(&at(row, col)));
                         }
-                        col = next;
                     }
+                    col = next;
                 }
             }
         }
