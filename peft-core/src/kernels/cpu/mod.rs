@@ -20,3 +20,4 @@ pub(crate) mod matmul;
 pub(crate) mod rms_norm;
 mod simd;
 pub(crate) mod sparse;
+mod tile;
