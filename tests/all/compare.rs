@@ -318,7 +318,7 @@ fn the_recipes_compare_every_kind_of_method() {
         let labels: Vec<&str> =
             said["methods"].as_array().unwrap().iter().map(|row| row["label"].as_str().unwrap()).collect();
         for label in kinds.iter().chain(without_biases) {
-            assert!(labels.contains(&label), "{recipe}: no {label} in {labels:?}");
+            assert!(labels.contains(label), "{recipe}: no {label} in {labels:?}");
         }
         assert!(said["methods"][0]["remarks"][0].as_str().unwrap().contains(missing), "{recipe}: {said}");
     }
