@@ -1,13 +1,20 @@
 //! The largest entries of a vector by magnitude, exactly and the same way every time.
 //!
-//! Magnitudes of finite floats order as the whole numbers that their bits spell. So the k-th largest is found digit by
-//! digit: a count of the upper halves of all words, then one of the lower halves that share the threshold's upper half.
-//! Three passes, and no copy of the vector.
+//! Magnitudes of floats order as the whole numbers that their bits spell. A count of their upper digits says which of them
+//! the k-th largest has; what has a higher one is in, and only those that share it are compared. Two passes, and no copy
+//! of the vector.
 
 use rayon::prelude::*;
 
 /// Entries of a task.
 const CHUNK: usize = 1 << 16;
+
+/// Bits below the upper digits: a count of these fits a core's cache.
+const LOWER_BITS: u32 = 19;
+/// Values of the upper digits of a magnitude, whose sign bit is 0.
+const DIGITS: usize = 1 << (31 - LOWER_BITS);
+/// The first of the values that no finite number has.
+const NOT_FINITE: usize = (0x7f80_0000u32 >> LOWER_BITS) as usize;
 
 /// An entry that is no finite number.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -23,8 +30,10 @@ pub struct NotFinite {
 /// # Errors
 /// An entry that is not finite: it has no place in the order.
 pub fn top_k(values: &[f32], k: usize) -> Result<Vec<usize>, NotFinite> {
-    if let Some(index) = values.par_iter().position_first(|value| !value.is_finite()) {
-        return Err(NotFinite { index });
+    let counts = counts(values);
+    if counts[NOT_FINITE..].iter().any(|count| *count > 0) {
+        let index = values.iter().position(|value| !value.is_finite());
+        return Err(NotFinite { index: index.unwrap_or_default() });
     }
     if k >= values.len() {
         return Ok((0..values.len()).collect());
@@ -32,23 +41,19 @@ pub fn top_k(values: &[f32], k: usize) -> Result<Vec<usize>, NotFinite> {
     if k == 0 {
         return Ok(Vec::new());
     }
-    let (upper, above) = threshold(&histogram(values, |bits| Some(bits >> 16)), k);
-    let (lower, above_lower) =
-        threshold(&histogram(values, |bits| (bits >> 16 == upper).then_some(bits & 0xffff)), k - above);
-    let threshold = upper << 16 | lower;
-    // Of those equal to the threshold, only the first.
-    let mut equal = k - above - above_lower;
-    let mut places = Vec::with_capacity(k);
-    for (place, value) in values.iter().enumerate() {
-        let bits = magnitude(*value);
-        if bits > threshold {
-            places.push(place);
-        } else if bits == threshold && equal > 0 {
-            equal -= 1;
-            places.push(place);
-        }
-    }
-    Ok(places)
+    let (digit, above) = threshold(&counts, k);
+    let parts = values.par_chunks(CHUNK).enumerate().map(|(chunk, values)| {
+        let entries = values.iter().enumerate().map(|(at, value)| (magnitude(*value), chunk * CHUNK + at));
+        entries.filter(|(bits, _)| upper(*bits) >= digit).collect::<Vec<_>>()
+    });
+    let entries: Vec<(u32, usize)> = parts.collect::<Vec<_>>().concat();
+    // The larger magnitude comes first, of equal ones the lower place.
+    let key = |(bits, place): &(u32, usize)| (!bits, *place);
+    let mut sharing: Vec<(u32, usize)> =
+        entries.iter().filter(|(bits, _)| upper(*bits) == digit).map(key).collect();
+    let (_, last, _) = sharing.select_nth_unstable(k - above - 1);
+    let last = *last;
+    Ok(entries.iter().filter(|entry| key(entry) <= last).map(|(_, place)| *place).collect())
 }
 
 /// The bits of `|value|`: ordered as the magnitudes are.
@@ -56,27 +61,31 @@ pub fn magnitude(value: f32) -> u32 {
     value.abs().to_bits()
 }
 
-/// How many magnitudes have each 16-bit digit.
-fn histogram(values: &[f32], digit: impl Fn(u32) -> Option<u32> + Sync) -> Vec<usize> {
-    let empty = || vec![0usize; 1 << 16];
-    let counts = values.par_chunks(CHUNK).fold(empty, |mut counts, values| {
-        for digit in values.iter().filter_map(|value| digit(magnitude(*value))) {
-            counts[digit as usize] += 1;
-        }
+/// The upper digits of a magnitude.
+fn upper(bits: u32) -> usize {
+    (bits >> LOWER_BITS) as usize
+}
+
+/// How many magnitudes have each value of the upper digits.
+fn counts(values: &[f32]) -> Vec<usize> {
+    let of_chunk = |values: &[f32]| {
+        let mut counts = vec![0usize; DIGITS];
+        values.iter().for_each(|value| counts[upper(magnitude(*value))] += 1);
         counts
-    });
-    counts.reduce(empty, |mut a, b| {
+    };
+    let sum = |mut a: Vec<usize>, b: Vec<usize>| {
         a.iter_mut().zip(b).for_each(|(a, b)| *a += b);
         a
-    })
+    };
+    values.par_chunks(CHUNK).map(of_chunk).reduce(|| vec![0; DIGITS], sum)
 }
 
 /// The digit of the `k`-th largest, and how many have a larger one.
-fn threshold(counts: &[usize], k: usize) -> (u32, usize) {
+fn threshold(counts: &[usize], k: usize) -> (usize, usize) {
     let mut above = 0;
     for (digit, count) in counts.iter().enumerate().rev() {
         if above + count >= k {
-            return (digit as u32, above);
+            return (digit, above);
         }
         above += count;
     }

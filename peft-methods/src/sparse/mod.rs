@@ -263,9 +263,9 @@ fn exchange_entries(
         Kept(usize),
         Come(Seed),
     }
-    let leaves: HashSet<usize> = leaving.iter().copied().collect();
+    let mut leaves = leaving.iter().peekable();
     let kept = form.pattern.positions().iter().copied().enumerate();
-    let kept = kept.filter(|(entry, _)| !leaves.contains(entry));
+    let kept = kept.filter(|(entry, _)| leaves.next_if_eq(&entry).is_none());
     let mut entries: Vec<(u32, Origin)> =
         kept.map(|(entry, position)| (position, Origin::Kept(entry))).collect();
     entries.extend(arrivals.iter().map(|(position, seed)| (*position, Origin::Come(*seed))));

@@ -2,7 +2,6 @@
 
 use super::growth::largest_products;
 use peft_core::linalg::{NotFinite, magnitude};
-use std::collections::HashSet;
 
 /// What a selection phase has collected of a module's dense gradient, at the positions where it was largest first.
 #[derive(Debug, Clone, PartialEq)]
@@ -57,23 +56,38 @@ pub fn by_gradients(
         return Err(NotFinite { index });
     }
     let leaving = smallest(values, k);
-    let leaves: HashSet<u32> = leaving.iter().map(|entry| positions[*entry]).collect();
-    let remains = |position: u32| positions.binary_search(&position).is_ok() && !leaves.contains(&position);
+    let mut leaves = vec![false; positions.len()];
+    leaving.iter().for_each(|entry| leaves[*entry] = true);
+    // Where each candidate is among the entries, if it is one: both ascend.
+    let mut entries = positions.iter().enumerate().peekable();
+    let entry_of: Vec<Option<usize>> = candidates
+        .positions
+        .iter()
+        .map(|position| {
+            while entries.next_if(|(_, entry)| *entry < position).is_some() {}
+            entries.peek().filter(|(_, entry)| *entry == position).map(|(at, _)| *at)
+        })
+        .collect();
+    // Candidates ascend by position, so that the lower place is the lower position.
+    let order = |a: &(u32, usize), b: &(u32, usize)| b.0.cmp(&a.0).then(a.1.cmp(&b.1));
     let mut best: Vec<(u32, usize)> = candidates
         .sums
         .iter()
         .enumerate()
-        .filter(|(place, sum)| **sum != 0.0 && !remains(candidates.positions[*place]))
+        .filter(|(place, sum)| **sum != 0.0 && entry_of[*place].is_none_or(|entry| leaves[entry]))
         .map(|(place, sum)| (magnitude(*sum), place))
         .collect();
-    // Candidates ascend by position, so that the lower place is the lower position.
-    best.sort_unstable_by(|a, b| b.0.cmp(&a.0).then(a.1.cmp(&b.1)));
+    if !leaving.is_empty() && leaving.len() < best.len() {
+        best.select_nth_unstable_by(leaving.len() - 1, order);
+    }
     best.truncate(leaving.len());
-    let comes: HashSet<u32> = best.iter().map(|(_, place)| candidates.positions[*place]).collect();
-    let leaving = leaving.into_iter().filter(|entry| !comes.contains(&positions[*entry]));
-    let coming = best.into_iter().map(|(_, place)| place);
-    let coming = coming.filter(|place| !leaves.contains(&candidates.positions[*place]));
-    Ok(paired(leaving, coming))
+    best.sort_unstable_by(order);
+    // What leaves and comes at once stays.
+    let (staying, coming): (Vec<usize>, Vec<usize>) =
+        best.into_iter().map(|(_, place)| place).partition(|place| entry_of[*place].is_some());
+    staying.iter().filter_map(|place| entry_of[*place]).for_each(|entry| leaves[entry] = false);
+    let leaving = leaving.into_iter().filter(|entry| leaves[*entry]);
+    Ok(paired(leaving, coming.into_iter()))
 }
 
 /// By moments: the `k` entries of smallest value for the positions `(r, c)` without an entry of largest
