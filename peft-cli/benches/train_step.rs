@@ -27,7 +27,7 @@ use std::time::Instant;
 
 fn main() -> Result<(), Failure> {
     let (mut shape, mut name, mut dtype) = ("25m".to_string(), "cpu".to_string(), None);
-    let (mut batch, mut seq, mut rank, mut steps) = (4, 256, 8, 10);
+    let (mut batch, mut seq, mut rank, mut warmup, mut steps) = (4, 256, 8, 4, 10);
     let mut dropout = 0.0;
     let mut checkpointing = GradientCheckpointing::Off;
     let (mut gradients, mut losses) = (false, false);
@@ -41,6 +41,7 @@ fn main() -> Result<(), Failure> {
             "--batch" => batch = value()?.parse()?,
             "--seq" => seq = value()?.parse()?,
             "--rank" => rank = value()?.parse()?,
+            "--warmup" => warmup = value()?.parse()?,
             "--steps" => steps = value()?.parse()?,
             "--dropout" => dropout = value()?.parse()?,
             "--checkpointing" => {
@@ -75,7 +76,7 @@ fn main() -> Result<(), Failure> {
         NamedOptimizer::new(AdamW { beta_1: 0.9, beta_2: 0.999, epsilon: 1e-8, weight_decay: 0.0 });
 
     let (mut seconds, mut enqueued, mut first, mut last) = (Vec::new(), Vec::new(), 0.0, 0.0);
-    for step in 0..steps + 4 {
+    for step in 0..warmup + steps {
         let start = Instant::now();
         let key = DropoutKey { seed: 0, step, micro_batch: 0 };
         let mut sums = StepGradients::default();
@@ -105,7 +106,7 @@ fn main() -> Result<(), Failure> {
         #[cfg(feature = "cuda")]
         if name == "cuda" {
             let profile = peft_core::kernels::profile(&device);
-            if step + 1 == steps + 4 && !profile.is_empty() {
+            if step + 1 == warmup + steps && !profile.is_empty() {
                 println!("{:24} {:>5} {:>10} {:>10}", "", "runs", "device ms", "host ms");
                 for (label, runs, device, host) in profile {
                     println!("{label:24} {runs:5} {device:10.3} {host:10.3}");
@@ -116,7 +117,7 @@ fn main() -> Result<(), Failure> {
         if step == 0 {
             first = took;
         }
-        if step >= 4 {
+        if step >= warmup {
             seconds.push(took);
         }
     }
