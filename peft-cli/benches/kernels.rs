@@ -14,7 +14,7 @@ mod shapes;
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use peft_core::kernels::{
-    AdaptedLinear, AttentionShape, LinearInput, LowRankTerm, Rotation, SparsePattern, SparseTerm, Term,
+    AdaptedLinear, AttentionShape, LinearInput, LowRankTerm, Rotation, SparsePattern, SparseTerm, Term, Up,
     Visibility, adapted_linears, add_sparse, backward_from, fault, head_loss, joint_attention,
 };
 use shapes::{Failure, Sizes, median};
@@ -190,7 +190,7 @@ impl Bench {
                         bias: None,
                         term: Some(Term::LowRank(LowRankTerm {
                             a: a.clone(),
-                            b: b.clone(),
+                            b: Up::Matrix(b.clone()),
                             bias: None,
                             gain: None,
                             scale: 2.0,

@@ -6,7 +6,7 @@ use super::adamw::{AdamW, Update};
 use super::attention::{AttentionInputs, AttentionShape, CachedInputs};
 use super::cross_entropy::CrossEntropyParts;
 use super::dropout::Dropout;
-use super::linear::{LinearGradients, LowRankState, Part, Wanted};
+use super::linear::{LinearGradients, LowRankState, Part, Up, Wanted};
 use super::sparse::{SparseGradients, SparsePattern};
 use burn::backend::autodiff::ops::NodeGuard;
 use burn::backend::tensor::FloatTensor;
@@ -63,6 +63,9 @@ pub(super) trait Kernels: Backend {
 
     /// Gradient of [`silu_gate`](Self::silu_gate) for `[g u]`.
     fn silu_gate_backward(gate_up: &FloatTensor<Self>, dy: &FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// The factor that `up` stands for, in f32, as [`linears`](Self::linears) has it.
+    fn up_factor(up: &Up<FloatTensor<Self>>) -> FloatTensor<Self>;
 
     /// `[x·W₁ᵀ + b₁ + s₁·(x₁·A₁ᵀ)·B₁ᵀ, …] + residual`, where `xᵢ` is `x` with what the term drops dropped, and what the
     /// backward reads of the low-rank terms if there are any.

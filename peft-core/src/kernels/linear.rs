@@ -23,14 +23,129 @@ use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
 use burn::backend::autodiff::grads::Gradients;
 use burn::backend::autodiff::ops::{Backward, NodeGuard, Ops, OpsKind};
 use burn::backend::tensor::FloatTensor;
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
+
+/// What stands for the `B` of a low-rank term, `[out, rank]`.
+#[derive(Clone, Debug)]
+pub enum Up<T> {
+    /// `B` itself.
+    Matrix(T),
+    /// `[F B]·R − O`, of which `F` and `O` have no gradients.
+    Core {
+        /// `B`, `[out, rank − f]`.
+        b: T,
+        /// `R`, `[rank, rank]`.
+        core: T,
+        /// `F`, `[out, f]`.
+        frozen: Option<T>,
+        /// `O`, `[out, rank]`.
+        offset: Option<T>,
+    },
+    /// `diag(outer)·B·diag(inner)`, of which the vectors alone have gradients.
+    Scaled {
+        /// `B`, `[out, rank]`.
+        b: T,
+        /// `[1, out]`.
+        outer: T,
+        /// `[1, rank]`.
+        inner: T,
+    },
+}
+
+impl<T> Up<T> {
+    /// `B`, whose rows are those of the factor.
+    pub(super) fn b(&self) -> &T {
+        match self {
+            Up::Matrix(b) | Up::Core { b, .. } | Up::Scaled { b, .. } => b,
+        }
+    }
+
+    /// What its columns are those of.
+    pub(super) fn columns_like(&self) -> &T {
+        match self {
+            Up::Matrix(b) => b,
+            Up::Core { core, .. } => core,
+            Up::Scaled { inner, .. } => inner,
+        }
+    }
+
+    /// What has gradients.
+    pub(super) fn trained(&self) -> [Option<&T>; 2] {
+        match self {
+            Up::Matrix(b) => [Some(b), None],
+            Up::Core { b, core, .. } => [Some(b), Some(core)],
+            Up::Scaled { outer, inner, .. } => [Some(outer), Some(inner)],
+        }
+    }
+
+    /// The same of what `f` makes of each tensor.
+    pub(super) fn each<'a, U>(&'a self, f: impl Fn(&'a T) -> U) -> Up<U> {
+        match self {
+            Up::Matrix(b) => Up::Matrix(f(b)),
+            Up::Core { b, core, frozen, offset } => {
+                let (frozen, offset) = (frozen.as_ref().map(&f), offset.as_ref().map(&f));
+                Up::Core { b: f(b), core: f(core), frozen, offset }
+            }
+            Up::Scaled { b, outer, inner } => Up::Scaled { b: f(b), outer: f(outer), inner: f(inner) },
+        }
+    }
+
+    /// The same of other tensors: `trained` takes the place of what has gradients, `constant` makes that of the rest.
+    fn rebuilt<U>(self, trained: [Option<U>; 2], constant: impl Fn(T) -> U) -> Option<Up<U>> {
+        let [first, second] = trained;
+        Some(match self {
+            Up::Matrix(_) => Up::Matrix(first?),
+            Up::Core { frozen, offset, .. } => {
+                let (frozen, offset) = (frozen.map(&constant), offset.map(&constant));
+                Up::Core { b: first?, core: second?, frozen, offset }
+            }
+            Up::Scaled { b, .. } => Up::Scaled { b: constant(b), outer: first?, inner: second? },
+        })
+    }
+}
+
+impl Up<Tensor<2>> {
+    /// The factor of tensors in f32 without a graph, to the last bit as it enters [`adapted_linears`].
+    pub fn factor(self) -> Tensor<2> {
+        match served(&self.b().device(), DType::F32) {
+            Some(served) => with_backend!(served, factor(self)),
+            None => self.value(),
+        }
+    }
+
+    /// Its composition.
+    fn value(self) -> Tensor<2> {
+        match self {
+            Up::Matrix(b) => b,
+            Up::Core { b, core, frozen, offset } => {
+                let product = match frozen {
+                    Some(frozen) => {
+                        let ([_, columns], rank) = (frozen.dims(), core.dims()[0]);
+                        let rows = |range| core.clone().slice([range, 0..rank]);
+                        b.matmul(rows(columns..rank)) + frozen.matmul(rows(0..columns))
+                    }
+                    None => b.matmul(core),
+                };
+                match offset {
+                    Some(offset) => product - offset,
+                    None => product,
+                }
+            }
+            Up::Scaled { b, outer, inner } => b * inner * outer.transpose(),
+        }
+    }
+}
+
+fn factor<B: Kernels>(up: Up<Tensor<2>>) -> Tensor<2> {
+    B::tensor(B::up_factor(&up.each(|tensor| B::primitive(tensor.clone()))))
+}
 
 /// The low-rank term `s·((x ∘ mask)·Aᵀ)·Bᵀ` of an adapted linear map.
 pub struct LowRankTerm {
     /// `A`, `[rank, in]`.
     pub a: Tensor<2>,
-    /// `B`, `[out, rank]`.
-    pub b: Tensor<2>,
+    /// `B`, `[out, rank]`, or what stands for it.
+    pub b: Up<Tensor<2>>,
     /// A bias `[1, out]` beside `B`, scaled like the product.
     pub bias: Option<Tensor<2>>,
     /// A factor `[1, out]` on base and term together, the base's bias left out (DoRA's m/n).
@@ -49,6 +164,7 @@ impl LowRankTerm {
 }
 
 /// What a change makes of a linear map `y = h·Wᵀ + b`.
+#[allow(clippy::large_enum_variant)] // It lives for one call.
 pub enum Term {
     /// A low-rank product on top.
     LowRank(LowRankTerm),
@@ -61,38 +177,8 @@ pub enum Term {
         /// `l_out`, `[1, out]`.
         output: Option<Tensor<2>>,
     },
-    /// A frozen pair between two vectors on top.
-    ScaledPair(ScaledPairTerm),
     /// A sparse product on top.
     Sparse(SparseTerm),
-}
-
-/// The term `(x'·Aᵀ ∘ d)·Bᵀ ∘ b`, where `x'` is `x` after dropout, of an adapted linear map, of which the vectors alone have gradients.
-pub struct ScaledPairTerm {
-    /// `A`, `[rank, in]`.
-    pub a: Tensor<2>,
-    /// `B`, `[out, rank]`.
-    pub b: Tensor<2>,
-    /// `d`, `[1, rank]`.
-    pub inner: Tensor<2>,
-    /// `b`, `[1, out]`.
-    pub outer: Tensor<2>,
-    /// What is dropped of the term's input.
-    pub dropout: Option<Dropout>,
-}
-
-impl ScaledPairTerm {
-    /// The term on `x` `[tokens, in]`.
-    fn of(self, x: Tensor<2>, drop: fn(Tensor<2>, Dropout) -> Tensor<2>) -> Tensor<2> {
-        let dtype = x.dtype();
-        let ScaledPairTerm { a, b, inner, outer, dropout } = self;
-        let x = match dropout {
-            Some(dropout) => drop(x, dropout),
-            None => x,
-        };
-        let down = x.matmul(as_dtype(a, dtype).transpose()) * as_dtype(inner, dtype);
-        down.matmul(as_dtype(b, dtype).transpose()) * as_dtype(outer, dtype)
-    }
 }
 
 impl Term {
@@ -100,14 +186,14 @@ impl Term {
     fn is_plain(&self) -> bool {
         match self {
             Term::LowRank(term) => term.is_plain(),
-            Term::Sum(_) | Term::Gains { .. } | Term::ScaledPair(_) | Term::Sparse(_) => false,
+            Term::Sum(_) | Term::Gains { .. } | Term::Sparse(_) => false,
         }
     }
 
     fn into_low_rank(self) -> Option<LowRankTerm> {
         match self {
             Term::LowRank(term) => Some(term),
-            Term::Sum(_) | Term::Gains { .. } | Term::ScaledPair(_) | Term::Sparse(_) => None,
+            Term::Sum(_) | Term::Gains { .. } | Term::Sparse(_) => None,
         }
     }
 
@@ -137,10 +223,6 @@ impl Term {
                     None => x,
                 };
                 scaled(add(product(scaled(h, input)), bias), output)
-            }
-            Term::ScaledPair(term) => {
-                let y = product(h.clone());
-                add(y + term.of(h, drop), bias)
             }
             Term::Sparse(term) => add_sparse(add(product(h.clone()), bias), h, term),
         }
@@ -264,7 +346,7 @@ fn with_term(
     };
     // The scale goes onto the [tokens, rank] product, the smallest tensor on the way.
     let down = input.clone().matmul(as_dtype(a, dtype).transpose()).mul_scalar(scale);
-    let low = down.matmul(as_dtype(b, dtype).transpose());
+    let low = down.matmul(as_dtype(b.value(), dtype).transpose());
     let low = match bias {
         Some(bias) => low + as_dtype(bias, dtype).mul_scalar(scale),
         None => low,
@@ -318,8 +400,8 @@ pub(super) struct Part<T> {
 pub(super) struct Factors<T> {
     /// `A`, `[rank, in]`, in a type of its own.
     pub a: T,
-    /// `B`, `[out, rank]`, likewise.
-    pub b: T,
+    /// `B`, `[out, rank]`, or what stands for it, likewise.
+    pub b: Up<T>,
     /// `s`.
     pub scale: f32,
     /// What is dropped of its input.
@@ -354,8 +436,8 @@ pub(super) struct WantedPart {
     pub bias: bool,
     /// That of `A`.
     pub a: bool,
-    /// That of `B`.
-    pub b: bool,
+    /// Those of what [`Up::trained`] names.
+    pub up: [bool; 2],
 }
 
 /// Gradients of [`Kernels::linears`].
@@ -374,8 +456,8 @@ pub(super) struct PartGradients<T> {
     pub bias: Option<T>,
     /// Of `A`, in its type.
     pub a: Option<T>,
-    /// Of `B`, in its type.
-    pub b: Option<T>,
+    /// Of what [`Up::trained`] names, in its type.
+    pub up: [Option<T>; 2],
 }
 
 /// The function in front of the maps, with what its backward needs.
@@ -403,8 +485,18 @@ impl<T: Clone> Saved<T> {
     }
 }
 
-/// Inputs of the graph's node: raw input, norm weight, residual, then weight, bias, A and B of each map.
-const INPUTS: usize = 3 + 4 * MOST;
+/// Inputs of the graph's node for each map: weight, bias, A, and what trains of B or what stands for it.
+const OF_MAP: usize = 5;
+
+/// Inputs of the graph's node: raw input, norm weight, residual, then those of each map.
+const INPUTS: usize = 3 + OF_MAP * MOST;
+
+/// What is known of a term besides the tensors that have gradients.
+struct TermForm {
+    b: Up<Tensor<2>>,
+    scale: f32,
+    dropout: Option<Dropout>,
+}
 
 fn fused<B: Kernels>(
     input: LinearInput,
@@ -424,18 +516,21 @@ fn fused<B: Kernels>(
     let (residual, leaving) = residual.map(|residual| (residual.value, residual.skip)).unzip();
     (tensors[0], tensors[1], tensors[2]) = (Some(raw), norm, residual);
     let mut terms = Vec::with_capacity(maps.len());
-    for (map, slots) in maps.into_iter().zip(tensors[3..].chunks_exact_mut(4)) {
+    for (map, slots) in maps.into_iter().zip(tensors[3..].chunks_exact_mut(OF_MAP)) {
         slots[0] = Some(as_dtype(map.weight, dtype));
         slots[1] = map.bias.map(|bias| as_dtype(bias, dtype));
-        terms.push(map.term.and_then(Term::into_low_rank).map(|term| {
-            (slots[2], slots[3]) = (Some(term.a), Some(term.b));
-            (term.scale as f32, term.dropout)
-        }));
+        terms.push(map.term.and_then(Term::into_low_rank).map(
+            |LowRankTerm { a, b, scale, dropout, .. }| {
+                let [first, second] = b.trained().map(Option::<&Tensor<2>>::cloned);
+                (slots[2], slots[3], slots[4]) = (Some(a), first, second);
+                TermForm { b, scale: scale as f32, dropout }
+            },
+        ));
     }
 
     if !tensors.iter().flatten().any(has_graph) {
         let primitives = tensors.map(|tensor| tensor.map(B::primitive));
-        let (saved, parts, residual) = assemble::<B>(kind, primitives, &terms);
+        let (saved, parts, residual) = assemble::<B>(kind, primitives, terms);
         let (y, _) = B::together(|| B::linears(&saved.h::<B>(), &parts, residual.as_ref()));
         return B::tensor(y);
     }
@@ -445,7 +540,7 @@ fn fused<B: Kernels>(
     let nodes: [NodeGuard; INPUTS] =
         tracked.each_ref().map(|tensor| tensor.as_ref().map_or_else(filler, Tracked::<B>::node));
     let primitives = tracked.map(|tensor| tensor.map(Tracked::<B>::into_primitive));
-    let (mut saved, parts, residual) = assemble::<B>(kind, primitives, &terms);
+    let (mut saved, parts, residual) = assemble::<B>(kind, primitives, terms);
     let prepared = LinearBackward.prepare::<NoCheckpointing>(nodes).compute_bound().stateful();
     let (h, (y, low)) = B::together(|| {
         let h = saved.h::<B>();
@@ -477,7 +572,7 @@ type Assembled<T> = (Saved<T>, Vec<Part<T>>, Option<T>);
 fn assemble<B: Kernels>(
     kind: Kind,
     tensors: [Option<FloatTensor<B>>; INPUTS],
-    terms: &[Option<(f32, Option<Dropout>)>],
+    terms: Vec<Option<TermForm>>,
 ) -> Assembled<FloatTensor<B>> {
     let mut tensors = tensors.into_iter();
     let mut next = || tensors.next().flatten();
@@ -487,9 +582,12 @@ fn assemble<B: Kernels>(
         (Kind::Gated, Some(gate_up), _) => Saved::Gated { gate_up, h: None },
         (_, raw, _) => Saved::Plain(raw.expect("every map has an input")),
     };
-    let parts = terms.iter().map(|term| {
-        let (weight, bias, a, b) = (next(), next(), next(), next());
-        let factors = a.zip(b).zip(*term).map(|((a, b), (scale, dropout))| Factors { a, b, scale, dropout });
+    let constant = |tensor: Tensor<2>| B::primitive(if has_graph(&tensor) { tensor.inner() } else { tensor });
+    let parts = terms.into_iter().map(|term| {
+        let (weight, bias, a, trained) = (next(), next(), next(), [next(), next()]);
+        let factors = a.zip(term).and_then(|(a, TermForm { b, scale, dropout })| {
+            Some(Factors { a, b: b.rebuilt(trained, constant)?, scale, dropout })
+        });
         Part { weight: weight.expect("every map has a weight"), bias, factors }
     });
     let parts = parts.collect();
@@ -522,11 +620,11 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
         let wanted = Wanted {
             input: raw.is_some() || norm.is_some(),
             parts: of_maps
-                .chunks_exact(4)
+                .chunks_exact(OF_MAP)
                 .take(parts.len())
                 .map(|nodes| {
-                    let [weight, bias, a, b] = [0, 1, 2, 3].map(|slot| nodes[slot].is_some());
-                    WantedPart { weight, bias, a, b }
+                    let [weight, bias, a, first, second] = [0, 1, 2, 3, 4].map(|slot| nodes[slot].is_some());
+                    WantedPart { weight, bias, a, up: [first, second] }
                 })
                 .collect(),
         };
@@ -550,11 +648,13 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
             let dy = leaving.map_or(Some(dy.clone()), |skip| skip.leave(dy));
             register(residual, dy);
         }
-        for (part, nodes) in gradients.parts.into_iter().zip(of_maps.chunks_exact(4)) {
+        for (part, nodes) in gradients.parts.into_iter().zip(of_maps.chunks_exact(OF_MAP)) {
             register(nodes[0], part.weight);
             register(nodes[1], part.bias);
             register(nodes[2], part.a);
-            register(nodes[3], part.b);
+            for (node, gradient) in nodes[3..].iter().zip(part.up) {
+                register(*node, gradient);
+            }
         }
         if let Some((dx, dw)) = of_input {
             register(raw, Some(dx));

@@ -6,7 +6,7 @@ use super::attention::{
     AttentionShape, KeyValues, Rotation, Visibility, attention, cached_attention, causal_mask,
     joint_attention, keep_keys,
 };
-use super::linear::{self, AdaptedLinear, LinearInput, LowRankTerm, ScaledPairTerm, Term, adapted_linears};
+use super::linear::{self, AdaptedLinear, LinearInput, LowRankTerm, Term, Up, adapted_linears};
 use super::*;
 use crate::random::Stream;
 use burn::tensor::{Int, TensorData};
@@ -131,7 +131,7 @@ fn assembled(
             // The first map keeps everything where there are more.
             let drops = p > 0.0 && index + 1 == maps.len();
             let dropout = drops.then_some(Dropout { p, key: 1 + index as u64 });
-            Term::LowRank(LowRankTerm { a, b, bias: None, gain: None, scale: 0.7, dropout })
+            Term::LowRank(LowRankTerm { a, b: Up::Matrix(b), bias: None, gain: None, scale: 0.7, dropout })
         }),
     });
     let maps = maps.collect();
@@ -190,7 +190,8 @@ fn a_gradient_around_a_branch() {
                     LinearInput::Normed { x: x.clone(), weight: norm, epsilon: 1e-5, skip: skip.clone() };
                 let gain = gained.then(|| random("gain", [1, middle], &factors));
                 let dropout = Some(Dropout { p: 0.25, key: 1 << 40 });
-                let term = Term::LowRank(LowRankTerm { a, b, bias: None, gain, scale: 0.7, dropout });
+                let term =
+                    Term::LowRank(LowRankTerm { a, b: Up::Matrix(b), bias: None, gain, scale: 0.7, dropout });
                 let first = vec![AdaptedLinear { weight: w1, bias: None, term: Some(term) }];
                 let second = vec![AdaptedLinear { weight: w2, bias: None, term: None }];
                 let residual = Some(Residual { value: x, skip });
@@ -224,7 +225,7 @@ fn terms_with_gain_dropout_and_bias() {
             let maps = |inputs: &[Tensor<2>]| {
                 let term = LowRankTerm {
                     a: inputs[2].clone(),
-                    b: inputs[3].clone(),
+                    b: Up::Matrix(inputs[3].clone()),
                     bias: Some(inputs[4].clone()),
                     gain: Some(inputs[5].clone()),
                     scale: 1.5,
@@ -245,53 +246,97 @@ fn terms_with_gain_dropout_and_bias() {
 }
 
 #[test]
-fn gains_and_scaled_pairs() {
-    let (rows, width, out, rank) = (6, 20, 14, 3);
+fn gains() {
+    let (rows, width, out) = (6, 20, 14);
     for place in &places() {
         let own = (place.0.clone(), DType::F32, place.2);
-        let pair = [random("a", [rank, width], &own), random("b", [out, rank], &own)];
-        let gains = |vectors: &[Tensor<2>]| Term::Gains {
-            input: Some(vectors[1].clone()),
-            output: Some(vectors[0].clone()),
+        let inputs = [
+            random("x", [rows, width], place),
+            random("w", [out, width], place),
+            random("bias", [1, out], place),
+            random("outer", [1, out], &own),
+            random("inner", [1, width], &own),
+        ];
+        let parts = |inputs: Vec<Tensor<2>>| {
+            let [x, weight, bias, output, input] = inputs.try_into().unwrap();
+            let term = Term::Gains { input: Some(input), output: Some(output) };
+            (LinearInput::Plain(x), vec![AdaptedLinear { weight, bias: Some(bias), term: Some(term) }])
         };
-        let scaled = |vectors: &[Tensor<2>]| {
-            let ([a, b], (outer, inner)) = (pair.clone(), (vectors[0].clone(), vectors[1].clone()));
-            let dropout = Some(Dropout { p: 0.2, key: 5 });
-            Term::ScaledPair(ScaledPairTerm { a, b, inner, outer, dropout })
+        let fused = |inputs: Vec<Tensor<2>>| {
+            let (input, maps) = parts(inputs);
+            adapted_linears(input, maps, None, false)
         };
-        type MakesTerm<'a> = &'a dyn Fn(&[Tensor<2>]) -> Term;
-        let terms: [(&str, usize, MakesTerm); 2] = [("gains", width, &gains), ("scaled pair", rank, &scaled)];
-        for (what, length, term) in terms {
-            let inputs = [
-                random("x", [rows, width], place),
-                random("w", [out, width], place),
-                random("bias", [1, out], place),
-                random("outer", [1, out], &own),
-                random("inner", [1, length], &own),
+        let plain = |inputs: Vec<Tensor<2>>| {
+            let (input, maps) = parts(inputs);
+            linear::plain(input, maps, None)
+        };
+        compare("gains", place, &inputs, fused, plain);
+    }
+}
+
+/// Joint maps whose `B`s are a core, a core behind frozen columns and in front of an offset, and a matrix between vectors;
+/// with more ranks than go in joint products as well.
+#[test]
+fn what_stands_for_b() {
+    let (rows, width, outs) = (11, 24, [14, 9, 17]);
+    for place in &places() {
+        let own = (place.0.clone(), DType::F32, place.2);
+        for (rank, frozen, dropped) in [(3, 2, false), (8, 3, true), (5, 1, true), (136, 64, false)] {
+            let constant = |name: &str, dims| random(name, dims, &own);
+            let mut inputs = vec![random("x", [rows, width], place)];
+            for (index, out) in outs.into_iter().enumerate() {
+                inputs.push(random(&format!("w{index}"), [out, width], place));
+                inputs.push(random(&format!("a{index}"), [rank, width], &own));
+            }
+            let trained = [
+                [[outs[0], rank], [rank, rank]],
+                [[outs[1], rank - frozen], [rank, rank]],
+                [[1, outs[2]], [1, rank]],
             ];
-            let parts = |inputs: &[Tensor<2>]| {
-                let (weight, bias) = (inputs[1].clone(), Some(inputs[2].clone()));
-                let map = AdaptedLinear { weight, bias, term: Some(term(&inputs[3..])) };
-                (LinearInput::Plain(inputs[0].clone()), vec![map])
+            for (index, [first, second]) in trained.into_iter().enumerate() {
+                inputs.push(random(&format!("first{index}"), first, &own));
+                inputs.push(random(&format!("second{index}"), second, &own));
+            }
+            let maps = |inputs: &[Tensor<2>]| {
+                let of = |place: usize| inputs[place].clone();
+                let ups = [
+                    Up::Core { b: of(7), core: of(8), frozen: None, offset: None },
+                    Up::Core {
+                        b: of(9),
+                        core: of(10),
+                        frozen: Some(constant("frozen", [outs[1], frozen])),
+                        offset: Some(constant("offset", [outs[1], rank])),
+                    },
+                    Up::Scaled { b: constant("b", [outs[2], rank]), outer: of(11), inner: of(12) },
+                ];
+                let maps = ups.into_iter().enumerate().map(|(index, b)| {
+                    let dropout = dropped.then_some(Dropout { p: 0.2, key: index as u64 });
+                    let (a, scale) = (of(2 + 2 * index), 0.3);
+                    let term = LowRankTerm { a, b, bias: None, gain: None, scale, dropout };
+                    AdaptedLinear { weight: of(1 + 2 * index), bias: None, term: Some(Term::LowRank(term)) }
+                });
+                (LinearInput::Plain(of(0)), maps.collect::<Vec<_>>())
             };
             let fused = |inputs: Vec<Tensor<2>>| {
-                let (input, maps) = parts(&inputs);
+                let (input, maps) = maps(&inputs);
                 adapted_linears(input, maps, None, false)
             };
             let plain = |inputs: Vec<Tensor<2>>| {
-                let (input, maps) = parts(&inputs);
+                let (input, maps) = maps(&inputs);
                 linear::plain(input, maps, None)
             };
-            compare(what, place, &inputs, fused, plain);
+            let what = format!("rank {rank}, {frozen} of them frozen, dropped {dropped}");
+            compare(&what, place, &inputs, fused, plain);
         }
     }
 }
 
 /// W = [[1, 2], [3, 4]], b = [1, 1], x = [1, 1].
 /// With l_in = [2, 1] and l_out = [1, −1]: ((2 + 2, 6 + 4) + 1) ∘ [1, −1].
-/// With A = [1 1], B = [1; 2], d = 3, b = [1, 2]: x·Aᵀ = 2, so y = [3, 7] + 1 + 2·3·[1, 2] ∘ [1, 2].
+/// With A = [1 1], B = [1; 2]: x·Aᵀ = 2. Between d = 3 and b = [1, 2], y = [3, 7] + 1 + 2·3·[1, 2] ∘ [1, 2]; with the core 3
+/// and the offset [1, 0], y = [3, 7] + 1 + 2·(3·[1, 2] − [1, 0]).
 #[test]
-fn gains_and_a_scaled_pair_by_hand() {
+fn gains_and_what_stands_for_b_by_hand() {
     let device = Device::flex();
     let matrix = |v: Vec<f32>, dims: [usize; 2]| Tensor::<2>::from_data(TensorData::new(v, dims), &device);
     let run = |term| {
@@ -303,18 +348,17 @@ fn gains_and_a_scaled_pair_by_hand() {
     let gain = |v: Vec<f32>| Some(matrix(v, [1, 2]));
     assert_eq!(run(Term::Gains { input: gain(vec![2., 1.]), output: gain(vec![1., -1.]) }), [5., -11.]);
     assert_eq!(run(Term::Gains { input: None, output: gain(vec![2., 1.]) }), [8., 8.]);
-    let pair = |dropout| {
-        Term::ScaledPair(ScaledPairTerm {
-            a: matrix(vec![1., 1.], [1, 2]),
-            b: matrix(vec![1., 2.], [2, 1]),
-            inner: matrix(vec![3.], [1, 1]),
-            outer: matrix(vec![1., 2.], [1, 2]),
-            dropout,
-        })
+    let (b, three) = (matrix(vec![1., 2.], [2, 1]), matrix(vec![3.], [1, 1]));
+    let low_rank = |b, dropout| {
+        let a = matrix(vec![1., 1.], [1, 2]);
+        Term::LowRank(LowRankTerm { a, b, bias: None, gain: None, scale: 1.0, dropout })
     };
-    assert_eq!(run(pair(None)), [10., 32.]);
+    let scaled = Up::Scaled { b: b.clone(), outer: matrix(vec![1., 2.], [1, 2]), inner: three.clone() };
+    assert_eq!(run(low_rank(scaled.clone(), None)), [10., 32.]);
     // Under the mask [2, 0] the pair alone sees [2, 0].
-    assert_eq!(run(pair(Some(dropping([2., 0.])))), [10., 32.]);
+    assert_eq!(run(low_rank(scaled, Some(dropping([2., 0.])))), [10., 32.]);
+    let offset = Some(matrix(vec![1., 0.], [2, 1]));
+    assert_eq!(run(low_rank(Up::Core { b, core: three, frozen: None, offset }, None)), [8., 20.]);
 }
 
 /// A dropout whose factors of two elements are these.
@@ -336,7 +380,7 @@ fn a_low_rank_term_by_hand() {
         bias: Some(matrix(vec![0.5, -0.5], [1, 2])),
         term: Some(Term::LowRank(LowRankTerm {
             a: matrix(vec![3., 4., 5.], [1, 3]),
-            b: matrix(vec![1., 2.], [2, 1]),
+            b: Up::Matrix(matrix(vec![1., 2.], [2, 1])),
             bias: None,
             gain: None,
             scale: 2.0,
@@ -360,7 +404,7 @@ fn a_gain_and_a_bias_by_hand() {
             bias: Some(matrix(vec![10., 20.], [1, 2])),
             term: Some(Term::LowRank(LowRankTerm {
                 a: matrix(vec![1., 1.], [1, 2]),
-                b: matrix(vec![1., 2.], [2, 1]),
+                b: Up::Matrix(matrix(vec![1., 2.], [2, 1])),
                 bias: Some(matrix(vec![0.5, 0.25], [1, 2])),
                 gain: gain.map(|gain| matrix(gain, [1, 2])),
                 scale: 2.0,

@@ -10,7 +10,7 @@
 //! however large it is, and never kept.
 
 use super::{Form, Parameter, Tape};
-use crate::kernels::{LowRankTerm, RandomBasis, Span, Term, combinations, combinations_backward};
+use crate::kernels::{LowRankTerm, RandomBasis, Span, Term, Up, combinations, combinations_backward};
 use burn::tensor::{DType, Tensor};
 use std::collections::BTreeMap;
 
@@ -81,7 +81,7 @@ impl Form for Combination {
         };
         Term::LowRank(LowRankTerm {
             a: read(&self.a),
-            b: read(&self.b),
+            b: Up::Matrix(read(&self.b)),
             bias: None,
             gain: None,
             scale: self.scale,
@@ -275,6 +275,7 @@ mod tests {
         let tape = Tape::recording(DropoutKey { seed: 0, step: 0, micro_batch: 0 });
         let x = matrix(numbers(7, 3), [1, 7]);
         let Term::LowRank(term) = form.term(&tape, "p", &x) else { unreachable!() };
-        assert!(!term.a.is_tracked() && !term.b.is_tracked());
+        let Up::Matrix(b) = term.b else { unreachable!() };
+        assert!(!term.a.is_tracked() && !b.is_tracked());
     }
 }

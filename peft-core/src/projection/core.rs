@@ -6,7 +6,7 @@
 //! through it.
 
 use super::{Form, Parameter, Tape};
-use crate::kernels::{LowRankTerm, Term};
+use crate::kernels::{LowRankTerm, Term, Up};
 use burn::tensor::Tensor;
 
 /// Two factors, the core between them, and a scale.
@@ -32,7 +32,8 @@ impl Core {
 
     /// `s·B·R`, `[out, r]`.
     fn scaled_b(&self) -> Tensor<2> {
-        self.b.value.clone().matmul(self.core.value.clone()).mul_scalar(self.scale)
+        let (b, core) = (self.b.value.clone(), self.core.value.clone());
+        Up::Core { b, core, frozen: None, offset: None }.factor().mul_scalar(self.scale)
     }
 }
 
@@ -48,7 +49,7 @@ impl Form for Core {
     fn term(&self, tape: &Tape, path: &str, _weight: &Tensor<2>) -> Term {
         Term::LowRank(LowRankTerm {
             a: tape.read(&self.a),
-            b: tape.read(&self.b).matmul(tape.read(&self.core)),
+            b: Up::Core { b: tape.read(&self.b), core: tape.read(&self.core), frozen: None, offset: None },
             bias: None,
             gain: None,
             scale: self.scale,

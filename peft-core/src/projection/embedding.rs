@@ -4,7 +4,7 @@
 //! columns of `W + ΔW` have trained lengths.
 
 use super::{Form, LowRank, Parameter, Tape};
-use crate::kernels::{LowRankTerm, Term, as_dtype};
+use crate::kernels::{LowRankTerm, Term, Up, as_dtype};
 use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData};
 
 /// An embedding with at most one change of all rows, or some rows replaced.
@@ -43,7 +43,7 @@ impl Embedding {
     pub fn head_term(&self, tape: &Tape) -> Option<Term> {
         let term = |form: &LowRank| LowRankTerm {
             a: tape.read(&form.b).transpose(),
-            b: tape.read(&form.a).transpose(),
+            b: Up::Matrix(tape.read(&form.a).transpose()),
             bias: None,
             gain: None,
             scale: form.scale,

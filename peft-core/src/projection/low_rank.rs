@@ -2,7 +2,7 @@
 //! have: a bias beside `B`, and the magnitudes of DoRA.
 
 use super::{Form, Magnitude, Parameter, Tape};
-use crate::kernels::{LowRankTerm, Term, as_dtype};
+use crate::kernels::{LowRankTerm, Term, Up, as_dtype};
 use burn::tensor::{DType, Tensor};
 
 /// Two factors and a scale.
@@ -57,7 +57,7 @@ impl LowRank {
         let (a, b) = (&self.a.value, &self.b.value);
         LowRankTerm {
             a: tape.read(&self.a),
-            b: tape.read(&self.b),
+            b: Up::Matrix(tape.read(&self.b)),
             bias: self.bias.as_ref().map(|bias| tape.read(bias)),
             gain: self.magnitude.as_ref().map(|magnitude| magnitude.gain(tape, weight, a, b, self.scale)),
             scale: self.scale,

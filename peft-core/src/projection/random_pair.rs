@@ -2,7 +2,7 @@
 //! 2310.11454, equation 2): `ΔW = Λ_b·B·Λ_d·A`, where `Λ` are diagonal matrices of the vectors.
 
 use super::{Form, Parameter, Tape};
-use crate::kernels::{ScaledPairTerm, Term};
+use crate::kernels::{LowRankTerm, Term, Up};
 use burn::tensor::Tensor;
 
 /// Two vectors around a frozen pair.
@@ -30,11 +30,16 @@ impl Form for RandomPair {
     }
 
     fn term(&self, tape: &Tape, path: &str, _weight: &Tensor<2>) -> Term {
-        Term::ScaledPair(ScaledPairTerm {
+        Term::LowRank(LowRankTerm {
             a: self.a.clone(),
-            b: self.b.clone(),
-            inner: tape.read(&self.lambda_d),
-            outer: tape.read(&self.lambda_b),
+            b: Up::Scaled {
+                b: self.b.clone(),
+                outer: tape.read(&self.lambda_b),
+                inner: tape.read(&self.lambda_d),
+            },
+            bias: None,
+            gain: None,
+            scale: 1.0,
             dropout: tape.dropout(path, self.dropout),
         })
     }

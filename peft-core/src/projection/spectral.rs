@@ -12,7 +12,7 @@
 //! gradient, momentum nor decay reaches them, and nobody keeps anything for them.
 
 use super::{Form, Parameter, Tape};
-use crate::kernels::{LowRankTerm, Term};
+use crate::kernels::{LowRankTerm, Term, Up};
 use burn::tensor::Tensor;
 
 /// Singular directions, a core, and what of them is taken off.
@@ -70,22 +70,15 @@ impl Spectral {
         self.b.shape = self.b.value.dims().to_vec();
     }
 
-    /// `B·S`, `[out, r]`.
-    fn product(&self, b: Tensor<2>, core: Tensor<2>) -> Tensor<2> {
-        let Some(frozen) = &self.frozen else { return b.matmul(core) };
-        let (rank, columns) = (self.rank(), frozen.dims()[1]);
-        let of_frozen = frozen.clone().matmul(core.clone().slice([0..columns, 0..rank]));
-        b.matmul(core.slice([columns..rank, 0..rank])) + of_frozen
-    }
-
     /// `s·(B·S − B₀·S₀)`, `[out, r]`.
     fn factor(&self) -> Tensor<2> {
-        let product = self.product(self.b.value.clone(), self.core.value.clone());
-        let change = match &self.offset {
-            Some(offset) => product - offset.value.clone(),
-            None => product,
+        let factor = Up::Core {
+            b: self.b.value.clone(),
+            core: self.core.value.clone(),
+            frozen: self.frozen.clone(),
+            offset: self.offset.as_ref().map(|offset| offset.value.clone()),
         };
-        change.mul_scalar(self.scale)
+        factor.factor().mul_scalar(self.scale)
     }
 }
 
@@ -102,14 +95,19 @@ impl Form for Spectral {
         let a = self.a.value.clone();
         let term =
             |b, dropout| LowRankTerm { a: a.clone(), b, bias: None, gain: None, scale: self.scale, dropout };
-        let product = self.product(tape.read(&self.b), tape.read(&self.core));
+        let product = |offset: Option<&Parameter>| Up::Core {
+            b: tape.read(&self.b),
+            core: tape.read(&self.core),
+            frozen: self.frozen.clone(),
+            offset: offset.map(|offset| offset.value.clone()),
+        };
         match (&self.offset, tape.dropout(path, self.dropout)) {
-            (None, dropout) => Term::LowRank(term(product, dropout)),
-            (Some(offset), None) => Term::LowRank(term(product - offset.value.clone(), None)),
             // What the base is lessened by meets the input as the base does.
-            (Some(offset), dropout) => {
-                Term::Sum(vec![term(product, dropout), term(offset.value.clone().neg(), None)])
-            }
+            (Some(offset), Some(dropout)) => Term::Sum(vec![
+                term(product(None), Some(dropout)),
+                term(Up::Matrix(offset.value.clone().neg()), None),
+            ]),
+            (offset, dropout) => Term::LowRank(term(product(offset.as_ref()), dropout)),
         }
     }
 

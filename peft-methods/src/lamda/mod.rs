@@ -20,6 +20,7 @@ use file::{A, B, CORE, FORMAT, LamdaAdapter, OFFSET, parameter, save, shapes, we
 use init::first_values;
 use peft_core::adapter::{AdapterError, key, tensors_sha256, weights_bytes};
 use peft_core::checkpoint::{ADAPTER_CONFIG_FILE, Checkpoint, Headers};
+use peft_core::kernels::Up;
 use peft_core::model::{Decoder, ModelConfig, ParameterShape};
 use peft_core::projection::{Delta, Spectral};
 use peft_core::strict;
@@ -203,7 +204,8 @@ impl Method for Lamda {
                     let (b, core) = (of(B, values.b, [rows, rank]), of(CORE, values.core, [rank, rank]));
                     // The very product of the forward, so that training starts at the base to the last bit.
                     let product = || {
-                        let product = b.value.clone().matmul(core.value.clone());
+                        let (b, core) = (b.value.clone(), core.value.clone());
+                        let product = Up::Core { b, core, frozen: None, offset: None }.factor();
                         peft_core::projection::Parameter::matrix(format!("{path}.{OFFSET}"), product)
                     };
                     let offset = self.block.subtracts().then(product);

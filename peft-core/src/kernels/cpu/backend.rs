@@ -1,18 +1,19 @@
 //! The kernels over flex tensors.
 
 use super::attention::{Attention, HeadNorms};
+use super::buffers::Buffer;
 use super::bytes::bytes;
 use super::cached::CachedAttention;
 use super::cross_entropy::Score;
 use super::linear::{Gradients, LowRank, Projection};
 use super::sparse::{CompressedRows, TokenBlocks};
-use super::{adamw, buffers, cross_entropy, dropout, gated, largest, linear, rms_norm, sparse};
+use super::{adamw, buffers, cross_entropy, dropout, gated, largest, linear, rms_norm, sparse, up};
 use crate::kernels::adamw::{AdamW, Update};
 use crate::kernels::attention::{AttentionInputs, AttentionShape, CachedInputs};
 use crate::kernels::backend::{Kernels, conversions};
 use crate::kernels::cross_entropy::CrossEntropyParts;
 use crate::kernels::dropout::Dropout;
-use crate::kernels::linear::{Factors, LinearGradients, LowRankState, Part, PartGradients, Wanted};
+use crate::kernels::linear::{Factors, LinearGradients, LowRankState, Part, PartGradients, Up, Wanted};
 use crate::kernels::norm::clip_factor;
 use crate::kernels::sparse::{SparseGradients, SparsePattern};
 use burn::backend::Flex;
@@ -88,7 +89,9 @@ struct Map {
 /// A low-rank term with its values at hand.
 struct FactorValues {
     a: Values,
-    b: Values,
+    b: Up<Values>,
+    /// What `b` stands for, where it is no matrix.
+    value: Option<Buffer>,
     rank: usize,
     scale: f32,
     dropout: Option<Dropout>,
@@ -101,12 +104,13 @@ impl Map {
             out: dims(&part.weight).0,
             weight: Values::of(&part.weight),
             bias: part.bias.as_ref().map(Values::of),
-            factors: factors.map(|Factors { a, b, scale, dropout }| FactorValues {
-                a: Values::of(a),
-                b: Values::of(b),
-                rank: dims(a).0,
-                scale: *scale,
-                dropout: *dropout,
+            factors: factors.map(|Factors { a, b, scale, dropout }| {
+                let (rank, b) = (dims(a).0, b.each(Values::of));
+                let value = match &b {
+                    Up::Matrix(_) => None,
+                    b => Some(up::value(&b.each(Values::get), dims(&part.weight).0, rank)),
+                };
+                FactorValues { a: Values::of(a), b, value, rank, scale: *scale, dropout: *dropout }
             }),
         }
     }
@@ -118,7 +122,10 @@ impl Map {
     fn projection(&self) -> Projection<'_> {
         let low_rank = self.factors.as_ref().map(|factors| LowRank {
             a: factors.a.get(),
-            b: factors.b.get(),
+            b: match (&factors.value, &factors.b) {
+                (None, Up::Matrix(b)) => b.get(),
+                (value, _) => value.as_deref().unwrap_or_default(),
+            },
             rank: factors.rank,
             scale: factors.scale,
             dropout: factors.dropout,
@@ -240,6 +247,14 @@ impl Kernels for Flex {
         filled(&[rows, both], |d| gated::backward(d, gate_up.get(), dy.get(), both / 2))
     }
 
+    fn up_factor(up: &Up<FlexTensor>) -> FlexTensor {
+        let (out, rank) = (dims(up.b()).0, dims(up.columns_like()).1);
+        let values = up.each(Values::of);
+        filled(&[out, rank], |factor| {
+            factor.copy_from_slice(&up::value(&values.each(Values::get), out, rank))
+        })
+    }
+
     fn linears(
         x: &FlexTensor,
         parts: &[Part<FlexTensor>],
@@ -272,23 +287,40 @@ impl Kernels for Flex {
         let projections: Vec<Projection> = maps.iter().map(Map::projection).collect();
         let mut gradients: Vec<PartGradients<FlexTensor>> = maps
             .iter()
+            .zip(parts)
             .zip(&wanted.parts)
-            .map(|(map, wanted)| {
+            .map(|((map, part), wanted)| {
                 let (out, rank) = (map.out, map.rank());
+                let trained = part.factors.as_ref().map_or([None; 2], |factors| factors.b.trained());
+                let of = |slot: usize| trained[slot].filter(|_| wanted.up[slot]).map(|t| empty(&t.shape()));
                 PartGradients {
                     weight: wanted.weight.then(|| empty(&[out, inputs])),
                     bias: wanted.bias.then(|| empty(&[1, out])),
                     a: (wanted.a && rank > 0).then(|| empty(&[rank, inputs])),
-                    b: (wanted.b && rank > 0).then(|| empty(&[out, rank])),
+                    up: [of(0), of(1)],
                 }
+            })
+            .collect();
+        // Of what stands for a B, where that is no matrix.
+        let mut wholes: Vec<Option<Buffer>> = maps
+            .iter()
+            .zip(&gradients)
+            .map(|(map, gradients)| {
+                let wanted = gradients.up.iter().any(Option::is_some);
+                let factors = map.factors.as_ref().filter(|factors| wanted && factors.value.is_some());
+                factors.map(|factors| buffers::take(map.out * factors.rank))
             })
             .collect();
         let mut dx = wanted.input.then(|| empty(&[rows, inputs]));
         let mut into: Vec<Gradients> = gradients
             .iter_mut()
-            .map(|part| Gradients {
+            .zip(&mut wholes)
+            .map(|(part, whole)| Gradients {
                 a: part.a.as_mut().map(|a| a.storage_mut()),
-                b: part.b.as_mut().map(|b| b.storage_mut()),
+                b: match whole {
+                    Some(whole) => Some(whole),
+                    None => part.up[0].as_mut().map(|b| b.storage_mut()),
+                },
                 weight: part.weight.as_mut().map(|weight| weight.storage_mut()),
                 bias: part.bias.as_mut().map(|bias| bias.storage_mut()),
             })
@@ -296,6 +328,11 @@ impl Kernels for Flex {
         let to = dx.as_mut().map(|dx| dx.storage_mut());
         let down = down.as_ref().map_or(&[][..], Values::get);
         linear::backward(to, &mut into, dy.get(), x.get(), down, rows, inputs, &projections);
+        for ((map, gradients), whole) in maps.iter().zip(&mut gradients).zip(&wholes) {
+            let Some((factors, whole)) = map.factors.as_ref().zip(whole.as_deref()) else { continue };
+            let to = gradients.up.each_mut().map(|to| to.as_mut().map(|to| to.storage_mut()));
+            up::backward(&factors.b.each(Values::get), whole, map.out, factors.rank, to);
+        }
         LinearGradients { input: dx, parts: gradients }
     }
 

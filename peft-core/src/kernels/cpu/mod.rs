@@ -21,3 +21,4 @@ pub(crate) mod rms_norm;
 mod simd;
 pub(crate) mod sparse;
 mod tile;
+mod up;

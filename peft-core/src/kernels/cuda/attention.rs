@@ -230,6 +230,11 @@ fn most_tiles(tokens: usize) -> usize {
     tokens.div_ceil(16)
 }
 
+/// Bytes of the turned queries and keys.
+fn rotated_bytes(shape: &AttentionShape, tokens: usize) -> usize {
+    2 * tokens * (shape.heads + shape.kv_heads) * shape.head_dim
+}
+
 /// Attention, and the logarithms of its denominators `[heads, tokens]`.
 pub fn forward(shape: &AttentionShape, inputs: &AttentionInputs<Cube>) -> (CubeTensor, CubeTensor) {
     let qkv = &inputs.qkv;
@@ -237,12 +242,12 @@ pub fn forward(shape: &AttentionShape, inputs: &AttentionInputs<Cube>) -> (CubeT
     let geometry = Geometry::new(shape, tokens);
     let output = empty(qkv, &[tokens, shape.heads * shape.head_dim], DType::BF16);
     let log_denominators = empty(qkv, &[shape.heads, tokens], DType::F32);
-    let rotated = empty(qkv, &[tokens, (shape.heads + shape.kv_heads) * shape.head_dim], DType::BF16);
-    let order = empty(qkv, &[most_tiles(tokens)], DType::I32);
     let mut buffers = Buffers::default();
-    let [o, lse, qk, order] = [&output, &log_denominators, &rotated, &order].map(|t| buffers.add(t));
+    let [o, lse] = [&output, &log_denominators].map(|tensor| buffers.add(tensor));
+    let qk = buffers.add_scratch(&qkv.client, rotated_bytes(shape, tokens));
+    let order = buffers.add_scratch(&qkv.client, 4 * most_tiles(tokens));
     let places = Places::joint(&mut buffers, inputs);
-    submit("attention", &qkv.client, &buffers.handles(), move |queue, buffers| {
+    submit("attention", &qkv.client, buffers, move |queue, buffers| {
         let inputs = places.of(buffers);
         let ([tile, ..], _) = geometry.tiles(queue)?;
         let (qk, order) = (buffers[qk], buffers[order]);
@@ -268,16 +273,16 @@ pub fn backward(
     let tokens = qkv.meta.shape()[0];
     let geometry = Geometry::new(shape, tokens);
     let gradient = empty(qkv, &[tokens, shape.columns()], DType::BF16);
-    let rotated = empty(qkv, &[tokens, (shape.heads + shape.kv_heads) * shape.head_dim], DType::BF16);
-    let delta = empty(qkv, &[shape.heads, tokens], DType::F32);
-    let orders = [(); 2].map(|()| empty(qkv, &[most_tiles(tokens)], DType::I32));
     let mut buffers = Buffers::default();
-    let tensors = [&gradient, &rotated, &delta, &orders[0], &orders[1], output, log_denominators, dy];
-    let at = tensors.map(|tensor| buffers.add_rows(tensor));
+    let at = [&gradient, output, log_denominators, dy].map(|tensor| buffers.add_rows(tensor));
+    let order = 4 * most_tiles(tokens);
+    let scratch = [rotated_bytes(shape, tokens), 4 * shape.heads * tokens, order, order];
+    let scratch = scratch.map(|bytes| buffers.add_scratch(&qkv.client, bytes));
     let places = Places::joint(&mut buffers, inputs);
-    submit("attention_backward", &qkv.client, &buffers.handles(), move |queue, buffers| {
+    submit("attention_backward", &qkv.client, buffers, move |queue, buffers| {
         let inputs = places.of(buffers);
-        let [gradient, qk, delta, q_order, kv_order, output, lse, dy] = at.map(|at| buffers[at]);
+        let [gradient, output, lse, dy] = at.map(|at| buffers[at]);
+        let [qk, delta, q_order, kv_order] = scratch.map(|at| buffers[at]);
         let ([_, q_tile, kv_tile], slices) = geometry.tiles(queue)?;
         // The kernels turn their results back themselves where nothing else stands between.
         let turns = inputs.q_norm == 0 && slices == 1;
@@ -318,7 +323,7 @@ pub fn keep_keys(
     let mut buffers = Buffers::default();
     let cache_at = cache.each_ref().map(|tensor| buffers.add(tensor));
     let places = Places::cached(&mut buffers, inputs);
-    submit("attention_keep", &inputs.qkv.client, &buffers.handles(), move |queue, buffers| {
+    submit("attention_keep", &inputs.qkv.client, buffers, move |queue, buffers| {
         extension.keep(queue, 0, cache_at.map(|at| buffers[at]), &places.of(buffers))
     });
     cache
@@ -335,15 +340,14 @@ pub fn attend_cached(
     let Geometry { source, tokens, heads, kv_heads, head_dim, window, scale, .. } = geometry;
     let ((units, rows), splits) = (extension.units(), extension.splits());
     let output = empty(&inputs.qkv, &[tokens, heads * head_dim], DType::BF16);
-    let q = empty(&inputs.qkv, &[tokens, heads * head_dim], DType::BF16);
-    let partial =
-        (splits > 1).then(|| empty(&inputs.qkv, &[units * rows, splits, 16 * (head_dim + 2)], DType::F32));
     let mut buffers = Buffers::default();
     let cache_at = cache.each_ref().map(|tensor| buffers.add(tensor));
-    let [output_at, q_at] = [&output, &q].map(|tensor| buffers.add(tensor));
-    let partial_at = partial.as_ref().map(|partial| buffers.add(partial));
+    let output_at = buffers.add(&output);
+    let mut scratch = |bytes: usize| buffers.add_scratch(&inputs.qkv.client, bytes);
+    let q_at = scratch(2 * tokens * heads * head_dim);
+    let partial_at = (splits > 1).then(|| scratch(4 * units * rows * splits * 16 * (head_dim + 2)));
     let places = Places::cached(&mut buffers, inputs);
-    submit("attention_cached", &inputs.qkv.client, &buffers.handles(), move |queue, buffers| {
+    submit("attention_cached", &inputs.qkv.client, buffers, move |queue, buffers| {
         let (inputs, [k, v], q) = (places.of(buffers), cache_at.map(|at| buffers[at]), buffers[q_at]);
         extension.keep(queue, q, [k, v], &inputs)?;
         let (threads, shared) = geometry.decode(queue)?;

@@ -1,6 +1,6 @@
 //! Combinations of random matrices, many in a launch.
 
-use super::backend::{elementwise, empty};
+use super::backend::{elementwise, empties};
 use super::engine::{Arguments, Buffers, Launch, submit};
 use crate::kernels::backend::Kernels;
 use crate::kernels::basis::Span;
@@ -46,9 +46,12 @@ pub fn combinations(wanted: &[(Span, Tensor<2>)]) -> Vec<Tensor<2>> {
     let mut results = Vec::with_capacity(wanted.len());
     for chunk in wanted.chunks(AT_ONCE) {
         let (mut buffers, mut items, mut longest) = (Buffers::default(), Vec::new(), 0);
-        for (Span { basis, scale, offset }, coefficients) in chunk {
+        let forms = chunk.iter().map(|(span, _)| Some((vec![1, span.basis.len], DType::F32))).collect();
+        let matrices = empties(&Cube::primitive(chunk[0].1.clone()), forms);
+        for ((Span { basis, scale, offset }, coefficients), matrix) in
+            chunk.iter().zip(matrices.into_iter().flatten())
+        {
             let coefficients = Cube::primitive(coefficients.clone());
-            let matrix = empty(&coefficients, &[1, basis.len], DType::F32);
             let (offset_key, offset) = offset.map_or(([0; 2], 0.0), |(basis, scale)| (basis.key, scale));
             items.push(Item {
                 from: buffers.add_rows(&coefficients),
@@ -67,7 +70,7 @@ pub fn combinations(wanted: &[(Span, Tensor<2>)]) -> Vec<Tensor<2>> {
         let blocks = (longest.next_multiple_of(16 * VALUES) / VALUES).div_ceil(THREADS);
         let launch = Launch { grid: (blocks, items.len(), 1), block: (THREADS, 1), shared: 0 };
         let client = results[results.len() - 1].client.clone();
-        submit("combine", &client, &buffers.handles(), move |queue, buffers| {
+        submit("combine", &client, buffers, move |queue, buffers| {
             queue.launch(elementwise(DType::F32), "combine", launch, Item::structure(&items, buffers))
         });
     }
@@ -79,9 +82,12 @@ pub fn combinations_backward(gradients: &[(Span, Tensor<2>, usize)]) -> Vec<Tens
     let mut results: Vec<CubeTensor> = Vec::with_capacity(gradients.len());
     for chunk in gradients.chunks(AT_ONCE) {
         let (mut buffers, mut items, mut most) = (Buffers::default(), Vec::new(), 0);
-        for (Span { basis, scale, .. }, gradient, count) in chunk {
+        let forms = chunk.iter().map(|(_, _, count)| Some((vec![1, *count], DType::F32))).collect();
+        let of_coefficients = empties(&Cube::primitive(chunk[0].1.clone()), forms);
+        for ((Span { basis, scale, .. }, gradient, count), products) in
+            chunk.iter().zip(of_coefficients.into_iter().flatten())
+        {
             let gradient = Cube::primitive(gradient.clone());
-            let products = empty(&gradient, &[1, *count], DType::F32);
             items.push(Item {
                 from: buffers.add_rows(&gradient),
                 to: buffers.add(&products),
@@ -97,7 +103,7 @@ pub fn combinations_backward(gradients: &[(Span, Tensor<2>, usize)]) -> Vec<Tens
         let launch =
             Launch { grid: (most.div_ceil(ELEMENTS), items.len(), 1), block: (THREADS, 1), shared: 0 };
         let client = results[results.len() - 1].client.clone();
-        submit("combine_backward", &client, &buffers.handles(), move |queue, buffers| {
+        submit("combine_backward", &client, buffers, move |queue, buffers| {
             let arguments = Item::structure(&items, buffers);
             queue.launch(elementwise(DType::F32), "combine_backward", launch, arguments)
         });

@@ -165,16 +165,68 @@ extern "C" __global__ void silu_gate_backward(const scalar* gate_up, const scala
     else gate_piece_backward<1>(gate_up, dy, d, columns);
 }
 
-// Factors of up to three low-rank terms in the activations' type, times their scales. Each is written to `columns` columns of
-// `stride`, from `first` on; the others of its rows get zeros.
-struct Factor { const float* from; scalar* to; int rows, columns, first, stride; float scale; };
+// Factors of up to three low-rank terms in the activations' type, times their scales. A factor is the matrix `from`; with a
+// `core` [F B]·R − O, where F has `split` columns and B is `from`; with `inner` diag(outer)·B·diag(inner). Each is written to
+// `columns` columns of `stride`, from `first` on, and to `rows` rows of `written`; the others of them get zeros.
+struct Factor {
+    const float* from; scalar* to; const float *core, *frozen, *offset, *outer, *inner;
+    int rows, written, columns, first, stride, split;
+    float scale;
+};
+__device__ __forceinline__ float factor_element(const Factor& f, int row, int c) {
+    size_t at = (size_t)row * f.columns + c;
+    if (f.inner) return f.from[at] * f.outer[row] * f.inner[c];
+    if (!f.core) return f.from[at];
+    const float* core = f.core + c;
+    const float* left = f.frozen + (size_t)row * f.split;
+    float sum = 0.f;
+    for (int k = 0; k < f.split; k++) sum += left[k] * core[(size_t)k * f.columns];
+    left = f.from + (size_t)row * (f.columns - f.split) - f.split;
+    for (int k = f.split; k < f.columns; k++) sum += left[k] * core[(size_t)k * f.columns];
+    return f.offset ? sum - f.offset[at] : sum;
+}
 extern "C" __global__ void cast_factors(Factor f0, Factor f1, Factor f2, Factor f3, Factor f4, Factor f5) {
     Factor factors[6] = {f0, f1, f2, f3, f4, f5};
     Factor f = factors[blockIdx.y];
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < f.rows * f.stride; i += gridDim.x * blockDim.x) {
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < f.written * f.stride; i += gridDim.x * blockDim.x) {
         int row = i / f.stride, c = i - row * f.stride - f.first;
-        bool inside = c >= 0 && c < f.columns;
-        f.to[i] = to_scalar(inside ? f.from[(size_t)row * f.columns + c] * f.scale : 0.f);
+        bool inside = f.from && row < f.rows && c >= 0 && c < f.columns;
+        f.to[i] = to_scalar(inside ? factor_element(f, row, c) * f.scale : 0.f);
+    }
+}
+
+// The first `columns` columns of a matrix of f32 whose rows are `stride` apart.
+extern "C" __global__ void first_columns(const float* from, int stride, float* to, int rows, int columns) {
+    int i = blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < rows * columns) to[i] = from[(size_t)(i / columns) * stride + i % columns];
+}
+
+// Of G = ∂(diag(outer)·B·diag(inner)): outer'[o] = Σᵢ G[o, i]·B[o, i]·inner[i] where blockIdx.y = 0, and inner'[i] =
+// Σₒ G[o, i]·B[o, i]·outer[o] where it is 1; 32 of them a block of 32 × 32 threads, in a fixed order. Either may be missing.
+extern "C" __global__ void scaled_gradients(const float* whole, int stride, const float* b, const float* outer,
+                                            const float* inner, float* d_outer, float* d_inner, int rows, int columns) {
+    __shared__ float partial[32][33];
+    float sum = 0.f;
+    if (blockIdx.y == 0) {
+        int row = blockIdx.x * 32 + threadIdx.y;
+        if (!d_outer || blockIdx.x * 32 >= rows) return;
+        if (row < rows)
+            for (int c = threadIdx.x; c < columns; c += 32)
+                sum += whole[(size_t)row * stride + c] * b[(size_t)row * columns + c] * inner[c];
+        sum = warp_sum(sum);
+        if (threadIdx.x == 0 && row < rows) d_outer[row] = sum;
+        return;
+    }
+    int c = blockIdx.x * 32 + threadIdx.x;
+    if (!d_inner || blockIdx.x * 32 >= columns) return;
+    if (c < columns)
+        for (int row = threadIdx.y; row < rows; row += 32)
+            sum += whole[(size_t)row * stride + c] * b[(size_t)row * columns + c] * outer[row];
+    partial[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y == 0 && c < columns) {
+        for (int i = 1; i < 32; i++) sum += partial[i][threadIdx.x];
+        d_inner[c] = sum;
     }
 }
 

@@ -101,15 +101,43 @@ impl Arguments {
     }
 }
 
-/// Buffers that work is given, by their place among the addresses.
+/// Memory that work is given, by its place among the addresses: buffers of cubecl's, and scratch that is the work's own
+/// while it runs.
 #[derive(Default)]
-pub struct Buffers(Vec<Handle>);
+pub struct Buffers(Vec<Memory<Handle>>);
+
+/// What an address belongs to.
+enum Memory<B> {
+    Buffer(B),
+    /// Bytes of the queue's scratch.
+    Scratch(usize),
+}
+
+/// Scratch up to so many bytes is the queue's and stays; more is taken from cubecl's pool, where others may have it after.
+const MOST_SCRATCH: usize = 32 << 20;
+
+/// Where scratch begins: at multiples of so many bytes.
+const SCRATCH_ALIGNMENT: usize = 256;
+
+impl<const N: usize> From<[&CubeTensor; N]> for Buffers {
+    fn from(tensors: [&CubeTensor; N]) -> Self {
+        let mut buffers = Self::default();
+        for tensor in tensors {
+            buffers.add(tensor);
+        }
+        buffers
+    }
+}
 
 impl Buffers {
+    fn push(&mut self, memory: Memory<Handle>) -> usize {
+        self.0.push(memory);
+        self.0.len() - 1
+    }
+
     /// Adds one; returns its place.
     pub fn add(&mut self, tensor: &CubeTensor) -> usize {
-        self.0.push(tensor.handle.clone());
-        self.0.len() - 1
+        self.push(Memory::Buffer(tensor.handle.clone()))
     }
 
     /// Adds one whose rows lie one after another, which may be a copy.
@@ -122,9 +150,12 @@ impl Buffers {
         self.add(&into_contiguous(tensor.clone()))
     }
 
-    /// All of them.
-    pub fn handles(&self) -> Vec<&Handle> {
-        self.0.iter().collect()
+    /// Adds `bytes` that nobody sees but this work, not filled.
+    pub fn add_scratch(&mut self, client: &Client, bytes: usize) -> usize {
+        match bytes {
+            0..=MOST_SCRATCH => self.push(Memory::Scratch(bytes)),
+            _ => self.push(Memory::Buffer(client.empty(bytes))),
+        }
     }
 }
 
@@ -140,6 +171,8 @@ pub struct Queue {
     workspace: u64,
     /// [`COUNTERS`] zeros.
     counters: u64,
+    /// Where scratch is, and its bytes. Works run one after another, so it serves each of them whole.
+    scratch: (u64, usize),
     cublas: CublasLt,
     functions: HashMap<(SourceKey, &'static str), sys::CUfunction>,
     constants: HashMap<(SourceKey, &'static str), Vec<i32>>,
@@ -194,6 +227,7 @@ impl Queue {
                     result::memset_d8_sync(counters, 0, 4 * COUNTERS)?;
                     counters
                 },
+                scratch: (0, 0),
                 cublas: CublasLt::new(library)?,
                 functions: HashMap::new(),
                 constants: HashMap::new(),
@@ -226,6 +260,23 @@ impl Queue {
         let (workspace, stream) = (self.workspace, self.stream.cast());
         // SAFETY: the addresses are those of buffers that the closure was given.
         unsafe { self.cublas.enqueue(product, alpha, a, b, beta, d, c, workspace, stream) }
+    }
+
+    /// Where `bytes` of scratch are.
+    fn scratch(&mut self, bytes: usize) -> Result<u64, Fault> {
+        if bytes > self.scratch.1 {
+            let size = bytes.next_power_of_two();
+            // SAFETY: nothing uses the old one once the stream is idle.
+            unsafe {
+                result::stream::synchronize(self.stream)?;
+                if self.scratch.1 > 0 {
+                    result::free_sync(self.scratch.0)?;
+                }
+                self.scratch = (0, 0);
+                self.scratch = (result::malloc_sync(size)?, size);
+            }
+        }
+        Ok(self.scratch.0)
     }
 
     /// Where [`COUNTERS`] 32-bit zeros stand, which a kernel may change if it leaves zeros.
@@ -429,7 +480,7 @@ type Job = Box<dyn FnOnce(&mut Queue, &[u64]) -> Result<(), Fault> + Send>;
 /// Work with the buffers whose addresses it is given.
 struct Task {
     label: &'static str,
-    buffers: Vec<BufferBinding>,
+    memory: Vec<Memory<BufferBinding>>,
     job: Job,
 }
 
@@ -465,17 +516,20 @@ pub fn flush() {
     }
 }
 
-/// Enqueues `work` on the device of `client`; it is given the addresses of `buffers`, in their order. What goes wrong is
+/// Enqueues `work` on the device of `client`; it is given the addresses of `memory`, in their order. What goes wrong is
 /// reported to [`error::first`].
 pub fn submit(
     label: &'static str,
     client: &Client,
-    buffers: &[&Handle],
+    memory: impl Into<Buffers>,
     work: impl FnOnce(&mut Queue, &[u64]) -> Result<(), Fault> + Send + 'static,
 ) {
     let device = client.service_id().device;
-    let buffers = buffers.iter().map(|handle| (*handle).clone().binding()).collect();
-    let task = Task { label, buffers, job: Box::new(work) };
+    let memory = memory.into().0.into_iter().map(|memory| match memory {
+        Memory::Buffer(handle) => Memory::Buffer(handle.binding()),
+        Memory::Scratch(bytes) => Memory::Scratch(bytes),
+    });
+    let task = Task { label, memory: memory.collect(), job: Box::new(work) };
     let alone = GATHERED.with_borrow_mut(|gathered| match gathered {
         Some(gathered) => {
             gathered.push((device, task));
@@ -495,16 +549,27 @@ fn send(device: DeviceId, tasks: Vec<Task>) {
         let run = || -> Result<(), Fault> {
             let mut queues = QUEUES.lock().unwrap_or_else(PoisonError::into_inner);
             let queues = queues.get_or_insert_default();
-            let mut resources = Vec::new();
-            let mut jobs = Vec::with_capacity(tasks.len());
-            for Task { label, buffers, job } in tasks {
-                let mut addresses = Vec::with_capacity(buffers.len());
-                for buffer in buffers {
-                    let resource = server.get_resource(buffer, stream);
-                    let resource = resource.map_err(|error| Fault(format!("CUDA: {error:?}")))?;
-                    addresses.push(resource.resource().ptr);
-                    resources.push(resource);
+            let (mut resources, mut jobs) = (Vec::new(), Vec::with_capacity(tasks.len()));
+            let mut most_scratch = 0;
+            for Task { label, memory, job } in tasks {
+                let (mut addresses, mut scratch) = (Vec::with_capacity(memory.len()), 0);
+                for memory in memory {
+                    addresses.push(match memory {
+                        Memory::Buffer(buffer) => {
+                            let resource = server.get_resource(buffer, stream);
+                            let resource = resource.map_err(|error| Fault(format!("CUDA: {error:?}")))?;
+                            let address = resource.resource().ptr;
+                            resources.push(resource);
+                            Memory::Buffer(address)
+                        }
+                        Memory::Scratch(bytes) => {
+                            let start = scratch;
+                            scratch += bytes.next_multiple_of(SCRATCH_ALIGNMENT);
+                            Memory::Scratch(start)
+                        }
+                    });
                 }
+                most_scratch = most_scratch.max(scratch);
                 jobs.push((label, addresses, job));
             }
             // The context is current on this thread once a buffer was asked for.
@@ -512,6 +577,15 @@ fn send(device: DeviceId, tasks: Vec<Task>) {
                 std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
                 std::collections::hash_map::Entry::Vacant(entry) => entry.insert(Queue::new(library)?),
             };
+            let scratch = queue.scratch(most_scratch)?;
+            let address = |memory| match memory {
+                Memory::Buffer(address) => address,
+                Memory::Scratch(start) => scratch + start as u64,
+            };
+            let jobs = jobs
+                .into_iter()
+                .map(|(label, memory, job)| (label, memory.into_iter().map(address).collect(), job))
+                .collect();
             queue.ordered(jobs)
         };
         if let Err(fault) = run() {

@@ -63,7 +63,7 @@ pub fn adamw(
             results.push(tensors);
         }
         let constants = [optimizer.beta_1, optimizer.beta_2, optimizer.epsilon, optimizer.weight_decay];
-        submit("adamw", &client, &buffers.handles(), move |queue, buffers| {
+        submit("adamw", &client, buffers, move |queue, buffers| {
             let mut words = vec![0; 4 * AT_ONCE];
             let tensors = &buffers[squares_at.map_or(0, |at| at + 1)..];
             for (i, of_one) in tensors.chunks_exact(4).enumerate() {
@@ -94,16 +94,15 @@ pub fn sum_of_squares(tensors: Vec<CubeTensor>) -> CubeTensor {
     let tensors: Vec<CubeTensor> = tensors.iter().map(contiguous).collect();
     let longest = tensors.iter().map(length).max().unwrap_or(0);
     let blocks = blocks(longest);
-    let partial = empty(&tensors[0], &[tensors.len() * blocks], DType::F32);
     let total = empty(&tensors[0], &[1], DType::F32);
     let mut buffers = Buffers::default();
-    buffers.add(&partial);
+    buffers.add_scratch(&total.client, 4 * tensors.len() * blocks);
     buffers.add(&total);
     for tensor in &tensors {
         buffers.add(tensor);
     }
     let lengths: Vec<usize> = tensors.iter().map(length).collect();
-    submit("sum_of_squares", &total.client, &buffers.handles(), move |queue, buffers| {
+    submit("sum_of_squares", &total.client, buffers, move |queue, buffers| {
         let source = elementwise(DType::F32);
         let (partial, total, tensors) = (buffers[0], buffers[1], &buffers[2..]);
         for (chunk, (tensors, lengths)) in tensors.chunks(AT_ONCE).zip(lengths.chunks(AT_ONCE)).enumerate() {

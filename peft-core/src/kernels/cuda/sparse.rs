@@ -30,7 +30,7 @@ impl Turned {
     fn new(tensor: &CubeTensor, buffers: &mut Buffers) -> Self {
         let ((tokens, features), dtype) = (dims(tensor), tensor.dtype);
         let from = buffers.add_rows(tensor);
-        let to = buffers.add(&empty(tensor, &[features, stride(tokens, dtype)], dtype));
+        let to = buffers.add_scratch(&tensor.client, features * stride(tokens, dtype) * dtype.size());
         Self { from, to, tokens, features, dtype }
     }
 
@@ -135,7 +135,7 @@ pub fn add(y: CubeTensor, x: &CubeTensor, values: &CubeTensor, pattern: &SparseP
     let turned = Turned::new(x, &mut buffers);
     let [y_at, sum_at, positions_at] = [&y, &sum, &positions(pattern, x)].map(|tensor| buffers.add(tensor));
     let values_at = buffers.add_rows(values);
-    submit("add_sparse", &sum.client, &buffers.handles(), move |queue, buffers| {
+    submit("add_sparse", &sum.client, buffers, move |queue, buffers| {
         let x = turned.turn(queue, buffers)?;
         let matrix = order.by_row(buffers[values_at], buffers[positions_at], buffers);
         matrix.multiply(queue, &turned, x, buffers[y_at], buffers[sum_at])
@@ -164,7 +164,7 @@ pub fn gradients(
         let turned = Turned::new(x, &mut buffers);
         (turned, buffers.add(products), buffers.add(&positions(pattern, x)))
     });
-    submit("sparse_gradients", &x.client, &buffers.handles(), move |queue, buffers| {
+    submit("sparse_gradients", &x.client, buffers, move |queue, buffers| {
         let turned = dy.turn(queue, buffers)?;
         if let Some((order, dx, values)) = input_at {
             order.by_column(buffers[values], buffers).multiply(queue, &dy, turned, 0, buffers[dx])?;

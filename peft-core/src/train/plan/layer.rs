@@ -15,6 +15,10 @@ use crate::model::{ComputeType, ModelConfig};
 const F32: u64 = 4;
 /// The CPU's attention lays heads out in whole panels of so many columns.
 const PANEL: u64 = 16;
+/// A GPU's kernels fill ranks up to multiples of this.
+const RANK_STEP: u64 = 8;
+/// Up to so many ranks that share an input their factors are kept as a pair.
+const MOST_JOINT: u64 = 384;
 /// Bytes of weights that the CPU's kernels lay out at a time, at most.
 const PACKED: u64 = 8 << 20;
 
@@ -77,8 +81,6 @@ struct Module {
     part: bool,
     /// A factor on the input trains.
     input_gain: bool,
-    /// Rank of a frozen pair between trained vectors.
-    scaled_rank: u64,
     /// Entries of a sparse change.
     entries: u64,
     /// Entries of the gradient that a selection phase watches.
@@ -94,12 +96,12 @@ impl Module {
     /// Whether its change is more than the kernels have, and is composed on top of them.
     fn is_composed(self) -> bool {
         let is_low_rank = self.rank > 0 && self.part;
-        is_low_rank || self.gain || self.input_gain || self.scaled_rank > 0 || self.entries > 0
+        is_low_rank || self.gain || self.input_gain || self.entries > 0
     }
 
     /// What the low-rank path keeps for itself, by token: the product with `A`; under dropout, where it is composed, what
-    /// is left of the input, and without kernels the mask too; under a gain the two products that it scales. A gain alone keeps what it scales and, in front of the weight, what
-    /// it makes of that; vectors around a frozen pair keep the two products that they scale.
+    /// is left of the input, and without kernels the mask too; under a gain the two products that it scales. A gain alone
+    /// keeps what it scales and, in front of the weight, what it makes of that.
     fn keeps(self, rows: u64, columns: u64, has_kernels: bool) -> u64 {
         let masked = if self.dropout {
             let reads_left = !self.frozen_factor || self.gain;
@@ -113,8 +115,7 @@ impl Module {
             (true, 0) => rows,
             (true, _) => 2 * rows,
         };
-        let scaled = if self.scaled_rank > 0 { self.scaled_rank + rows } else { 0 };
-        self.rank + masked + gained + scaled + if self.input_gain { columns } else { 0 }
+        self.rank + masked + gained + if self.input_gain { columns } else { 0 }
     }
 }
 
@@ -176,9 +177,8 @@ impl LayerShape {
                     ParameterRole::Gain => modules[at].gain = true,
                     ParameterRole::InputGain => modules[at].input_gain = true,
                     ParameterRole::Scaling { rank, dropout } => {
-                        modules[at].scaled_rank = rank as u64;
+                        modules[at].rank = rank as u64;
                         modules[at].dropout |= dropout;
-                        // The mask is kept, and no masked input beside it.
                         modules[at].frozen_factor = true;
                     }
                     ParameterRole::Part => modules[at].part = true,
@@ -247,6 +247,23 @@ impl LayerShape {
         let (modules, has_kernels) = (self.modules.iter().zip(self.dims()), self.machine.has_kernels());
         let modules = modules.take(last + 1).skip(first);
         modules.map(|(module, (rows, columns))| module.keeps(rows, columns, has_kernels)).sum()
+    }
+
+    /// Bytes of the low-rank factors in the activations' type, which a GPU's kernels keep for the backward where they are
+    /// small: those of the modules that share an input lie as one pair, with zeros between the `B`s.
+    fn factors(&self) -> u64 {
+        if self.machine.host {
+            return 0;
+        }
+        let dims = self.dims();
+        let of_group = |modules: std::ops::Range<usize>| {
+            let rank: u64 =
+                self.modules[modules.clone()].iter().map(|m| m.rank.next_multiple_of(RANK_STEP)).sum();
+            let rows: u64 = dims[modules.clone()].iter().map(|(rows, _)| rows).sum();
+            let kept = if rank <= MOST_JOINT { rank * (rows + dims[modules.start].1) } else { 0 };
+            kept * self.machine.element()
+        };
+        [0..3, 3..4, 4..6, 6..7].map(of_group).iter().sum()
     }
 
     /// Features by token of the largest input that dropout makes a copy of for a moment.
@@ -322,6 +339,7 @@ impl LayerShape {
         self.keeps_attention(batch, checkpointing)
             + self.keeps_feed_forward(batch, checkpointing)
             + batch.tokens() * norms * self.machine.element()
+            + self.factors()
             + self.casts
     }
 

@@ -1,0 +1,610 @@
+//! Linear maps that share their input, each with an optional low-rank term.
+//!
+//! What can be one product is one: weights that lie one after another, and the thin products of all terms. Thin products
+//! come before the large ones, which are bound by arithmetic and read in passing what these wrote.
+
+use super::backend::{at, column_launch, dense, dims, drop_elements, elementwise, empties, empty, rows_of};
+use super::cublaslt::{Element, Product};
+use super::engine::{Arguments, Buffers, Launch, Queue, submit};
+use super::error::Fault;
+use crate::kernels::dropout::Dropout;
+use crate::kernels::linear::{
+    Factors as LowRank, LinearGradients, LowRankState, Part, PartGradients, Up, Wanted,
+};
+use burn::tensor::DType;
+use burn_cubecl::tensor::CubeTensor;
+
+/// Ranks are filled up to multiples of this with zeros, so that rows lie as cuBLASLt's fast kernels read them.
+const RANK_STEP: usize = 8;
+
+/// Up to so many ranks all terms go in joint products: what is multiplied by zero costs less than more products.
+const MOST_JOINT: usize = 384;
+
+/// Maps whose weights lie one after another.
+struct JoinedMaps {
+    /// Where their columns of the result begin.
+    start: usize,
+    /// How many columns there are.
+    width: usize,
+    /// The address of the first weight.
+    weight: u64,
+}
+
+/// Joins weights that lie one after another.
+fn joined(layout: &Layout, weights: &[u64], dtype: DType) -> Vec<JoinedMaps> {
+    let mut runs: Vec<JoinedMaps> = Vec::with_capacity(weights.len());
+    for (place, &weight) in layout.places.iter().zip(weights) {
+        match runs.last_mut() {
+            Some(run) if at(run.weight, run.width * layout.inputs, dtype) == weight => {
+                run.width += place.width
+            }
+            _ => runs.push(JoinedMaps { start: place.start, width: place.width, weight }),
+        }
+    }
+    runs
+}
+
+/// Where a map's columns and ranks are among those of all.
+#[derive(Clone, Copy)]
+struct Place {
+    /// The first of its columns, and how many there are.
+    start: usize,
+    width: usize,
+    /// The first of its ranks, and how many there are, without what fills them up.
+    first: usize,
+    rank: usize,
+}
+
+impl Place {
+    /// Its rank, filled up.
+    fn filled(&self) -> usize {
+        self.rank.next_multiple_of(RANK_STEP)
+    }
+}
+
+/// Where the maps' columns and ranks are in what lies side by side, and where their factors are in the activations' type:
+/// `[A₁; A₂; …]` `[Σr, in]`, then each `s·B` `[out, r]`; or, where the terms go in joint products, in the rows of its map and
+/// the columns of its rank, `[Σout, Σr]`, with zeros elsewhere.
+struct Layout {
+    places: Vec<Place>,
+    inputs: usize,
+    /// Σ out.
+    out: usize,
+    /// Σ r, each filled up.
+    rank: usize,
+}
+
+impl Layout {
+    fn new(parts: &[Part<CubeTensor>], inputs: usize) -> Self {
+        let (mut out, mut ranks) = (0, 0);
+        let places = parts.iter().map(|part| {
+            let width = dims(&part.weight).0;
+            let rank = part.factors.as_ref().map_or(0, |factors| dims(&factors.a).0);
+            let place = Place { start: out, width, first: ranks, rank };
+            out += width;
+            ranks += place.filled();
+            place
+        });
+        let places = places.collect();
+        Self { places, inputs, out, rank: ranks }
+    }
+
+    /// Whether the terms go in joint products.
+    fn is_joint(&self) -> bool {
+        self.rank <= MOST_JOINT
+    }
+
+    /// The terms that have products of their own: their places and where their `B`s begin. Where all terms go together they
+    /// are one.
+    fn groups(&self) -> Vec<(Place, usize)> {
+        let mut b = self.first_b();
+        if self.is_joint() {
+            return vec![(Place { start: 0, width: self.out, first: 0, rank: self.rank }, b)];
+        }
+        let terms = self.places.iter().filter(|place| place.rank > 0);
+        let group = terms.map(|place| {
+            b += place.width * place.filled();
+            (*place, b - place.width * place.filled())
+        });
+        group.collect()
+    }
+
+    /// Elements before the first `B`, which begins at a multiple of 256 bytes.
+    fn first_b(&self) -> usize {
+        (self.rank * self.inputs).next_multiple_of(128)
+    }
+
+    /// Elements of all factors.
+    fn len(&self) -> usize {
+        let apart = || self.places.iter().map(|place| place.width * place.filled()).sum();
+        self.first_b() + if self.is_joint() { self.out * self.rank } else { apart() }
+    }
+}
+
+/// What a factor is worked out from, by the places of its buffers.
+#[derive(Clone, Copy)]
+enum Origin {
+    /// Nothing: zeros.
+    Zeros,
+    /// The matrix as it is.
+    Matrix(usize),
+    /// `[F B]·R − O`, with the columns of `F`.
+    Core { b: usize, core: usize, frozen: Option<(usize, usize)>, offset: Option<usize> },
+    /// `diag(outer)·B·diag(inner)`.
+    Scaled { b: usize, outer: usize, inner: usize },
+}
+
+impl Origin {
+    fn of(up: &Up<CubeTensor>, buffers: &mut Buffers) -> Self {
+        match up {
+            Up::Matrix(b) => Origin::Matrix(buffers.add_rows(b)),
+            Up::Core { b, core, frozen, offset } => Origin::Core {
+                b: buffers.add_rows(b),
+                core: buffers.add_rows(core),
+                frozen: frozen.as_ref().map(|frozen| (buffers.add_rows(frozen), dims(frozen).1)),
+                offset: offset.as_ref().map(|offset| buffers.add_rows(offset)),
+            },
+            Up::Scaled { b, outer, inner } => Origin::Scaled {
+                b: buffers.add_rows(b),
+                outer: buffers.add_rows(outer),
+                inner: buffers.add_rows(inner),
+            },
+        }
+    }
+}
+
+/// A factor that is written in the activations' type.
+struct Cast {
+    origin: Origin,
+    /// Elements before the first row that it is written to.
+    to: usize,
+    /// Its rows, and those that are written, the others with zeros.
+    rows: (usize, usize),
+    /// Its columns.
+    columns: usize,
+    /// The first of these columns there, and how many there are.
+    among: (usize, usize),
+    scale: f32,
+}
+
+/// Words of the kernel's structure.
+const CAST_WORDS: usize = 11;
+
+impl Cast {
+    /// Those of all maps.
+    fn all(parts: &[Part<CubeTensor>], layout: &Layout, buffers: &mut Buffers) -> Vec<Self> {
+        let (inputs, joint) = (layout.inputs, layout.is_joint());
+        let mut casts = Vec::with_capacity(2 * parts.len());
+        let mut b = layout.first_b();
+        for (part, place) in parts.iter().zip(&layout.places) {
+            let low = part.factors.as_ref();
+            if let Some(LowRank { a, .. }) = low {
+                casts.push(Self {
+                    origin: Origin::Matrix(buffers.add_rows(a)),
+                    to: place.first * inputs,
+                    rows: (place.rank, place.filled()),
+                    columns: inputs,
+                    among: (0, inputs),
+                    scale: 1.0,
+                });
+            }
+            let among = if joint { (place.first, layout.rank) } else { (0, place.filled()) };
+            casts.push(Self {
+                origin: low.map_or(Origin::Zeros, |LowRank { b, .. }| Origin::of(b, buffers)),
+                to: b,
+                rows: (place.width, place.width),
+                columns: place.rank,
+                among,
+                scale: low.map_or(0.0, |low| low.scale),
+            });
+            b += place.width * among.1;
+        }
+        casts
+    }
+
+    fn words(&self, dtype: DType, buffers: &[u64], to: u64) -> [u64; CAST_WORDS] {
+        let pair = |low: usize, high: usize| low as u64 | (high as u64) << 32;
+        let optional = |at: Option<usize>| at.map_or(0, |at| buffers[at]);
+        // From, core, frozen, its columns, offset, outer, inner.
+        let (from, core, frozen, split, offset, outer, inner) = match self.origin {
+            Origin::Zeros => (0, 0, 0, 0, 0, 0, 0),
+            Origin::Matrix(b) => (buffers[b], 0, 0, 0, 0, 0, 0),
+            Origin::Core { b, core, frozen, offset } => {
+                let (frozen, split) = frozen.unzip();
+                (buffers[b], buffers[core], optional(frozen), split.unwrap_or(0), optional(offset), 0, 0)
+            }
+            Origin::Scaled { b, outer, inner } => (buffers[b], 0, 0, 0, 0, buffers[outer], buffers[inner]),
+        };
+        [
+            from,
+            at(to, self.to, dtype),
+            core,
+            frozen,
+            offset,
+            outer,
+            inner,
+            pair(self.rows.0, self.rows.1),
+            pair(self.columns, self.among.0),
+            pair(self.among.1, split),
+            u64::from(self.scale.to_bits()),
+        ]
+    }
+
+    /// Enqueues them.
+    fn enqueue(
+        casts: &[Self],
+        queue: &mut Queue,
+        dtype: DType,
+        buffers: &[u64],
+        to: u64,
+    ) -> Result<(), Fault> {
+        let mut arguments = Arguments::default();
+        for slot in 0..6 {
+            let words = casts.get(slot).map_or([0; CAST_WORDS], |cast| cast.words(dtype, buffers, to));
+            arguments = arguments.structure(&words);
+        }
+        let most = casts.iter().map(|cast| cast.rows.1 * cast.among.1).max().unwrap_or(0);
+        let grid = (most.div_ceil(1024).min(256), casts.len(), 1);
+        let launch = Launch { grid, block: (256, 1), shared: 0 };
+        queue.launch(elementwise(dtype), "cast_factors", launch, arguments)
+    }
+}
+
+/// The factor that `up` stands for, in f32.
+pub fn up_factor(up: &Up<CubeTensor>) -> CubeTensor {
+    let (out, rank) = (dims(up.b()).0, dims(up.columns_like()).1);
+    let factor = empty(up.b(), &[out, rank], DType::F32);
+    let mut buffers = Buffers::default();
+    let origin = Origin::of(up, &mut buffers);
+    let cast = Cast { origin, to: 0, rows: (out, out), columns: rank, among: (0, rank), scale: 1.0 };
+    let to = buffers.add(&factor);
+    submit("up_factor", &factor.client, buffers, move |queue, buffers| {
+        Cast::enqueue(&[cast], queue, DType::F32, buffers, buffers[to])
+    });
+    factor
+}
+
+/// What the term of each map drops.
+fn dropouts(parts: &[Part<CubeTensor>]) -> Vec<Option<Dropout>> {
+    parts.iter().map(|part| part.factors.as_ref().and_then(|factors| factors.dropout)).collect()
+}
+
+/// The input of a term: what its dropout leaves of `x`, written to `left`, or `x` itself.
+fn left_of(
+    queue: &mut Queue,
+    dtype: DType,
+    dims: (usize, usize),
+    dropout: &Option<Dropout>,
+    x: u64,
+    left: u64,
+) -> Result<u64, Fault> {
+    let Some(dropout) = dropout else { return Ok(x) };
+    drop_elements(queue, dtype, dims, dropout, x, left, false)?;
+    Ok(left)
+}
+
+/// The maps' results, and what the backward reads of the terms.
+pub fn forward(
+    x: &CubeTensor,
+    parts: &[Part<CubeTensor>],
+    residual: Option<&CubeTensor>,
+) -> (CubeTensor, Option<LowRankState<CubeTensor>>) {
+    let ((rows, inputs), dtype) = (dims(x), x.dtype);
+    let layout = Layout::new(parts, inputs);
+    let mut buffers = Buffers::default();
+    let y = empty(x, &[rows, layout.out], dtype);
+    let (x_at, y_at) = (buffers.add_rows(x), buffers.add(&y));
+    let weight_at: Vec<usize> = parts.iter().map(|part| buffers.add_rows(&part.weight)).collect();
+    let bias_at: Vec<Option<usize>> =
+        parts.iter().map(|part| part.bias.as_ref().map(|bias| buffers.add_rows(bias))).collect();
+    let residual_at = residual.map(|residual| buffers.add_rows(residual));
+    let low = (layout.rank > 0).then(|| {
+        let down = (vec![rows, layout.rank], dtype);
+        // Small factors are kept for the backward, large ones are worked out again there.
+        let kept = layout.is_joint().then(|| (vec![1, layout.len()], dtype));
+        let mut kept = empties(x, vec![Some(down), kept]).into_iter().flatten();
+        let down = kept.next().expect("the first was asked for");
+        let factors = kept.next();
+        let cast_at = match &factors {
+            Some(factors) => buffers.add(factors),
+            None => buffers.add_scratch(&x.client, layout.len() * dtype.size()),
+        };
+        let at = (buffers.add(&down), cast_at);
+        (LowRankState { down, factors }, (Cast::all(parts, &layout, &mut buffers), at))
+    });
+    let (low, low_work) = low.unzip();
+    let dropouts = dropouts(parts);
+    let drops = dropouts.iter().any(Option::is_some);
+    let left_at = drops.then(|| buffers.add_scratch(&x.client, rows * inputs * dtype.size()));
+    submit("linears", &y.client, buffers, move |queue, buffers| {
+        let (x, y) = (buffers[x_at], buffers[y_at]);
+        let weights: Vec<u64> = weight_at.iter().map(|weight| buffers[*weight]).collect();
+        // What the results start from: the residual, if there is one.
+        let (mut beta, mut from) = residual_at.map_or((0.0, y), |residual| (1.0, buffers[residual]));
+        let thin = |queue: &mut Queue, beta: f32, from: u64, down: u64, factors: u64| {
+            layout.groups().into_iter().try_for_each(|(place, b)| {
+                let product = Product {
+                    a: (false, layout.rank),
+                    b: (true, place.filled()),
+                    c: layout.out,
+                    ..dense(rows, place.width, place.filled(), dtype)
+                };
+                let (down, b) = (at(down, place.first, dtype), at(factors, b, dtype));
+                let (from, to) = (at(from, place.start, dtype), at(y, place.start, dtype));
+                queue.product(&product, 1.0, down, b, beta, from, to)
+            })
+        };
+        let low = low_work.as_ref().map(|(_, (down, factors))| (buffers[*down], buffers[*factors]));
+        if let Some(((casts, _), (down, a))) = low_work.as_ref().zip(low) {
+            Cast::enqueue(casts, queue, dtype, buffers, a)?;
+            match left_at.map(|left| buffers[left]) {
+                None => {
+                    let product = Product { b: (true, inputs), ..dense(rows, layout.rank, inputs, dtype) };
+                    queue.product(&product, 1.0, x, a, 0.0, down, down)?;
+                }
+                // Each term has an input of its own.
+                Some(left) => {
+                    for (place, dropout) in layout.places.iter().zip(&dropouts) {
+                        let input = left_of(queue, dtype, (rows, inputs), dropout, x, left)?;
+                        let product = dense(rows, place.filled(), inputs, dtype);
+                        let product = Product { b: (true, inputs), c: layout.rank, ..product };
+                        let (a, to) = (at(a, place.first * inputs, dtype), at(down, place.first, dtype));
+                        queue.product(&product, 1.0, input, a, 0.0, to, to)?;
+                    }
+                }
+            }
+            if layout.is_joint() {
+                thin(queue, beta, from, down, a)?;
+                (beta, from) = (1.0, y);
+            }
+        }
+        for JoinedMaps { start, width, weight } in joined(&layout, &weights, dtype) {
+            let product = Product { b: (true, inputs), c: layout.out, ..dense(rows, width, inputs, dtype) };
+            let (from, to) = (at(from, start, dtype), at(y, start, dtype));
+            queue.product(&product, 1.0, x, weight, beta, from, to)?;
+        }
+        // Products apart leave the columns of maps without a term alone.
+        if let Some((down, a)) = low.filter(|_| !layout.is_joint()) {
+            thin(queue, 1.0, y, down, a)?;
+        }
+        for (place, bias) in layout.places.iter().zip(bias_at) {
+            if let Some(bias) = bias {
+                let arguments = Arguments::default().address(at(y, place.start, dtype)).int(layout.out);
+                let arguments = arguments.address(buffers[bias]).int(rows).int(place.width);
+                let launch = Launch::new((rows * place.width).div_ceil(256), 256);
+                queue.launch(elementwise(dtype), "add_bias", launch, arguments)?;
+            }
+        }
+        Ok(())
+    });
+    (y, low)
+}
+
+/// What stands for `B` trains: the gradient of the whole factor, and what it is passed on to.
+struct UpGradient {
+    /// Where the factor's gradient is written, and the distance of its rows.
+    whole: (usize, usize),
+    origin: Origin,
+    /// The gradients of what it is made of, as [`Up::trained`] has them.
+    to: [Option<usize>; 2],
+}
+
+impl UpGradient {
+    /// Passes the factor's gradient on.
+    fn enqueue(&self, queue: &mut Queue, place: &Place, buffers: &[u64]) -> Result<(), Fault> {
+        let ((whole, stride), Place { width, rank, .. }) = (self.whole, *place);
+        let (whole, to) = (buffers[whole], self.to.map(|to| to.map(|to| buffers[to])));
+        let dense = |m, n, k| dense(m, n, k, DType::F32);
+        match self.origin {
+            Origin::Zeros => Ok(()),
+            Origin::Matrix(_) => {
+                let Some(to) = to[0].filter(|to| *to != whole) else { return Ok(()) };
+                let arguments = Arguments::default().address(whole).int(stride).address(to);
+                let arguments = arguments.int(width).int(rank);
+                let launch = Launch::new((width * rank).div_ceil(256), 256);
+                queue.launch(elementwise(DType::F32), "first_columns", launch, arguments)
+            }
+            // dB = G·R₂ᵀ with the rows of R that B's columns meet; dR = [F B]ᵀ·G.
+            Origin::Core { b, core, frozen, .. } => {
+                let split = frozen.map_or(0, |(_, columns)| columns);
+                let own = rank - split;
+                if let Some(db) = to[0] {
+                    let product = Product { a: (false, stride), b: (true, rank), ..dense(width, own, rank) };
+                    let core = at(buffers[core], split * rank, DType::F32);
+                    queue.product(&product, 1.0, whole, core, 0.0, db, db)?;
+                }
+                let Some(dcore) = to[1] else { return Ok(()) };
+                let rows = |b: u64, first: usize, count: usize| {
+                    let product =
+                        Product { a: (true, count), b: (false, stride), ..dense(count, rank, width) };
+                    (product, b, at(dcore, first * rank, DType::F32))
+                };
+                let of_frozen = frozen.map(|(frozen, columns)| rows(buffers[frozen], 0, columns));
+                for (product, b, to) in of_frozen.into_iter().chain([rows(buffers[b], split, own)]) {
+                    queue.product(&product, 1.0, b, whole, 0.0, to, to)?;
+                }
+                Ok(())
+            }
+            Origin::Scaled { b, outer, inner } => {
+                let arguments = Arguments::default().address(whole).int(stride).address(buffers[b]);
+                let arguments = arguments.address(buffers[outer]).address(buffers[inner]);
+                let arguments = arguments.address(to[0].unwrap_or(0)).address(to[1].unwrap_or(0));
+                let grid = (width.div_ceil(32).max(rank.div_ceil(32)), 2, 1);
+                let launch = Launch { grid, block: (32, 32), shared: 0 };
+                let arguments = arguments.int(width).int(rank);
+                queue.launch(elementwise(DType::F32), "scaled_gradients", launch, arguments)
+            }
+        }
+    }
+}
+
+/// Where the gradients of a map are written.
+struct Destinations {
+    weight: Option<usize>,
+    bias: Option<usize>,
+    up: Option<UpGradient>,
+}
+
+/// The gradients of the maps.
+pub fn backward(
+    dy: &CubeTensor,
+    x: &CubeTensor,
+    low: Option<&LowRankState<CubeTensor>>,
+    parts: &[Part<CubeTensor>],
+    wanted: &Wanted,
+) -> LinearGradients<CubeTensor> {
+    let ((rows, inputs), dtype) = (dims(x), x.dtype);
+    let layout = Layout::new(parts, inputs);
+    let dx = wanted.input.then(|| empty(x, &[rows, inputs], dtype));
+    // The gradients of all As lie under one another, so that one product makes them.
+    let wants_a = low.is_some() && wanted.parts.iter().any(|wanted| wanted.a);
+    let mut forms = vec![wants_a.then(|| (vec![layout.rank, inputs], DType::F32))];
+    for ((part, place), wanted) in parts.iter().zip(&layout.places).zip(&wanted.parts) {
+        forms.push(wanted.weight.then(|| (vec![place.width, inputs], dtype)));
+        forms.push(wanted.bias.then(|| (vec![1, place.width], dtype)));
+        let trained = part.factors.as_ref().map_or([None; 2], |factors| factors.b.trained());
+        for (tensor, wanted) in trained.into_iter().zip(wanted.up) {
+            let form = |tensor: &CubeTensor| (vec![dims(tensor).0, dims(tensor).1], DType::F32);
+            forms.push(tensor.filter(|_| wanted).map(form));
+        }
+    }
+    let mut tensors = empties(x, forms).into_iter();
+    let da = tensors.next().flatten();
+    let gradients = tensors.collect::<Vec<_>>();
+
+    let mut buffers = Buffers::default();
+    let (dy_at, x_at) = (buffers.add_rows(dy), buffers.add_rows(x));
+    let weight_at: Vec<usize> = parts.iter().map(|part| buffers.add_rows(&part.weight)).collect();
+    let dx_at = dx.as_ref().map(|dx| buffers.add(dx));
+    let da_at = da.as_ref().map(|da| buffers.add(da));
+    let low_work = low.map(|low| {
+        let ddown = buffers.add_scratch(&x.client, rows * layout.rank * dtype.size());
+        let (factors, casts) = match &low.factors {
+            Some(factors) => (buffers.add(factors), None),
+            None => {
+                let casts = Cast::all(parts, &layout, &mut buffers);
+                (buffers.add_scratch(&x.client, layout.len() * dtype.size()), Some(casts))
+            }
+        };
+        ([buffers.add_rows(&low.down), ddown, factors], casts)
+    });
+    let mut destinations = Vec::with_capacity(parts.len());
+    for ((part, place), gradients) in parts.iter().zip(&layout.places).zip(gradients.chunks_exact(4)) {
+        let mut of = |slot: usize| gradients[slot].as_ref().map(|tensor: &CubeTensor| buffers.add(tensor));
+        let (weight, bias, to) = (of(0), of(1), [of(2), of(3)]);
+        let factors = part.factors.as_ref().filter(|_| to.iter().any(Option::is_some));
+        let up = factors.map(|LowRank { b, .. }| {
+            let (origin, filled) = (Origin::of(b, &mut buffers), place.filled());
+            let whole = match (origin, to[0]) {
+                (Origin::Matrix(_), Some(to)) if filled == place.rank => to,
+                _ => buffers.add_scratch(&x.client, 4 * place.width * filled),
+            };
+            UpGradient { whole: (whole, filled), origin, to }
+        });
+        destinations.push(Destinations { weight, bias, up });
+    }
+    let dropouts = dropouts(parts);
+    let drops = dropouts.iter().any(Option::is_some);
+    let left_at = drops.then(|| buffers.add_scratch(&x.client, rows * inputs * dtype.size()));
+    let scales: Vec<f32> =
+        parts.iter().map(|part| part.factors.as_ref().map_or(0.0, |factors| factors.scale)).collect();
+    let places = layout.places.clone();
+    submit("linears_backward", &x.client, buffers, move |queue, buffers| {
+        let Layout { places, out, rank, .. } = &layout;
+        let (dy, x) = (buffers[dy_at], buffers[x_at]);
+        let dx = dx_at.map(|dx| buffers[dx]);
+        for (place, to) in places.iter().zip(&destinations) {
+            let dy = at(dy, place.start, dtype);
+            if let Some(dw) = to.weight.map(|dw| buffers[dw]) {
+                let product = Product { a: (true, *out), ..dense(place.width, inputs, rows, dtype) };
+                queue.product(&product, 1.0, dy, x, 0.0, dw, dw)?;
+            }
+            if let Some(bias) = to.bias.map(|bias| buffers[bias]) {
+                let arguments = Arguments::default().address(dy).int(*out).address(0).address(0);
+                let arguments = arguments.address(bias).int(rows).int(place.width);
+                queue.launch(elementwise(dtype), "column_sums", column_launch(place.width), arguments)?;
+            }
+        }
+        let mut beta = 0.0;
+        if let Some((at_low, casts)) = low_work {
+            let [down, ddown, a] = at_low.map(|at| buffers[at]);
+            let da = da_at.map(|da| buffers[da]);
+            if let Some(casts) = casts {
+                Cast::enqueue(&casts, queue, dtype, buffers, a)?;
+            }
+            for (place, b) in layout.groups() {
+                let product = dense(rows, place.filled(), place.width, dtype);
+                let product = Product { a: (false, *out), c: *rank, ..product };
+                let (dy, to) = (at(dy, place.start, dtype), at(ddown, place.first, dtype));
+                queue.product(&product, 1.0, dy, at(a, b, dtype), 0.0, to, to)?;
+            }
+            for ((place, to), scale) in places.iter().zip(&destinations).zip(scales) {
+                let Some(up) = &to.up else { continue };
+                let (whole, stride) = (buffers[up.whole.0], up.whole.1);
+                let product = dense(place.width, stride, rows, dtype);
+                let product = Product { a: (true, *out), b: (false, *rank), output: Element::F32, ..product };
+                let (dy, down) = (at(dy, place.start, dtype), at(down, place.first, dtype));
+                queue.product(&product, scale, dy, down, 0.0, whole, whole)?;
+                up.enqueue(queue, place, buffers)?;
+            }
+            match left_at.map(|left| buffers[left]) {
+                None => {
+                    if let Some(da) = da {
+                        let product = Product { a: (true, *rank), ..dense(*rank, inputs, rows, dtype) };
+                        let product = Product { output: Element::F32, ..product };
+                        queue.product(&product, 1.0, ddown, x, 0.0, da, da)?;
+                    }
+                    // As forward, the thin product into dx comes before the large ones.
+                    if let Some(dx) = dx {
+                        let product = dense(rows, inputs, *rank, dtype);
+                        queue.product(&product, 1.0, ddown, a, 0.0, dx, dx)?;
+                        beta = 1.0;
+                    }
+                }
+                // Each term has an input of its own, and drops the same of its gradient.
+                Some(left) => {
+                    for (place, dropout) in places.iter().zip(&dropouts).filter(|(place, _)| place.rank > 0) {
+                        let (first, filled) = (place.first, place.filled());
+                        let ddown = at(ddown, first, dtype);
+                        if let Some(da) = da.map(|da| at(da, first * inputs, DType::F32)) {
+                            let input = left_of(queue, dtype, (rows, inputs), dropout, x, left)?;
+                            let product = Product { a: (true, *rank), ..dense(filled, inputs, rows, dtype) };
+                            let product = Product { output: Element::F32, ..product };
+                            queue.product(&product, 1.0, ddown, input, 0.0, da, da)?;
+                        }
+                        let Some(dx) = dx else { continue };
+                        let product = Product { a: (false, *rank), ..dense(rows, inputs, filled, dtype) };
+                        let a = at(a, first * inputs, dtype);
+                        match dropout {
+                            Some(dropout) => {
+                                queue.product(&product, 1.0, ddown, a, 0.0, left, left)?;
+                                let onto = beta != 0.0;
+                                drop_elements(queue, dtype, (rows, inputs), dropout, left, dx, onto)?;
+                            }
+                            None => queue.product(&product, 1.0, ddown, a, beta, dx, dx)?,
+                        }
+                        beta = 1.0;
+                    }
+                }
+            }
+        }
+        let Some(dx) = dx else { return Ok(()) };
+        let weights: Vec<u64> = weight_at.iter().map(|weight| buffers[*weight]).collect();
+        for JoinedMaps { start, width, weight } in joined(&layout, &weights, dtype) {
+            let product = Product { a: (false, *out), ..dense(rows, inputs, width, dtype) };
+            queue.product(&product, 1.0, at(dy, start, dtype), weight, beta, dx, dx)?;
+            beta = 1.0;
+        }
+        Ok(())
+    });
+
+    let of_a = |place: &Place| {
+        let rows = place.first..place.first + place.rank;
+        da.as_ref().filter(|_| place.rank > 0).map(|da| rows_of(da, rows))
+    };
+    let parts = places.iter().zip(gradients.chunks_exact(4)).map(|(place, gradients)| {
+        let [weight, bias, first, second] = [0, 1, 2, 3].map(|slot| gradients[slot].clone());
+        PartGradients { weight, bias, a: of_a(place), up: [first, second] }
+    });
+    LinearGradients { parts: parts.collect(), input: dx }
+}
