@@ -176,20 +176,24 @@ impl<'r, 'a> Run<'r, 'a> {
         method.after_backward(model, &mut sums.gradients, progress);
         let sum_of_squares = sums.sum_of_squares();
         let gradients = std::mem::take(&mut sums.gradients);
+        // The first wait for the device in a step, which hears of what went wrong there.
         let read = |sums: &mut StepGradients| {
-            let squares = sum_of_squares.clone();
-            let norm = squares.map_or(0.0, |squares| f64::from(squares.into_scalar::<f32>()).sqrt());
-            (sums.losses().0 * scale, norm)
+            let squares = sum_of_squares.clone().map_or(Ok(0.0), |squares| squares.try_into_scalar::<f32>());
+            let squares = squares.map_err(|error| TrainError::Device {
+                step: step + 1,
+                message: fault().unwrap_or_else(|| error.to_string()),
+            })?;
+            Ok::<_, TrainError>((sums.losses().0 * scale, f64::from(squares).sqrt()))
         };
         let (rate, loss, grad_norm);
         if self.trainer.method.acts_on_gradients() {
-            (loss, grad_norm) = read(&mut sums);
+            (loss, grad_norm) = read(&mut sums)?;
             self.require_usable(loss, grad_norm, false)?;
             rate = self.trainer.update_edited(progress, gradients, grad_norm);
         } else {
             // The one wait of the step comes when everything is on its way.
             rate = self.trainer.update(progress, gradients, sum_of_squares.clone());
-            (loss, grad_norm) = read(&mut sums);
+            (loss, grad_norm) = read(&mut sums)?;
             self.require_usable(loss, grad_norm, true)?;
         }
         self.trainer.after_update(progress)?;
