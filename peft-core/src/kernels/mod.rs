@@ -7,6 +7,7 @@
 //! axis; reductions (norms, softmax, losses) are in f32 whatever the input type.
 
 mod adamw;
+mod aged_adamw;
 mod attention;
 mod backend;
 mod basis;
@@ -29,6 +30,7 @@ mod sparse;
 mod tests;
 
 pub use adamw::{AdamW, AdamWState, Update};
+pub use aged_adamw::{AgedAdamW, AgedUpdate};
 pub use attention::{
     AttentionShape, KeyValues, Rotation, Visibility, attends_jointly, attention, cached_attention,
     causal_mask, joint_attention, keep_keys,
@@ -48,7 +50,9 @@ pub use rotary::rotate;
 pub use seed::backward_from;
 pub use segments::{SegmentGroup, group_segments};
 pub use skip::{Residual, Skip};
-pub use sparse::{BackwardObserver, PatternError, SparsePattern, SparseTerm, add_sparse, sampled_products};
+pub use sparse::{
+    BackwardObserver, PatternError, SparsePattern, SparseTerm, add_sparse, largest_products, sampled_products,
+};
 
 use burn::tensor::{DType, Device, Tensor};
 

@@ -6,6 +6,7 @@
 
 use super::as_dtype;
 use super::backend::{Kernels, has_graph, lift, served, with_backend};
+use crate::linalg::{NotFinite, top_k};
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
 use burn::backend::autodiff::grads::Gradients;
@@ -259,6 +260,48 @@ pub fn sampled_products(x: Tensor<2>, dy: Tensor<2>, pattern: &SparsePattern) ->
 fn sampled<B: Kernels>(x: Tensor<2>, dy: Tensor<2>, pattern: &SparsePattern) -> Tensor<2> {
     let gradients = B::sparse_gradients(&B::primitive(dy), &B::primitive(x), None, pattern, true);
     B::tensor(gradients.values.expect("asked for"))
+}
+
+/// The `count` entries of largest magnitude of the gradient `dyᵀ·x` of a weight, of equal ones those at the lower positions,
+/// and the entries there, `[1, count]`, in f32. `x` `[tokens, in]` and `dy` `[tokens, out]` have no graph. The gradient is
+/// dense for as long as this takes.
+///
+/// # Errors
+/// An entry that is not finite, and so has no place in the order.
+///
+/// # Panics
+/// Where the weight has fewer entries, or 2³¹ of them.
+pub fn largest_products(
+    x: Tensor<2>,
+    dy: Tensor<2>,
+    count: usize,
+) -> Result<(SparsePattern, Tensor<2>), NotFinite> {
+    let dims = [dy.dims()[1], x.dims()[1]];
+    assert!(count <= dims[0] * dims[1], "{count} entries of a weight {dims:?}");
+    let (positions, values) = match served(&x.device(), x.dtype()) {
+        #[cfg(feature = "cuda")]
+        Some(super::backend::Served::Cuda) if count > 0 => super::cuda::largest_products(x, dy, count)?,
+        _ => largest_of_all(x, dy, count)?,
+    };
+    Ok((SparsePattern::new(dims, positions).expect("places of the matrix, ascending"), values))
+}
+
+/// The same on the host.
+pub(super) fn largest_of_all(
+    x: Tensor<2>,
+    dy: Tensor<2>,
+    count: usize,
+) -> Result<(Vec<u32>, Tensor<2>), NotFinite> {
+    let dense = as_dtype(dy, DType::F32).transpose().matmul(as_dtype(x, DType::F32));
+    let device = dense.device();
+    let dense: Vec<f32> = dense.into_data().iter::<f32>().collect();
+    let places = top_k(&dense, count)?;
+    let values: Vec<f32> = places.iter().map(|place| dense[*place]).collect();
+    let data = TensorData::new(values, [1, count]);
+    Ok((
+        places.into_iter().map(|place| place as u32).collect(),
+        Tensor::from_data(data, (&device, DType::F32)),
+    ))
 }
 
 fn fused<B: Kernels>(y: Tensor<2>, x: Tensor<2>, term: SparseTerm) -> Tensor<2> {

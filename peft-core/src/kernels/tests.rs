@@ -7,7 +7,9 @@ use super::attention::{
     joint_attention, keep_keys,
 };
 use super::linear::{self, AdaptedLinear, LinearInput, LowRankTerm, Term, Up, adapted_linears};
+use super::sparse::largest_of_all;
 use super::*;
+use crate::linalg::NotFinite;
 use crate::random::Stream;
 use burn::tensor::{Int, TensorData};
 use std::sync::Arc;
@@ -595,6 +597,49 @@ fn losses_of_logits_and_of_hidden_states() {
 }
 
 #[test]
+fn updates_by_age() {
+    for (device, _, limit) in places() {
+        let place = (device, DType::F32, limit);
+        let optimizer = AgedAdamW { beta_1: 0.9, beta_2: 0.999, epsilon: 1e-6, weight_decay: 0.1 };
+        let updates = || -> Vec<AgedUpdate<Tensor<2>>> {
+            (0..70)
+                .map(|index| {
+                    let shape = [1, 1 + 1931 * (index % 5)];
+                    let tensor = |what: &str| random(&format!("{what}{index}"), shape, &place);
+                    // Elements of all ages, from the first update to the 40,000th.
+                    let age = tensor("a").square().mul_scalar(10_000.0).floor().add_scalar(1.0);
+                    AgedUpdate {
+                        parameter: tensor("p"),
+                        gradient: tensor("g"),
+                        moment_1: tensor("m"),
+                        moment_2: tensor("v").square(),
+                        age,
+                        rate: 0.01 * (1 + index % 3) as f64,
+                    }
+                })
+                .collect()
+        };
+        // A norm of 5 clipped to 2; one of 1, which stays; one that is not finite, which changes nothing.
+        for (norm, factor) in [(5f32, Some(0.4)), (1.0, Some(1.0)), (f32::INFINITY, None)] {
+            let sum_of_squares = Tensor::from_data([norm * norm], (&place.0, DType::F32));
+            let clip = Clip { sum_of_squares, max_norm: 2.0 };
+            let expected = updates().into_iter().map(|mut update| match factor {
+                Some(factor) => {
+                    update.gradient = update.gradient.mul_scalar(factor);
+                    optimizer.update(update)
+                }
+                None => [update.parameter, update.moment_1, update.moment_2, update.age],
+            });
+            for (found, expected) in optimizer.update_all(updates(), Some(&clip)).into_iter().zip(expected) {
+                for (found, expected) in found.into_iter().zip(expected) {
+                    assert_close(&format!("update, norm {norm}"), found, expected, 1e-5);
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn updates_of_many_parameters() {
     for (device, _, limit) in places() {
         let place = (device, DType::F32, limit);
@@ -705,6 +750,12 @@ fn pattern([rows, columns]: [usize; 2]) -> Arc<SparsePattern> {
     Arc::new(SparsePattern::new([rows, columns], places.collect()).unwrap())
 }
 
+/// One place in 311.
+fn few([rows, columns]: [usize; 2]) -> Arc<SparsePattern> {
+    let places = (7..(rows * columns) as u32).step_by(311);
+    Arc::new(SparsePattern::new([rows, columns], places.collect()).unwrap())
+}
+
 fn term(values: Tensor<2>, pattern: &Arc<SparsePattern>) -> SparseTerm {
     SparseTerm { values, pattern: pattern.clone(), observer: None }
 }
@@ -713,8 +764,12 @@ fn term(values: Tensor<2>, pattern: &Arc<SparsePattern>) -> SparseTerm {
 fn sparse_changes() {
     for place in &places() {
         let factors = (place.0.clone(), DType::F32, place.2);
-        for (tokens, dims) in [(1, [3, 5]), (16, [12, 7]), (37, [18, 40]), (301, [70, 37])] {
-            let (pattern, what) = (pattern(dims), format!("{tokens} tokens, {dims:?}"));
+        // Many entries, and few, for which there are other kernels on a GPU.
+        let few = [few([90, 70]), few([31, 64])].map(|pattern| (37, pattern));
+        let many = [(1, [3, 5]), (16, [12, 7]), (37, [18, 40]), (301, [70, 37])];
+        for (tokens, pattern) in many.map(|(tokens, dims)| (tokens, pattern(dims))).into_iter().chain(few) {
+            let dims = pattern.dims();
+            let what = format!("{tokens} tokens, {} of {dims:?}", pattern.len());
             let inputs = [
                 random("y", [tokens, dims[0]], place),
                 random("x", [tokens, dims[1]], place),
@@ -779,6 +834,37 @@ fn observers_of_sparse_changes() {
         let limit = if place.0 == Device::flex() { 1e-5 } else { place.2 };
         assert_close("observed", pattern.gather(dense), of_values.clone(), limit);
         assert_close("products", sampled_products(x, dy, &pattern), of_values, 1e-6);
+    }
+}
+
+/// The largest entries of a gradient, found on a device, are those that the host finds in the same gradient.
+#[test]
+fn largest_entries_of_a_gradient() {
+    for place in &places() {
+        for (tokens, dims) in [(3, [5, 7]), (16, [90, 70]), (5, [300, 41])] {
+            // Small whole numbers: the products are exact everywhere, and many of them are equal, of either sign.
+            let whole = |name: &str, columns: usize| -> Tensor<2> {
+                random(name, [tokens, columns], place).mul_scalar(1.5).round()
+            };
+            let (x, dy) = (whole("x", dims[1]), whole("dy", dims[0]));
+            let all = dims[0] * dims[1];
+            for count in [0, 1, 2, all / 20, all / 3, all - 1, all] {
+                let what = format!("{count} of {dims:?}");
+                let (positions, expected) = largest_of_all(x.clone(), dy.clone(), count).unwrap();
+                let (pattern, found) = largest_products(x.clone(), dy.clone(), count).unwrap();
+                assert_eq!(pattern.positions(), positions, "{what}");
+                assert_close(&what, found, expected, 0.0);
+            }
+            let spoilt = |value: f32| {
+                let cell = Tensor::from_data([[value]], (&place.0, place.1));
+                dy.clone().slice_assign([0..1, 2..3], cell)
+            };
+            for value in [f32::NAN, f32::INFINITY] {
+                // Infinity times 0 has no order either, so all of the row has none.
+                let error = largest_products(x.clone(), spoilt(value), 2).map(|_| ()).unwrap_err();
+                assert_eq!(error, NotFinite { index: 2 * dims[1] });
+            }
+        }
     }
 }
 

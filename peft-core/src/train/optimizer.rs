@@ -1,6 +1,6 @@
 //! Optimizers over named parameters.
 
-use crate::kernels::{AdamW, AdamWState, Clip, Update, clipped};
+use crate::kernels::{AdamW, AdamWState, Clip, Update};
 use crate::model::Decoder;
 use crate::projection::Parameter;
 use burn::optim::{Optimizer, RecordState, StateSink, StateSource};
@@ -90,14 +90,10 @@ pub trait ManyOptimizer: Optimizer {
         &self,
         steps: Vec<OptimizerStep<Self>>,
         clip: Option<&Clip>,
-    ) -> Vec<(Tensor<2>, Option<Self::State<2>>)> {
-        let factor = clip.map_or(Some(1.0), Clip::factor);
-        let one = |(value, gradient, rate, state): OptimizerStep<Self>| match factor {
-            None => (value, state),
-            Some(factor) => self.step(rate, value, clipped(gradient, factor), state),
-        };
-        steps.into_iter().map(one).collect()
-    }
+    ) -> Vec<(Tensor<2>, Option<Self::State<2>>)>;
+
+    /// The memory with its tensors changed, each shown with its name.
+    fn edited(state: Self::State<2>, change: &mut MemoryChange) -> Self::State<2>;
 
     /// The memory as it was before an update that changed no value.
     fn before(state: Self::State<2>) -> Self::State<2> {
@@ -125,6 +121,11 @@ impl ManyOptimizer for AdamW {
             (value, Some(AdamWState { moment_1, moment_2, time }))
         };
         updated.map(remember).collect()
+    }
+
+    fn edited(state: AdamWState<2>, change: &mut MemoryChange) -> AdamWState<2> {
+        let AdamWState { moment_1, moment_2, time } = state;
+        AdamWState { moment_1: change("moment_1", moment_1), moment_2: change("moment_2", moment_2), time }
     }
 
     fn before(state: AdamWState<2>) -> AdamWState<2> {
@@ -174,18 +175,9 @@ impl<O: ManyOptimizer> ParameterOptimizer for NamedOptimizer<O> {
         self.states.remove(name);
     }
 
-    fn edit(&mut self, name: &str, device: &Device, change: &mut MemoryChange) {
-        let Some(state) = self.states.get(name) else { return };
-        let mut sink = StateSink::default();
-        state.state_flatten(name, &mut sink);
-        let mut source = StateSource::new(sink.scalars.into_iter().collect());
-        for (full, data) in sink.tensors {
-            let leaf = full.strip_prefix(name).map_or(full.as_str(), |leaf| leaf.trim_start_matches('.'));
-            let changed = change(leaf, Tensor::from_data(data, device));
-            source.insert_tensor(full, changed.into_data());
-        }
-        if let Some(state) = O::State::<2>::state_unflatten(name, &mut source, device) {
-            self.states.insert(name.to_string(), state);
+    fn edit(&mut self, name: &str, _: &Device, change: &mut MemoryChange) {
+        if let Some(state) = self.states.remove(name) {
+            self.states.insert(name.to_string(), O::edited(state, change));
         }
     }
 

@@ -1,30 +1,9 @@
-//! AdamW whose bias corrections go by the age of each element, for positions that come and go (SpIEL's accumulated
-//! gradients):
-//!
-//! ```text
-//! m ← β₁m + (1−β₁)g        v ← β₂v + (1−β₂)g²
-//! θ ← θ − η · m/(1−β₁ᵃ) · √(1−β₂ᵃ)/(√v + ε)        θ ← (1 − ηλ)θ        a ← a + 1
-//! ```
-//!
-//! `ε` is added before the bias correction, other than in PyTorch's AdamW, and the decay, which pulls the weight back to
-//! the pretrained one, comes last. The age `a` counts the updates of an element, the coming one included: 1 at first.
+//! The memory of AdamW with an age for each element, and what an element starts with that has been watched.
 
 use burn::optim::{LearningRate, Optimizer, RecordState, StateSink, StateSource};
 use burn::tensor::{Device, Tensor};
-use peft_core::train::ManyOptimizer;
-
-/// The constants.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct AgedAdamW {
-    /// Decay of the first moment.
-    pub beta_1: f64,
-    /// Decay of the second moment.
-    pub beta_2: f64,
-    /// ε.
-    pub epsilon: f64,
-    /// λ.
-    pub weight_decay: f64,
-}
+use peft_core::kernels::{AgedAdamW, AgedUpdate, Clip};
+use peft_core::train::{ManyOptimizer, MemoryChange, OptimizerStep};
 
 /// The memory of one parameter, all of its shape.
 #[derive(Clone)]
@@ -37,14 +16,23 @@ pub struct AgedAdamWState<const D: usize> {
     pub age: Tensor<D>,
 }
 
-/// `1 − βᵃ` of every age, with all digits also where it is tiny: with `x = −a·ln β` it is `1 − e⁻ˣ = 2t/(1 + t)`,
-/// `t = tanh(x/2)`.
-fn correction<const D: usize>(age: &Tensor<D>, beta: f64) -> Tensor<D> {
-    let tanh = age.clone().mul_scalar(-beta.ln() / 2.0).tanh();
-    tanh.clone().mul_scalar(2.0) / tanh.add_scalar(1.0)
+impl<const D: usize> AgedAdamWState<D> {
+    fn new(gradient: &Tensor<D>) -> Self {
+        Self { moment_1: gradient.zeros_like(), moment_2: gradient.zeros_like(), age: gradient.ones_like() }
+    }
+
+    /// The update of a parameter with this memory.
+    fn update(self, parameter: Tensor<D>, gradient: Tensor<D>, rate: f64) -> AgedUpdate<Tensor<D>> {
+        let Self { moment_1, moment_2, age } = self;
+        AgedUpdate { parameter, gradient, moment_1, moment_2, age, rate }
+    }
 }
 
-impl Optimizer for AgedAdamW {
+/// The optimizer of sparse changes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct SparseAdamW(pub AgedAdamW);
+
+impl Optimizer for SparseAdamW {
     type State<const D: usize> = AgedAdamWState<D>;
 
     fn step<const D: usize>(
@@ -54,19 +42,9 @@ impl Optimizer for AgedAdamW {
         grad: Tensor<D>,
         state: Option<Self::State<D>>,
     ) -> (Tensor<D>, Option<Self::State<D>>) {
-        let fresh = || AgedAdamWState {
-            moment_1: grad.zeros_like(),
-            moment_2: grad.zeros_like(),
-            age: grad.ones_like(),
-        };
-        let AgedAdamWState { moment_1, moment_2, age } = state.unwrap_or_else(fresh);
-        let moment_1 = moment_1.mul_scalar(self.beta_1) + grad.clone().mul_scalar(1.0 - self.beta_1);
-        let moment_2 = moment_2.mul_scalar(self.beta_2) + grad.square().mul_scalar(1.0 - self.beta_2);
-        let scale = correction(&age, self.beta_2).sqrt() / correction(&age, self.beta_1);
-        let denominator = moment_2.clone().sqrt().add_scalar(self.epsilon);
-        let change = moment_1.clone().mul_scalar(lr) * scale / denominator;
-        let tensor = (tensor - change).mul_scalar(1.0 - lr * self.weight_decay);
-        (tensor, Some(AgedAdamWState { moment_1, moment_2, age: age.add_scalar(1.0) }))
+        let state = state.unwrap_or_else(|| AgedAdamWState::new(&grad));
+        let [tensor, moment_1, moment_2, age] = self.0.update(state.update(tensor, grad, lr));
+        (tensor, Some(AgedAdamWState { moment_1, moment_2, age }))
     }
 
     fn to_device<const D: usize>(state: Self::State<D>, device: &Device) -> Self::State<D> {
@@ -78,7 +56,30 @@ impl Optimizer for AgedAdamW {
     }
 }
 
-impl ManyOptimizer for AgedAdamW {}
+impl ManyOptimizer for SparseAdamW {
+    fn step_many(
+        &self,
+        steps: Vec<OptimizerStep<Self>>,
+        clip: Option<&Clip>,
+    ) -> Vec<(Tensor<2>, Option<AgedAdamWState<2>>)> {
+        let updates = steps.into_iter().map(|(value, gradient, rate, state)| {
+            state.unwrap_or_else(|| AgedAdamWState::new(&gradient)).update(value, gradient, rate)
+        });
+        let updated = self.0.update_all(updates.collect(), clip).into_iter();
+        let remember = |[value, moment_1, moment_2, age]: [Tensor<2>; 4]| {
+            (value, Some(AgedAdamWState { moment_1, moment_2, age }))
+        };
+        updated.map(remember).collect()
+    }
+
+    fn edited(state: AgedAdamWState<2>, change: &mut MemoryChange) -> AgedAdamWState<2> {
+        AgedAdamWState {
+            moment_1: change("moment_1", state.moment_1),
+            moment_2: change("moment_2", state.moment_2),
+            age: change("age", state.age),
+        }
+    }
+}
 
 impl<const D: usize> RecordState for AgedAdamWState<D> {
     fn state_flatten(&self, prefix: &str, out: &mut StateSink) {
@@ -105,7 +106,7 @@ pub struct Seed {
     pub age: f32,
 }
 
-impl AgedAdamW {
+impl SparseAdamW {
     /// The start of an element with `Σg = sum` and `Σg² = squares` over `samples` micro-batches of `steps` steps.
     ///
     /// The next update adds one more gradient, so its age is `steps + 1`. With `compat_age` it is `steps`, as in the
@@ -114,8 +115,8 @@ impl AgedAdamW {
         let mean = |sum: f32| f64::from(sum) / samples as f64;
         let moment = |mean: f64, beta: f64| (mean * (1.0 - beta.powf(steps as f64))) as f32;
         Seed {
-            moment_1: moment(mean(sum), self.beta_1),
-            moment_2: moment(mean(squares), self.beta_2),
+            moment_1: moment(mean(sum), self.0.beta_1),
+            moment_2: moment(mean(squares), self.0.beta_2),
             age: if compat_age { steps as f32 } else { steps as f32 + 1.0 },
         }
     }
@@ -128,7 +129,8 @@ mod tests {
     use super::*;
     use peft_core::random::Stream;
 
-    const ADAMW: AgedAdamW = AgedAdamW { beta_1: 0.9, beta_2: 0.999, epsilon: 1e-6, weight_decay: 0.0 };
+    const ADAMW: SparseAdamW =
+        SparseAdamW(AgedAdamW { beta_1: 0.9, beta_2: 0.999, epsilon: 1e-6, weight_decay: 0.0 });
 
     fn row(values: Vec<f32>) -> Tensor<2> {
         row_tensor(values, &Device::flex())
@@ -137,7 +139,7 @@ mod tests {
     /// Two steps with β₁ = 0.5, β₂ = 0.75, ε = 0, λ = 1, η = 0.1 on θ = 1: g = 2, then −1.
     #[test]
     fn two_steps_by_hand() {
-        let optimizer = AgedAdamW { beta_1: 0.5, beta_2: 0.75, epsilon: 0.0, weight_decay: 1.0 };
+        let optimizer = SparseAdamW(AgedAdamW { beta_1: 0.5, beta_2: 0.75, epsilon: 0.0, weight_decay: 1.0 });
         let (theta, state) = optimizer.step(0.1, row(vec![1.0]), row(vec![2.0]), None);
         // m̂ = 2 and v̂ = 4: the update is 0.1, and what is left shrinks by a tenth.
         assert!((host(&theta)[0] - 0.9 * 0.9).abs() < 1e-6);
@@ -196,17 +198,6 @@ mod tests {
             let root = corrected(host(&state.moment_2)[0], 0.999, f64::from(seed.age)).sqrt() / f64::from(g);
             assert!((m - wrong_1).abs() < 1e-5, "{compat}: {m}");
             assert!((root - wrong_2).abs() < 5e-4, "{compat}: {root}");
-        }
-    }
-
-    #[test]
-    fn corrections_keep_their_digits() {
-        for beta in [0.9, 0.999f64] {
-            for age in [1.0, 2.0, 7.0, 1000.0, 1e6] {
-                let found = f64::from(host(&correction(&row(vec![age as f32]), beta))[0]);
-                let expected = -(age * beta.ln()).exp_m1();
-                assert!((found / expected - 1.0).abs() < 1e-6, "{beta} {age}: {found} {expected}");
-            }
         }
     }
 }

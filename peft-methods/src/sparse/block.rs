@@ -1,11 +1,11 @@
 //! The method block of a recipe, and what it makes of a base's shapes.
 
-use super::adamw::AgedAdamW;
+use super::adamw::SparseAdamW;
 use super::schedule::{ReselectionPolicy, Schedule};
 use super::sm3::Sm3Config;
 use peft_core::adapter::{AdapterError, Pattern, Selection, TargetModules, select};
 use peft_core::checkpoint::Dtype;
-use peft_core::kernels::AdamW;
+use peft_core::kernels::{AdamW, AgedAdamW};
 use peft_core::model::{EMBEDDING, HEAD, ModelConfig};
 use serde::{Deserialize, Serialize};
 
@@ -176,13 +176,13 @@ impl SparseBlock {
     }
 
     /// AdamW with the recipe's decays.
-    pub fn adamw(&self, recipe: &AdamW) -> AgedAdamW {
-        AgedAdamW {
+    pub fn adamw(&self, recipe: &AdamW) -> SparseAdamW {
+        SparseAdamW(AgedAdamW {
             beta_1: recipe.beta_1,
             beta_2: recipe.beta_2,
             epsilon: self.eps.unwrap_or(1e-6),
             weight_decay: recipe.weight_decay,
-        }
+        })
     }
 
     /// SM3 with the recipe's weight decay.

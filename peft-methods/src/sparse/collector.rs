@@ -6,14 +6,13 @@
 use super::host;
 use super::selection::Candidates;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use peft_core::kernels::{BackwardObserver, SparsePattern, as_dtype, sampled_products};
-use peft_core::linalg::{NotFinite, top_k};
+use peft_core::kernels::{BackwardObserver, SparsePattern, largest_products, sampled_products};
+use peft_core::linalg::NotFinite;
 use std::sync::{Mutex, PoisonError};
 
 /// Collects the gradient of one module's weight.
 #[derive(Debug)]
 pub struct Collector {
-    dims: [usize; 2],
     /// How many candidates there are to be.
     count: usize,
     seen: Mutex<Seen>,
@@ -43,9 +42,9 @@ pub enum CollectorError {
 }
 
 impl Collector {
-    /// For the `count` largest entries of the gradient of a weight `[out, in]`.
-    pub fn new(dims: [usize; 2], count: usize) -> Self {
-        Self { dims, count, seen: Mutex::new(Seen::Nothing) }
+    /// For the `count` largest entries of the gradient of a weight.
+    pub fn new(count: usize) -> Self {
+        Self { count, seen: Mutex::new(Seen::Nothing) }
     }
 
     /// One that has seen `candidates` already.
@@ -61,7 +60,7 @@ impl Collector {
         }
         let tensor = |values| Tensor::from_data(TensorData::new(values, [1, count]), (device, DType::F32));
         let seen = Seen::Gradients { pattern, sums: tensor(sums), squares: tensor(squares), samples };
-        Ok(Self { dims, count, seen: Mutex::new(seen) })
+        Ok(Self { count, seen: Mutex::new(seen) })
     }
 
     /// What was collected.
@@ -83,19 +82,12 @@ impl Collector {
 
     /// The first micro-batch: candidates are where its gradient is largest.
     fn first(&self, x: &Tensor<2>, dy: &Tensor<2>) -> Seen {
-        let dense = as_dtype(dy.clone(), DType::F32).transpose().matmul(as_dtype(x.clone(), DType::F32));
-        let device = dense.device();
-        let dense = host(&dense);
-        let places = match top_k(&dense, self.count) {
-            Ok(places) => places,
-            Err(error) => return Seen::NotFinite(error),
-        };
-        let gradients: Vec<f32> = places.iter().map(|place| dense[*place]).collect();
-        let positions = places.into_iter().map(|place| place as u32).collect();
-        let pattern = SparsePattern::new(self.dims, positions).expect("places of the matrix, ascending");
-        let data = TensorData::new(gradients, [1, pattern.len()]);
-        let sums = Tensor::<2>::from_data(data, (&device, DType::F32));
-        Seen::Gradients { pattern, squares: sums.clone().square(), sums, samples: 1 }
+        match largest_products(x.clone(), dy.clone(), self.count) {
+            Ok((pattern, sums)) => {
+                Seen::Gradients { pattern, squares: sums.clone().square(), sums, samples: 1 }
+            }
+            Err(error) => Seen::NotFinite(error),
+        }
     }
 }
 
@@ -131,7 +123,7 @@ mod tests {
 
     #[test]
     fn the_largest_of_the_first_are_followed() {
-        let collector = Collector::new([2, 3], 2);
+        let collector = Collector::new(2);
         assert_eq!(collector.candidates(), Err(CollectorError::Nothing));
         let (x, dy) = first();
         collector.observe(&x, &dy);
@@ -152,7 +144,7 @@ mod tests {
 
     #[test]
     fn what_has_no_order_is_told() {
-        let collector = Collector::new([2, 3], 2);
+        let collector = Collector::new(2);
         collector.observe(&matrix(vec![f32::NAN; 3], [1, 3]), &matrix(vec![1., 1.], [1, 2]));
         assert_eq!(collector.candidates(), Err(CollectorError::NotFinite(NotFinite { index: 0 })));
         let wrong = Candidates { positions: vec![9], sums: vec![1.], squares: vec![1.], samples: 1 };

@@ -24,7 +24,7 @@ pub use schedule::ReselectionPolicy;
 pub use shira::{ShiraReport, export_shira};
 
 use crate::registry::{Block, Kind, RunContext, Scaffold};
-use adamw::{AgedAdamW, Seed};
+use adamw::{Seed, SparseAdamW};
 use block::Target;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use collector::Collector;
@@ -39,12 +39,14 @@ use peft_core::train::{
     Method, MethodPlan, MethodState, NamedOptimizer, ParameterOptimizer, ParameterRole, PlannedParameter,
     Preparation, Progress, TrainError,
 };
+use rayon::prelude::*;
 use schedule::Schedule;
 use selection::{Candidates, Exchange, by_gradients, by_moments};
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use sm3::{Patterns, Sm3};
 use std::collections::{BTreeMap, HashSet};
+use std::fmt::Display;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -160,7 +162,7 @@ impl SparseFineTuning {
     fn open(&mut self, model: &mut Decoder) {
         let mut phase = Phase::default();
         for (path, form) in forms_mut(model) {
-            let collector = Arc::new(Collector::new(form.pattern.dims(), form.pattern.len()));
+            let collector = Arc::new(Collector::new(form.pattern.len()));
             form.observer = Some(collector.clone());
             phase.collectors.insert(path, collector);
         }
@@ -175,36 +177,54 @@ impl SparseFineTuning {
         progress: Progress,
     ) -> Result<(), TrainError> {
         let phase = self.phase.take();
-        let adamw = self.block.adamw(&self.optimizer);
-        for (path, form) in forms_mut(model) {
-            form.observer = None;
-            let refused = |reason: String| {
-                TrainError::Method(format!("`{path}`: positions cannot be chosen again: {reason}"))
-            };
-            let leaving = self.schedule().leaving(form.pattern.len(), progress.step, progress.total_steps);
-            let values = form.values.to_host();
-            let positions = form.pattern.positions();
-            let (exchange, arrivals) = match &phase {
-                Some(phase) => {
-                    let candidates =
-                        phase.collectors[&path].candidates().map_err(|error| refused(error.to_string()))?;
-                    let exchange = by_gradients(&values, positions, &candidates, leaving)
-                        .map_err(|error| refused(format!("of the sums of its gradient, {error}")))?;
-                    let seeds = self.seeds(&adamw, &exchange, &candidates, phase.steps);
-                    (exchange, seeds)
+        let (adamw, schedule) = (self.block.adamw(&self.optimizer), self.schedule());
+        let mut forms: Vec<(String, &mut Sparse)> = forms_mut(model).collect();
+        // As many at a time as are worked on at once: the host holds their values, not those of all modules.
+        for forms in forms.chunks_mut(rayon::current_num_threads()) {
+            let mut seen = Vec::with_capacity(forms.len());
+            for (path, form) in forms.iter_mut() {
+                form.observer = None;
+                let found = match &phase {
+                    Some(phase) => {
+                        let candidates = phase.collectors[path.as_str()].candidates();
+                        Seen::Gradients(candidates.map_err(|error| refused(path, error))?, phase.steps)
+                    }
+                    None => {
+                        let (row, column) = moments(optimizer, form);
+                        Seen::Moments(row, column)
+                    }
+                };
+                let leaving = schedule.leaving(form.pattern.len(), progress.step, progress.total_steps);
+                seen.push((path.as_str(), form.pattern.clone(), form.values.to_host(), leaving, found));
+            }
+            let exchanged = seen.into_par_iter().map(|(path, pattern, values, leaving, seen)| {
+                let (exchange, arrivals) = match seen {
+                    Seen::Gradients(candidates, steps) => {
+                        let exchange = by_gradients(&values, pattern.positions(), &candidates, leaving)
+                            .map_err(|error| {
+                                refused(path, format!("of the sums of its gradient, {error}"))
+                            })?;
+                        let seeds = self.seeds(&adamw, &exchange, &candidates, steps);
+                        (exchange, seeds)
+                    }
+                    Seen::Moments(row, column) => {
+                        let exchange = by_moments(&values, pattern.positions(), &row, &column, leaving)
+                            .map_err(|error| refused(path, format!("of its moments, {error}")))?;
+                        let arrivals = exchange.coming.iter();
+                        let arrivals = arrivals.map(|position| (*position as u32, Seed::default()));
+                        let arrivals = arrivals.collect();
+                        (exchange, arrivals)
+                    }
+                };
+                let entries = Entries::exchanged(&pattern, &exchange.leaving, &arrivals);
+                Ok((!exchange.leaving.is_empty()).then_some((entries, values)))
+            });
+            let exchanged: Vec<Result<_, TrainError>> = exchanged.collect();
+            for ((_, form), exchanged) in forms.iter_mut().zip(exchanged) {
+                if let Some((entries, values)) = exchanged? {
+                    entries.take_up(form, optimizer, &values);
+                    self.patterns.set(&form.values.name, form.pattern.clone());
                 }
-                None => {
-                    let (row, column) = moments(optimizer, form);
-                    let exchange = by_moments(&values, positions, &row, &column, leaving)
-                        .map_err(|error| refused(format!("of its moments, {error}")))?;
-                    let arrivals = exchange.coming.iter();
-                    let arrivals = arrivals.map(|position| (*position as u32, Seed::default())).collect();
-                    (exchange, arrivals)
-                }
-            };
-            if !exchange.leaving.is_empty() {
-                exchange_entries(form, optimizer, &exchange.leaving, &arrivals);
-                self.patterns.set(&form.values.name, form.pattern.clone());
             }
         }
         Ok(())
@@ -213,7 +233,7 @@ impl SparseFineTuning {
     /// Where the arrivals of an exchange go, and what their optimizer starts from.
     fn seeds(
         &self,
-        adamw: &AgedAdamW,
+        adamw: &SparseAdamW,
         exchange: &Exchange,
         candidates: &Candidates,
         steps: u64,
@@ -251,49 +271,73 @@ fn moments(optimizer: &mut dyn ParameterOptimizer, form: &Sparse) -> (Vec<f32>, 
     (row, column)
 }
 
-/// Takes the entries `leaving` out and puts `arrivals` in with value 0, in the change and in the optimizer's memory of each
-/// entry.
-fn exchange_entries(
-    form: &mut Sparse,
-    optimizer: &mut dyn ParameterOptimizer,
-    leaving: &[usize],
-    arrivals: &[(u32, Seed)],
-) {
-    enum Origin {
-        Kept(usize),
-        Come(Seed),
-    }
-    let mut leaves = leaving.iter().peekable();
-    let kept = form.pattern.positions().iter().copied().enumerate();
-    let kept = kept.filter(|(entry, _)| leaves.next_if_eq(&entry).is_none());
-    let mut entries: Vec<(u32, Origin)> =
-        kept.map(|(entry, position)| (position, Origin::Kept(entry))).collect();
-    entries.extend(arrivals.iter().map(|(position, seed)| (*position, Origin::Come(*seed))));
-    entries.sort_unstable_by_key(|(position, _)| *position);
+/// What a choice of positions goes by.
+enum Seen {
+    /// What was collected of the gradient, and over how many steps.
+    Gradients(Candidates, u64),
+    /// SM3's moments of rows and columns.
+    Moments(Vec<f32>, Vec<f32>),
+}
 
-    let moved = |old: &[f32], come: fn(&Seed) -> f32| -> Vec<f32> {
-        let value = |(_, origin): &(u32, Origin)| match origin {
+/// Why positions of the module at `path` cannot be chosen again.
+fn refused(path: &str, reason: impl Display) -> TrainError {
+    TrainError::Method(format!("`{path}`: positions cannot be chosen again: {reason}"))
+}
+
+/// Where an entry comes from.
+enum Origin {
+    /// It was there, in this place.
+    Kept(usize),
+    /// It has come, with this start.
+    Come(Seed),
+}
+
+/// The entries of a module after an exchange.
+struct Entries {
+    origins: Vec<Origin>,
+    pattern: SparsePattern,
+}
+
+impl Entries {
+    /// Those of `pattern` without the ones in the places `leaving`, and `arrivals` at their positions.
+    fn exchanged(pattern: &SparsePattern, leaving: &[usize], arrivals: &[(u32, Seed)]) -> Self {
+        let mut leaves = leaving.iter().peekable();
+        let kept = pattern.positions().iter().copied().enumerate();
+        let kept = kept.filter(|(entry, _)| leaves.next_if_eq(&entry).is_none());
+        let mut entries: Vec<(u32, Origin)> =
+            kept.map(|(entry, position)| (position, Origin::Kept(entry))).collect();
+        entries.extend(arrivals.iter().map(|(position, seed)| (*position, Origin::Come(*seed))));
+        entries.sort_unstable_by_key(|(position, _)| *position);
+        let (positions, origins): (Vec<u32>, Vec<Origin>) = entries.into_iter().unzip();
+        let pattern = SparsePattern::new(pattern.dims(), positions);
+        Self { origins, pattern: pattern.expect("arrivals come to free places") }
+    }
+
+    /// Each entry's number: its old one, or what it comes with.
+    fn moved(&self, old: &[f32], come: impl Fn(&Seed) -> f32) -> Vec<f32> {
+        let value = |origin: &Origin| match origin {
             Origin::Kept(entry) => old[*entry],
             Origin::Come(seed) => come(seed),
         };
-        entries.iter().map(value).collect()
-    };
-    let device = form.values.value.device();
-    let values = moved(&form.values.to_host(), |_| 0.0);
-    optimizer.edit(&form.values.name, &device, &mut |leaf, tensor| {
-        let come: fn(&Seed) -> f32 = match leaf {
-            "moment_1" => |seed| seed.moment_1,
-            "moment_2" => |seed| seed.moment_2,
-            "age" => |seed| seed.age,
-            "momentum" => |_| 0.0,
-            _ => return tensor,
-        };
-        row_tensor(moved(&host(&tensor), come), &device)
-    });
-    form.values.value = row_tensor(values, &device);
-    let positions = entries.iter().map(|(position, _)| *position).collect();
-    let pattern = SparsePattern::new(form.pattern.dims(), positions);
-    form.pattern = Arc::new(pattern.expect("arrivals come to free places"));
+        self.origins.iter().map(value).collect()
+    }
+
+    /// Makes them the entries of `form`, whose values were `values`, and of the optimizer's memory; what comes has value 0.
+    fn take_up(self, form: &mut Sparse, optimizer: &mut dyn ParameterOptimizer, values: &[f32]) {
+        let device = form.values.value.device();
+        optimizer.edit(&form.values.name, &device, &mut |leaf, tensor| {
+            let come: fn(&Seed) -> f32 = match leaf {
+                "moment_1" => |seed| seed.moment_1,
+                "moment_2" => |seed| seed.moment_2,
+                "age" => |seed| seed.age,
+                "momentum" => |_| 0.0,
+                _ => return tensor,
+            };
+            row_tensor(self.moved(&host(&tensor), come), &device)
+        });
+        form.values.value = row_tensor(self.moved(values, |_| 0.0), &device);
+        form.pattern = Arc::new(self.pattern);
+    }
 }
 
 impl Method for SparseFineTuning {
@@ -427,7 +471,7 @@ impl Method for SparseFineTuning {
             self.patterns.set(&form.values.name, form.pattern.clone());
             let (Some(phase), Some(saved)) = (&mut self.phase, &phase) else { continue };
             let collector = match saved.samples.get(&path) {
-                None => Collector::new(dims, form.pattern.len()),
+                None => Collector::new(form.pattern.len()),
                 Some(samples) => {
                     let candidates = Candidates {
                         positions: take_positions(&mut tensors, &format!("{path}.{CANDIDATES}"))?,

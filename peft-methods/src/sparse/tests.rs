@@ -13,6 +13,17 @@ fn form(positions: &[u32], values: Vec<f32>) -> Sparse {
     Sparse::new(PATH, pattern, row_tensor(values, &Device::flex()))
 }
 
+/// Takes the entries `leaving` out and puts `arrivals` in.
+fn exchange(
+    form: &mut Sparse,
+    optimizer: &mut dyn ParameterOptimizer,
+    leaving: &[usize],
+    arrivals: &[(u32, Seed)],
+) {
+    let values = form.values.to_host();
+    Entries::exchanged(&form.pattern, leaving, arrivals).take_up(form, optimizer, &values);
+}
+
 /// One step with those gradients.
 fn step(optimizer: &mut dyn ParameterOptimizer, form: &mut Sparse, gradient: Vec<f32>) {
     let gradient = row_tensor(gradient, &Device::flex());
@@ -37,7 +48,7 @@ fn what_stays_keeps_everything_and_what_comes_is_seeded() {
     step(&mut optimizer, &mut form, vec![1.0, -2.0, 3.0, 4.0]);
     let (values, before) = (form.values.to_host(), memory(&mut optimizer, &form));
     let seed = Seed { moment_1: 0.125, moment_2: 0.75, age: 6.0 };
-    exchange_entries(&mut form, &mut optimizer, &[0, 2], &[(8, seed), (0, Seed::default())]);
+    exchange(&mut form, &mut optimizer, &[0, 2], &[(8, seed), (0, Seed::default())]);
     assert_eq!(form.pattern.positions(), [0, 7, 8, 19]);
     assert_eq!(form.values.to_host(), [0.0, values[1], 0.0, values[3]]);
     let after = memory(&mut optimizer, &form);
@@ -63,9 +74,9 @@ fn a_position_that_leaves_and_comes_keeps_value_and_age() {
         squares: vec![1.0; 3],
         samples: 5,
     };
-    let exchange = by_gradients(&values, form.pattern.positions(), &candidates, 2).unwrap();
+    let chosen = by_gradients(&values, form.pattern.positions(), &candidates, 2).unwrap();
     let seed = SparseBlock::default().adamw(&RECIPE).seed(-5.0, 1.0, 5, 5, false);
-    exchange_entries(&mut form, &mut optimizer, &exchange.leaving, &[(15, seed)]);
+    exchange(&mut form, &mut optimizer, &chosen.leaving, &[(15, seed)]);
     assert_eq!(form.pattern.positions(), [7, 11, 15]);
     assert_eq!(form.values.to_host(), [values[1], values[2], 0.0]);
     assert_eq!(memory(&mut optimizer, &form)["age"], [2.0, 2.0, 6.0]);
@@ -80,7 +91,7 @@ fn moments_of_rows_and_columns_stay() {
     patterns.set(&form.values.name, form.pattern.clone());
     step(&mut optimizer, &mut form, vec![1.0, 2.0, 3.0]);
     let before = memory(&mut optimizer, &form);
-    exchange_entries(&mut form, &mut optimizer, &[1], &[(13, Seed::default())]);
+    exchange(&mut form, &mut optimizer, &[1], &[(13, Seed::default())]);
     patterns.set(&form.values.name, form.pattern.clone());
     let after = memory(&mut optimizer, &form);
     assert_eq!((&after["row"], &after["column"]), (&before["row"], &before["column"]));

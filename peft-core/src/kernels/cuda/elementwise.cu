@@ -347,16 +347,19 @@ struct Updates {
     float rates[AT_ONCE], steps[AT_ONCE], roots[AT_ONCE];
 };
 
-// m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², θ ← (1 − ηλ)θ − step·m/(√v/root + ε), with gradients clipped by their norm
-// together if its square is given. Nothing changes where that is not finite.
+// The factor of gradients clipped by their norm together, 1 without `norm_squared`; NaN where that is not finite.
+__device__ __forceinline__ float clip_factor(const float* norm_squared, float max_norm, float clip_epsilon) {
+    if (!norm_squared) return 1.f;
+    float norm = sqrtf(*norm_squared);
+    return norm <= 3.4e38f ? fminf(1.f, max_norm / (norm + clip_epsilon)) : __int_as_float(0x7fffffff);
+}
+
+// m ← β₁m + (1−β₁)g, v ← β₂v + (1−β₂)g², θ ← (1 − ηλ)θ − step·m/(√v/root + ε), with clipped gradients. Nothing changes
+// where their norm is not finite.
 extern "C" __global__ void adamw(const __grid_constant__ Updates t, float beta_1, float beta_2, float epsilon, float decay,
                                  const float* norm_squared, float max_norm, float clip_epsilon) {
-    float clip = 1.f;
-    if (norm_squared) {
-        float norm = sqrtf(*norm_squared);
-        if (!(norm <= 3.4e38f)) return;
-        clip = fminf(1.f, max_norm / (norm + clip_epsilon));
-    }
+    float clip = clip_factor(norm_squared, max_norm, clip_epsilon);
+    if (isnan(clip)) return;
     int which = blockIdx.y;
     float* p = t.parameters[which];
     const float* g = t.gradients[which];
@@ -369,6 +372,40 @@ extern "C" __global__ void adamw(const __grid_constant__ Updates t, float beta_1
         m[i] = first;
         v[i] = second;
         p[i] = p[i] * kept - step * first / (sqrtf(second) / root + epsilon);
+    });
+}
+
+struct AgedUpdates {
+    float* parameters[AT_ONCE];
+    const float* gradients[AT_ONCE];
+    float* firsts[AT_ONCE];
+    float* seconds[AT_ONCE];
+    float* ages[AT_ONCE];
+    int lengths[AT_ONCE];
+    float rates[AT_ONCE];
+};
+
+// The same with bias corrections 1 − βᵃ by the age a of each element, which grows by one, ε before them and the decay last:
+// θ ← (1 − ηλ)(θ − η·m/(1−β₁ᵃ)·√(1−β₂ᵃ)/(√v + ε)).
+extern "C" __global__ void aged_adamw(const __grid_constant__ AgedUpdates t, float beta_1, float beta_2, float log_1,
+                                      float log_2, float epsilon, float decay, const float* norm_squared, float max_norm,
+                                      float clip_epsilon) {
+    float clip = clip_factor(norm_squared, max_norm, clip_epsilon);
+    if (isnan(clip)) return;
+    int which = blockIdx.y;
+    float* p = t.parameters[which];
+    const float* g = t.gradients[which];
+    float *m = t.firsts[which], *v = t.seconds[which], *ages = t.ages[which];
+    float rate = t.rates[which];
+    over_pieces(t.lengths[which], [&](int i) {
+        float gradient = clip * g[i], age = ages[i];
+        float first = beta_1 * m[i] + (1.f - beta_1) * gradient;
+        float second = beta_2 * v[i] + (1.f - beta_2) * gradient * gradient;
+        m[i] = first;
+        v[i] = second;
+        ages[i] = age + 1.f;
+        float scale = sqrtf(-expm1f(age * log_2)) / -expm1f(age * log_1);
+        p[i] = (p[i] - rate * first * scale / (sqrtf(second) + epsilon)) * (1.f - rate * decay);
     });
 }
 

@@ -12,14 +12,31 @@ mod optimizer;
 mod sparse;
 
 use super::backend::Kernels;
+use crate::linalg::NotFinite;
 pub(super) use basis::{combinations, combinations_backward};
 use burn::backend::Cube;
 use burn::tensor::{Device, Tensor};
 pub(super) use engine::is_available;
+pub(super) use optimizer::aged_adamw;
 
 /// Bytes of a CUDA device's memory that nobody uses, and all of them.
 pub(super) fn memory(device: &Device) -> Option<(u64, u64)> {
     engine::memory(&Cube::primitive(Tensor::<1>::zeros([1], device)).client)
+}
+
+/// The `count` entries of largest magnitude of `dyᵀ·x`, one at least: their places in order, and the entries, `[1, count]`.
+pub(super) fn largest_products(
+    x: Tensor<2>,
+    dy: Tensor<2>,
+    count: usize,
+) -> Result<(Vec<u32>, Tensor<2>), NotFinite> {
+    let (found, values) = sparse::largest_products(&Cube::primitive(dy), &Cube::primitive(x), count);
+    let mut found = Cube::read_later(found)().into_iter();
+    match found.next() {
+        // −1: none that is not finite.
+        None | Some(u32::MAX) => Ok((found.collect(), Cube::tensor(values))),
+        Some(index) => Err(NotFinite { index: index as usize }),
+    }
 }
 
 /// Where a CUDA device's time went since the last call, if `PEFT_PROFILE` is in the environment: for each kind of work its

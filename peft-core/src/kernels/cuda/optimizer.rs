@@ -3,6 +3,7 @@
 use super::backend::{contiguous, elementwise, empty};
 use super::engine::{Arguments, Buffers, Launch, submit};
 use crate::kernels::adamw::{AdamW, Update};
+use crate::kernels::aged_adamw::{AgedAdamW, AgedUpdate};
 use crate::kernels::norm::CLIP_EPSILON;
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
@@ -30,50 +31,58 @@ fn numbers(values: impl Iterator<Item = u32>) -> [u64; AT_ONCE / 2] {
     words
 }
 
-/// Updates parameters and moments, in place where nobody else has them. The factor of clipping is worked out on the device.
-pub fn adamw(
-    optimizer: &AdamW,
-    updates: Vec<Update<CubeTensor>>,
-    clip: Option<(CubeTensor, f64)>,
-) -> Vec<[CubeTensor; 3]> {
+/// A parameter and what is remembered of it, all of one length.
+struct Step<const TENSORS: usize, const NUMBERS: usize> {
+    /// What changes, the parameter first.
+    tensors: [CubeTensor; TENSORS],
+    gradient: CubeTensor,
+    /// What the kernel is told of this parameter.
+    numbers: [f32; NUMBERS],
+}
+
+/// Clipping as the kernels work it out on the device: Σg² and the largest norm.
+type Clipping = Option<(CubeTensor, f64)>;
+
+/// Runs the kernel `name`, in place where nobody else has the tensors. Its arguments are a structure of arrays (parameters,
+/// gradients, the other tensors, lengths, each of the numbers), `constants` and what clipping needs.
+fn update<const TENSORS: usize, const NUMBERS: usize>(
+    name: &'static str,
+    steps: Vec<Step<TENSORS, NUMBERS>>,
+    constants: Vec<f64>,
+    clip: Clipping,
+) -> Vec<[CubeTensor; TENSORS]> {
     let own = |tensor: CubeTensor| if tensor.can_mut() { contiguous(&tensor) } else { tensor.copy() };
-    let mut results = Vec::with_capacity(updates.len());
-    let mut updates = updates.into_iter().peekable();
-    while let Some(first) = updates.peek() {
+    let mut results = Vec::with_capacity(steps.len());
+    let mut steps = steps.into_iter().peekable();
+    while let Some(first) = steps.peek() {
         let client = first.gradient.client.clone();
-        let chunk: Vec<Update<CubeTensor>> = updates.by_ref().take(AT_ONCE).collect();
         let mut buffers = Buffers::default();
         let squares_at = clip.as_ref().map(|(squares, _)| buffers.add_rows(squares));
         let max_norm = clip.as_ref().map_or(f64::INFINITY, |(_, max_norm)| *max_norm);
-        let mut kept = Vec::new();
-        let (mut lengths, mut rates, mut steps, mut roots) = (vec![], vec![], vec![], vec![]);
-        for update in chunk {
-            let (step, root) = optimizer.corrections(update.time);
-            let gradient = contiguous(&update.gradient);
-            let tensors = [own(update.parameter), own(update.moment_1), own(update.moment_2)];
-            let [parameter, moment_1, moment_2] = &tensors;
-            for tensor in [parameter, &gradient, moment_1, moment_2] {
+        let (mut lengths, mut numbers_of) = (Vec::new(), Vec::new());
+        for Step { tensors, gradient, numbers } in steps.by_ref().take(AT_ONCE) {
+            let tensors = tensors.map(own);
+            buffers.add(&tensors[0]);
+            buffers.add_rows(&gradient);
+            for tensor in &tensors[1..] {
                 buffers.add(tensor);
             }
-            lengths.push(length(parameter));
-            rates.push(update.rate as f32);
-            steps.push((update.rate / step) as f32);
-            roots.push(root as f32);
-            kept.push(gradient);
+            lengths.push(length(&tensors[0]));
+            numbers_of.push(numbers);
             results.push(tensors);
         }
-        let constants = [optimizer.beta_1, optimizer.beta_2, optimizer.epsilon, optimizer.weight_decay];
-        submit("adamw", &client, buffers, move |queue, buffers| {
-            let mut words = vec![0; 4 * AT_ONCE];
+        let constants = constants.clone();
+        submit(name, &client, buffers, move |queue, buffers| {
+            let mut words = vec![0; (TENSORS + 1) * AT_ONCE];
             let tensors = &buffers[squares_at.map_or(0, |at| at + 1)..];
-            for (i, of_one) in tensors.chunks_exact(4).enumerate() {
+            for (i, of_one) in tensors.chunks_exact(TENSORS + 1).enumerate() {
                 for (kind, address) in of_one.iter().enumerate() {
                     words[kind * AT_ONCE + i] = *address;
                 }
             }
             words.extend(numbers(lengths.iter().map(|length| *length as u32)));
-            for values in [&rates, &steps, &roots] {
-                words.extend(numbers(values.iter().map(|value| value.to_bits())));
+            for number in 0..NUMBERS {
+                words.extend(numbers(numbers_of.iter().map(|numbers| numbers[number].to_bits())));
             }
             let mut arguments = Arguments::default().structure(&words);
             for constant in constants {
@@ -83,10 +92,41 @@ pub fn adamw(
             let arguments = arguments.float(CLIP_EPSILON as f32);
             let longest = lengths.iter().copied().max().unwrap_or(0);
             let launch = Launch { grid: (blocks(longest), lengths.len(), 1), block: (256, 1), shared: 0 };
-            queue.launch(elementwise(DType::F32), "adamw", launch, arguments)
+            queue.launch(elementwise(DType::F32), name, launch, arguments)
         });
     }
     results
+}
+
+/// Updates parameters and moments. The factor of clipping is worked out on the device.
+pub fn adamw(optimizer: &AdamW, updates: Vec<Update<CubeTensor>>, clip: Clipping) -> Vec<[CubeTensor; 3]> {
+    let step = |update: Update<CubeTensor>| {
+        let (correction, root) = optimizer.corrections(update.time);
+        Step {
+            tensors: [update.parameter, update.moment_1, update.moment_2],
+            gradient: update.gradient,
+            numbers: [update.rate, update.rate / correction, root].map(|number| number as f32),
+        }
+    };
+    let AdamW { beta_1, beta_2, epsilon, weight_decay } = *optimizer;
+    let steps = updates.into_iter().map(step).collect();
+    update("adamw", steps, vec![beta_1, beta_2, epsilon, weight_decay], clip)
+}
+
+/// Updates parameters, moments and ages, likewise.
+pub fn aged_adamw(
+    optimizer: &AgedAdamW,
+    updates: Vec<AgedUpdate<CubeTensor>>,
+    clip: Clipping,
+) -> Vec<[CubeTensor; 4]> {
+    let step = |update: AgedUpdate<CubeTensor>| Step {
+        tensors: [update.parameter, update.moment_1, update.moment_2, update.age],
+        gradient: update.gradient,
+        numbers: [update.rate as f32],
+    };
+    let AgedAdamW { beta_1, beta_2, epsilon, weight_decay } = *optimizer;
+    let steps = updates.into_iter().map(step).collect();
+    update("aged_adamw", steps, vec![beta_1, beta_2, beta_1.ln(), beta_2.ln(), epsilon, weight_decay], clip)
 }
 
 /// Σ x² over all elements of all tensors, `[1]`; the order of the sum is fixed. There is at least one tensor.
