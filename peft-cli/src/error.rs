@@ -1,5 +1,6 @@
 //! The program's error and its exit code.
 
+use peft_core::train::TrainError;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
@@ -60,9 +61,15 @@ pub enum CliError {
     Core(#[from] peft_core::Error),
 }
 
+/// The exit code where a device failed: the same run may well come to its end when begun again.
+pub const DEVICE_FAILED: u8 = 3;
+
 impl CliError {
-    /// 2 for bad input, 1 for anything else.
+    /// 2 for bad input, [`DEVICE_FAILED`], 1 for anything else.
     pub fn exit_code(&self) -> u8 {
+        if matches!(self, CliError::Core(peft_core::Error::Train(TrainError::Device { .. }))) {
+            return DEVICE_FAILED;
+        }
         let bad_input = match self {
             // A path that cannot be is a mistake; a disk that fails is not.
             CliError::Io { source, .. } => matches!(
@@ -109,3 +116,16 @@ from_core!(
     peft_core::adapter::AdapterError,
     peft_core::train::TrainError
 );
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_device_that_failed_has_a_code_of_its_own() {
+        let device = TrainError::Device { step: 7, message: "CUDA: 719".to_string() };
+        assert_eq!(CliError::from(device).exit_code(), 3);
+        assert_eq!(CliError::flag("--jobs", "0").exit_code(), 2);
+        assert_eq!(CliError::Busy { path: PathBuf::from("out") }.exit_code(), 1);
+    }
+}

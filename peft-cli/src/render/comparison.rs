@@ -42,12 +42,20 @@ impl ComparisonProgress {
     /// A run ended, or had ended before.
     pub fn ended(&mut self, name: &str, said: &str) {
         self.done += 1;
-        let line = format!("{:>3}/{} {name} · {}", self.done, self.total, super::printable(said));
+        if let Some(bar) = &self.bar {
+            bar.inc(1);
+        }
+        self.print(&format!("{:>3}/{} {name} · {}", self.done, self.total, super::printable(said)));
+    }
+
+    /// Something happened to a run that goes on.
+    pub fn note(&self, name: &str, said: &str) {
+        self.print(&format!("{name} · {}", super::printable(said)));
+    }
+
+    fn print(&self, line: &str) {
         match &self.bar {
-            Some(bar) => {
-                bar.inc(1);
-                bar.println(line);
-            }
+            Some(bar) => bar.println(line),
             None => eprintln!("{line}"),
         }
     }

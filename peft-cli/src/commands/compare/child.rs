@@ -2,24 +2,27 @@
 
 use super::plan::Wanted;
 use crate::commands::train::signals::StopSignal;
-use crate::error::CliError;
+use crate::error::{CliError, DEVICE_FAILED};
 use crate::yaml;
 use peft_core::checkpoint::{read_bounded, write_file};
 use std::fs::File;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::Ordering;
 
 /// The most that is read of a log.
 const MAX_LOG_BYTES: u64 = 64 << 20;
 
 /// How the process ended.
+#[derive(Debug, PartialEq, Eq)]
 pub enum Ended {
     /// With a result.
     Finished,
     /// Without; why.
     Failed(String),
+    /// Without, since the device failed; how.
+    DeviceFailed(String),
     /// Its state saved, since this process was asked to stop.
     Stopped,
 }
@@ -71,13 +74,18 @@ impl Running {
             }
             return Ok(None);
         };
-        Ok(Some(match status {
-            status if status.success() => Ended::Finished,
-            _ if stopping => Ended::Stopped,
-            status => {
-                Ended::Failed(reason(&self.log).unwrap_or_else(|| format!("peft train ended with {status}")))
-            }
-        }))
+        Ok(Some(ended(status, stopping, || reason(&self.log))))
+    }
+}
+
+/// How a process ended that may have been asked to stop; `reason` is its own word on it.
+fn ended(status: ExitStatus, stopping: bool, reason: impl FnOnce() -> Option<String>) -> Ended {
+    let reason = || reason().unwrap_or_else(|| format!("peft train ended with {status}"));
+    match status.code() {
+        Some(0) => Ended::Finished,
+        _ if stopping => Ended::Stopped,
+        Some(code) if code == i32::from(DEVICE_FAILED) => Ended::DeviceFailed(reason()),
+        _ => Ended::Failed(reason()),
     }
 }
 
@@ -104,4 +112,27 @@ pub fn reason(log: &Path) -> Option<String> {
 
 fn io(path: &Path) -> impl FnOnce(std::io::Error) -> CliError {
     move |source| CliError::Io { path: path.to_path_buf(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt;
+
+    #[test]
+    fn how_a_process_ended() {
+        let ended = |raw, stopping, reason: Option<&str>| {
+            ended(ExitStatus::from_raw(raw), stopping, || reason.map(str::to_string))
+        };
+        let code = |code: i32| code << 8;
+        assert_eq!(ended(code(0), false, None), Ended::Finished);
+        // It was done when the signal came.
+        assert_eq!(ended(code(0), true, None), Ended::Finished);
+        assert_eq!(ended(code(143), true, None), Ended::Stopped);
+        assert_eq!(ended(code(2), false, Some("r: too large")), Ended::Failed("r: too large".to_string()));
+        let gone = Ended::DeviceFailed("step 9: CUDA".to_string());
+        assert_eq!(ended(code(3), false, Some("step 9: CUDA")), gone);
+        let killed = Ended::Failed("peft train ended with signal: 9 (SIGKILL)".to_string());
+        assert_eq!(ended(9, false, None), killed);
+    }
 }

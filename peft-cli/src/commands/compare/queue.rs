@@ -14,6 +14,10 @@ use std::time::Duration;
 /// How often the runs are looked at.
 const PAUSE: Duration = Duration::from_millis(20);
 
+/// How often a run is begun again, from its newest state, after the device failed. A GPU that several processes share
+/// fails one of them now and then in products that come out right alone.
+const AGAIN: usize = 2;
+
 /// How runs are made.
 pub struct Settings {
     /// So many at once.
@@ -38,6 +42,7 @@ pub fn outcomes(
     let mut outcomes = vec![Outcome::Missing; plan.runs.len()];
     let mut waiting = plan.runs.iter().enumerate();
     let mut running: Vec<(usize, Running)> = Vec::new();
+    let mut begun_again = vec![0; plan.runs.len()];
     loop {
         while running.len() < settings.jobs.get() {
             let Some((place, wanted)) = waiting.next() else { break };
@@ -70,7 +75,13 @@ pub fn outcomes(
                     continue;
                 }
                 Some(Ended::Finished) => measured(wanted)?,
-                Some(Ended::Failed(reason)) => Outcome::Failed(reason),
+                Some(Ended::DeviceFailed(reason)) if begun_again[place] < AGAIN => {
+                    begun_again[place] += 1;
+                    progress.note(&wanted.name, &format!("{reason}; begun again"));
+                    still.push((place, Running::start(wanted, true, settings.offline)?));
+                    continue;
+                }
+                Some(Ended::DeviceFailed(reason) | Ended::Failed(reason)) => Outcome::Failed(reason),
                 Some(Ended::Stopped) => Outcome::Missing,
             };
             tell(&mut progress, wanted, &outcomes[place], false);
