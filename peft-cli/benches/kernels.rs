@@ -214,13 +214,14 @@ impl Bench {
         }
     }
 
-    /// A change at one place in a hundred.
+    /// Changes at one place in 250 and at one in 50, which a GPU multiplies entry by entry and in dense strips.
     fn sparse(&self) {
         let Sizes { hidden: h, intermediate: i, heads, head_dim, .. } = self.sizes;
         let t = self.tokens();
-        for (name, inputs, out) in [("q", h, heads * head_dim), ("up", h, i), ("down", i, h)] {
-            let count = inputs * out / 100;
-            let positions = (0..count).map(|entry| (100 * entry + entry * 7919 % 100) as u32).collect();
+        let maps = [("q", h, heads * head_dim), ("up", h, i), ("down", i, h)];
+        for ((name, inputs, out), every) in maps.into_iter().flat_map(|map| [(map, 250), (map, 50)]) {
+            let count = inputs * out / every;
+            let positions = (0..count).map(|entry| (every * entry + entry * 7919 % every) as u32).collect();
             let pattern = SparsePattern::new([out, inputs], positions).expect("positions ascend");
             let pattern = Arc::new(pattern);
             let values = self.numbers_as(1, count, DType::F32).autodiff().require_grad();
@@ -233,8 +234,9 @@ impl Bench {
                 &self.numbers(t, inputs),
             );
             let operations = 2 * t * count;
-            self.report(&format!("sparse {name} forward"), operations, t * (inputs + 2 * out), forward);
-            self.report(&format!("sparse {name} backward"), 2 * operations, t * (2 * inputs + out), backward);
+            let name = format!("sparse {name}, 1 in {every}");
+            self.report(&format!("{name} forward"), operations, t * (inputs + 2 * out), forward);
+            self.report(&format!("{name} backward"), 2 * operations, t * (2 * inputs + out), backward);
         }
     }
 

@@ -485,6 +485,13 @@ impl<T: Clone> Saved<T> {
     }
 }
 
+/// A GPU's kernels fill ranks up to multiples of this with zeros, so that rows lie as the fast products read them.
+pub(crate) const RANK_STEP: usize = 8;
+
+/// Up to so many ranks that share an input they multiply all terms in joint products, and keep the factors for the
+/// backward: what is multiplied by zero costs less than more products.
+pub(crate) const MOST_JOINT: usize = 384;
+
 /// Inputs of the graph's node for each map: weight, bias, A, and what trains of B or what stands for it.
 const OF_MAP: usize = 5;
 

@@ -44,6 +44,7 @@ pub use gated::silu_gate;
 pub(crate) use largest::READ_BACK;
 pub use largest::{largest, read_later};
 pub use linear::{AdaptedLinear, LinearInput, LowRankTerm, Term, Up, adapted_linears};
+pub(crate) use linear::{MOST_JOINT, RANK_STEP};
 pub use norm::{Clip, clip_factor, clipped, sum_of_squares};
 pub use rms_norm::rms_norm;
 pub use rotary::rotate;

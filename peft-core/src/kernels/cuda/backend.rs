@@ -3,7 +3,7 @@
 use super::cublaslt::{Element, Product};
 use super::engine::{Arguments, Buffers, Launch, Queue, Source, flush, read_later, submit, together};
 use super::error::Fault;
-use super::{attention, linear, optimizer, sparse};
+use super::{attention, factors, linear, optimizer, sparse};
 use crate::kernels::READ_BACK;
 use crate::kernels::adamw::{AdamW, Update};
 use crate::kernels::attention::{AttentionInputs, AttentionShape, CachedInputs};
@@ -221,7 +221,7 @@ impl Kernels for Cube {
     }
 
     fn up_factor(up: &Up<CubeTensor>) -> CubeTensor {
-        linear::up_factor(up)
+        factors::up_factor(up)
     }
 
     fn linears(

@@ -7,18 +7,13 @@ use super::backend::{at, column_launch, dense, dims, drop_elements, elementwise,
 use super::cublaslt::{Element, Product};
 use super::engine::{Arguments, Buffers, Launch, Queue, submit};
 use super::error::Fault;
+use super::factors::{Cast, Layout, Origin, Place, UpGradient};
 use crate::kernels::dropout::Dropout;
 use crate::kernels::linear::{
-    Factors as LowRank, LinearGradients, LowRankState, Part, PartGradients, Up, Wanted,
+    Factors as LowRank, LinearGradients, LowRankState, Part, PartGradients, Wanted,
 };
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
-
-/// Ranks are filled up to multiples of this with zeros, so that rows lie as cuBLASLt's fast kernels read them.
-const RANK_STEP: usize = 8;
-
-/// Up to so many ranks all terms go in joint products: what is multiplied by zero costs less than more products.
-const MOST_JOINT: usize = 384;
 
 /// Maps whose weights lie one after another.
 struct JoinedMaps {
@@ -42,226 +37,6 @@ fn joined(layout: &Layout, weights: &[u64], dtype: DType) -> Vec<JoinedMaps> {
         }
     }
     runs
-}
-
-/// Where a map's columns and ranks are among those of all.
-#[derive(Clone, Copy)]
-struct Place {
-    /// The first of its columns, and how many there are.
-    start: usize,
-    width: usize,
-    /// The first of its ranks, and how many there are, without what fills them up.
-    first: usize,
-    rank: usize,
-}
-
-impl Place {
-    /// Its rank, filled up.
-    fn filled(&self) -> usize {
-        self.rank.next_multiple_of(RANK_STEP)
-    }
-}
-
-/// Where the maps' columns and ranks are in what lies side by side, and where their factors are in the activations' type:
-/// `[A₁; A₂; …]` `[Σr, in]`, then each `s·B` `[out, r]`; or, where the terms go in joint products, in the rows of its map and
-/// the columns of its rank, `[Σout, Σr]`, with zeros elsewhere.
-struct Layout {
-    places: Vec<Place>,
-    inputs: usize,
-    /// Σ out.
-    out: usize,
-    /// Σ r, each filled up.
-    rank: usize,
-}
-
-impl Layout {
-    fn new(parts: &[Part<CubeTensor>], inputs: usize) -> Self {
-        let (mut out, mut ranks) = (0, 0);
-        let places = parts.iter().map(|part| {
-            let width = dims(&part.weight).0;
-            let rank = part.factors.as_ref().map_or(0, |factors| dims(&factors.a).0);
-            let place = Place { start: out, width, first: ranks, rank };
-            out += width;
-            ranks += place.filled();
-            place
-        });
-        let places = places.collect();
-        Self { places, inputs, out, rank: ranks }
-    }
-
-    /// Whether the terms go in joint products.
-    fn is_joint(&self) -> bool {
-        self.rank <= MOST_JOINT
-    }
-
-    /// The terms that have products of their own: their places and where their `B`s begin. Where all terms go together they
-    /// are one.
-    fn groups(&self) -> Vec<(Place, usize)> {
-        let mut b = self.first_b();
-        if self.is_joint() {
-            return vec![(Place { start: 0, width: self.out, first: 0, rank: self.rank }, b)];
-        }
-        let terms = self.places.iter().filter(|place| place.rank > 0);
-        let group = terms.map(|place| {
-            b += place.width * place.filled();
-            (*place, b - place.width * place.filled())
-        });
-        group.collect()
-    }
-
-    /// Elements before the first `B`, which begins at a multiple of 256 bytes.
-    fn first_b(&self) -> usize {
-        (self.rank * self.inputs).next_multiple_of(128)
-    }
-
-    /// Elements of all factors.
-    fn len(&self) -> usize {
-        let apart = || self.places.iter().map(|place| place.width * place.filled()).sum();
-        self.first_b() + if self.is_joint() { self.out * self.rank } else { apart() }
-    }
-}
-
-/// What a factor is worked out from, by the places of its buffers.
-#[derive(Clone, Copy)]
-enum Origin {
-    /// Nothing: zeros.
-    Zeros,
-    /// The matrix as it is.
-    Matrix(usize),
-    /// `[F B]·R − O`, with the columns of `F`.
-    Core { b: usize, core: usize, frozen: Option<(usize, usize)>, offset: Option<usize> },
-    /// `diag(outer)·B·diag(inner)`.
-    Scaled { b: usize, outer: usize, inner: usize },
-}
-
-impl Origin {
-    fn of(up: &Up<CubeTensor>, buffers: &mut Buffers) -> Self {
-        match up {
-            Up::Matrix(b) => Origin::Matrix(buffers.add_rows(b)),
-            Up::Core { b, core, frozen, offset } => Origin::Core {
-                b: buffers.add_rows(b),
-                core: buffers.add_rows(core),
-                frozen: frozen.as_ref().map(|frozen| (buffers.add_rows(frozen), dims(frozen).1)),
-                offset: offset.as_ref().map(|offset| buffers.add_rows(offset)),
-            },
-            Up::Scaled { b, outer, inner } => Origin::Scaled {
-                b: buffers.add_rows(b),
-                outer: buffers.add_rows(outer),
-                inner: buffers.add_rows(inner),
-            },
-        }
-    }
-}
-
-/// A factor that is written in the activations' type.
-struct Cast {
-    origin: Origin,
-    /// Elements before the first row that it is written to.
-    to: usize,
-    /// Its rows, and those that are written, the others with zeros.
-    rows: (usize, usize),
-    /// Its columns.
-    columns: usize,
-    /// The first of these columns there, and how many there are.
-    among: (usize, usize),
-    scale: f32,
-}
-
-/// Words of the kernel's structure.
-const CAST_WORDS: usize = 11;
-
-impl Cast {
-    /// Those of all maps.
-    fn all(parts: &[Part<CubeTensor>], layout: &Layout, buffers: &mut Buffers) -> Vec<Self> {
-        let (inputs, joint) = (layout.inputs, layout.is_joint());
-        let mut casts = Vec::with_capacity(2 * parts.len());
-        let mut b = layout.first_b();
-        for (part, place) in parts.iter().zip(&layout.places) {
-            let low = part.factors.as_ref();
-            if let Some(LowRank { a, .. }) = low {
-                casts.push(Self {
-                    origin: Origin::Matrix(buffers.add_rows(a)),
-                    to: place.first * inputs,
-                    rows: (place.rank, place.filled()),
-                    columns: inputs,
-                    among: (0, inputs),
-                    scale: 1.0,
-                });
-            }
-            let among = if joint { (place.first, layout.rank) } else { (0, place.filled()) };
-            casts.push(Self {
-                origin: low.map_or(Origin::Zeros, |LowRank { b, .. }| Origin::of(b, buffers)),
-                to: b,
-                rows: (place.width, place.width),
-                columns: place.rank,
-                among,
-                scale: low.map_or(0.0, |low| low.scale),
-            });
-            b += place.width * among.1;
-        }
-        casts
-    }
-
-    fn words(&self, dtype: DType, buffers: &[u64], to: u64) -> [u64; CAST_WORDS] {
-        let pair = |low: usize, high: usize| low as u64 | (high as u64) << 32;
-        let optional = |at: Option<usize>| at.map_or(0, |at| buffers[at]);
-        // From, core, frozen, its columns, offset, outer, inner.
-        let (from, core, frozen, split, offset, outer, inner) = match self.origin {
-            Origin::Zeros => (0, 0, 0, 0, 0, 0, 0),
-            Origin::Matrix(b) => (buffers[b], 0, 0, 0, 0, 0, 0),
-            Origin::Core { b, core, frozen, offset } => {
-                let (frozen, split) = frozen.unzip();
-                (buffers[b], buffers[core], optional(frozen), split.unwrap_or(0), optional(offset), 0, 0)
-            }
-            Origin::Scaled { b, outer, inner } => (buffers[b], 0, 0, 0, 0, buffers[outer], buffers[inner]),
-        };
-        [
-            from,
-            at(to, self.to, dtype),
-            core,
-            frozen,
-            offset,
-            outer,
-            inner,
-            pair(self.rows.0, self.rows.1),
-            pair(self.columns, self.among.0),
-            pair(self.among.1, split),
-            u64::from(self.scale.to_bits()),
-        ]
-    }
-
-    /// Enqueues them.
-    fn enqueue(
-        casts: &[Self],
-        queue: &mut Queue,
-        dtype: DType,
-        buffers: &[u64],
-        to: u64,
-    ) -> Result<(), Fault> {
-        let mut arguments = Arguments::default();
-        for slot in 0..6 {
-            let words = casts.get(slot).map_or([0; CAST_WORDS], |cast| cast.words(dtype, buffers, to));
-            arguments = arguments.structure(&words);
-        }
-        let most = casts.iter().map(|cast| cast.rows.1 * cast.among.1).max().unwrap_or(0);
-        let grid = (most.div_ceil(1024).min(256), casts.len(), 1);
-        let launch = Launch { grid, block: (256, 1), shared: 0 };
-        queue.launch(elementwise(dtype), "cast_factors", launch, arguments)
-    }
-}
-
-/// The factor that `up` stands for, in f32.
-pub fn up_factor(up: &Up<CubeTensor>) -> CubeTensor {
-    let (out, rank) = (dims(up.b()).0, dims(up.columns_like()).1);
-    let factor = empty(up.b(), &[out, rank], DType::F32);
-    let mut buffers = Buffers::default();
-    let origin = Origin::of(up, &mut buffers);
-    let cast = Cast { origin, to: 0, rows: (out, out), columns: rank, among: (0, rank), scale: 1.0 };
-    let to = buffers.add(&factor);
-    submit("up_factor", &factor.client, buffers, move |queue, buffers| {
-        Cast::enqueue(&[cast], queue, DType::F32, buffers, buffers[to])
-    });
-    factor
 }
 
 /// What the term of each map drops.
@@ -301,13 +76,13 @@ pub fn forward(
     let low = (layout.rank > 0).then(|| {
         let down = (vec![rows, layout.rank], dtype);
         // Small factors are kept for the backward, large ones are worked out again there.
-        let kept = layout.is_joint().then(|| (vec![1, layout.len()], dtype));
+        let kept = layout.is_joint().then(|| (vec![1, layout.len], dtype));
         let mut kept = empties(x, vec![Some(down), kept]).into_iter().flatten();
         let down = kept.next().expect("the first was asked for");
         let factors = kept.next();
         let cast_at = match &factors {
             Some(factors) => buffers.add(factors),
-            None => buffers.add_scratch(&x.client, layout.len() * dtype.size()),
+            None => buffers.add_scratch(&x.client, layout.len * dtype.size()),
         };
         let at = (buffers.add(&down), cast_at);
         (LowRankState { down, factors }, (Cast::all(parts, &layout, &mut buffers), at))
@@ -322,14 +97,14 @@ pub fn forward(
         // What the results start from: the residual, if there is one.
         let (mut beta, mut from) = residual_at.map_or((0.0, y), |residual| (1.0, buffers[residual]));
         let thin = |queue: &mut Queue, beta: f32, from: u64, down: u64, factors: u64| {
-            layout.groups().into_iter().try_for_each(|(place, b)| {
+            layout.groups().into_iter().try_for_each(|place| {
                 let product = Product {
                     a: (false, layout.rank),
                     b: (true, place.filled()),
                     c: layout.out,
                     ..dense(rows, place.width, place.filled(), dtype)
                 };
-                let (down, b) = (at(down, place.first, dtype), at(factors, b, dtype));
+                let (down, b) = (at(down, place.first, dtype), at(factors, place.b, dtype));
                 let (from, to) = (at(from, place.start, dtype), at(y, place.start, dtype));
                 queue.product(&product, 1.0, down, b, beta, from, to)
             })
@@ -380,64 +155,6 @@ pub fn forward(
     (y, low)
 }
 
-/// What stands for `B` trains: the gradient of the whole factor, and what it is passed on to.
-struct UpGradient {
-    /// Where the factor's gradient is written, and the distance of its rows.
-    whole: (usize, usize),
-    origin: Origin,
-    /// The gradients of what it is made of, as [`Up::trained`] has them.
-    to: [Option<usize>; 2],
-}
-
-impl UpGradient {
-    /// Passes the factor's gradient on.
-    fn enqueue(&self, queue: &mut Queue, place: &Place, buffers: &[u64]) -> Result<(), Fault> {
-        let ((whole, stride), Place { width, rank, .. }) = (self.whole, *place);
-        let (whole, to) = (buffers[whole], self.to.map(|to| to.map(|to| buffers[to])));
-        let dense = |m, n, k| dense(m, n, k, DType::F32);
-        match self.origin {
-            Origin::Zeros => Ok(()),
-            Origin::Matrix(_) => {
-                let Some(to) = to[0].filter(|to| *to != whole) else { return Ok(()) };
-                let arguments = Arguments::default().address(whole).int(stride).address(to);
-                let arguments = arguments.int(width).int(rank);
-                let launch = Launch::new((width * rank).div_ceil(256), 256);
-                queue.launch(elementwise(DType::F32), "first_columns", launch, arguments)
-            }
-            // dB = G·R₂ᵀ with the rows of R that B's columns meet; dR = [F B]ᵀ·G.
-            Origin::Core { b, core, frozen, .. } => {
-                let split = frozen.map_or(0, |(_, columns)| columns);
-                let own = rank - split;
-                if let Some(db) = to[0] {
-                    let product = Product { a: (false, stride), b: (true, rank), ..dense(width, own, rank) };
-                    let core = at(buffers[core], split * rank, DType::F32);
-                    queue.product(&product, 1.0, whole, core, 0.0, db, db)?;
-                }
-                let Some(dcore) = to[1] else { return Ok(()) };
-                let rows = |b: u64, first: usize, count: usize| {
-                    let product =
-                        Product { a: (true, count), b: (false, stride), ..dense(count, rank, width) };
-                    (product, b, at(dcore, first * rank, DType::F32))
-                };
-                let of_frozen = frozen.map(|(frozen, columns)| rows(buffers[frozen], 0, columns));
-                for (product, b, to) in of_frozen.into_iter().chain([rows(buffers[b], split, own)]) {
-                    queue.product(&product, 1.0, b, whole, 0.0, to, to)?;
-                }
-                Ok(())
-            }
-            Origin::Scaled { b, outer, inner } => {
-                let arguments = Arguments::default().address(whole).int(stride).address(buffers[b]);
-                let arguments = arguments.address(buffers[outer]).address(buffers[inner]);
-                let arguments = arguments.address(to[0].unwrap_or(0)).address(to[1].unwrap_or(0));
-                let grid = (width.div_ceil(32).max(rank.div_ceil(32)), 2, 1);
-                let launch = Launch { grid, block: (32, 32), shared: 0 };
-                let arguments = arguments.int(width).int(rank);
-                queue.launch(elementwise(DType::F32), "scaled_gradients", launch, arguments)
-            }
-        }
-    }
-}
-
 /// Where the gradients of a map are written.
 struct Destinations {
     weight: Option<usize>,
@@ -483,7 +200,7 @@ pub fn backward(
             Some(factors) => (buffers.add(factors), None),
             None => {
                 let casts = Cast::all(parts, &layout, &mut buffers);
-                (buffers.add_scratch(&x.client, layout.len() * dtype.size()), Some(casts))
+                (buffers.add_scratch(&x.client, layout.len * dtype.size()), Some(casts))
             }
         };
         ([buffers.add_rows(&low.down), ddown, factors], casts)
@@ -532,11 +249,11 @@ pub fn backward(
             if let Some(casts) = casts {
                 Cast::enqueue(&casts, queue, dtype, buffers, a)?;
             }
-            for (place, b) in layout.groups() {
+            for place in layout.groups() {
                 let product = dense(rows, place.filled(), place.width, dtype);
                 let product = Product { a: (false, *out), c: *rank, ..product };
                 let (dy, to) = (at(dy, place.start, dtype), at(ddown, place.first, dtype));
-                queue.product(&product, 1.0, dy, at(a, b, dtype), 0.0, to, to)?;
+                queue.product(&product, 1.0, dy, at(a, place.b, dtype), 0.0, to, to)?;
             }
             for ((place, to), scale) in places.iter().zip(&destinations).zip(scales) {
                 let Some(up) = &to.up else { continue };

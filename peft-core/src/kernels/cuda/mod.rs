@@ -7,6 +7,7 @@ mod basis;
 mod cublaslt;
 mod engine;
 mod error;
+mod factors;
 mod linear;
 mod optimizer;
 mod sparse;

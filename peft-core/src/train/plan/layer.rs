@@ -9,16 +9,13 @@
 use super::super::method::{ParameterRole, PlannedParameter};
 use super::super::step::GradientCheckpointing;
 use super::BatchShape;
+use crate::kernels::{MOST_JOINT, RANK_STEP};
 use crate::model::{ComputeType, ModelConfig};
 
 /// Bytes of f32, in which scores and statistics are taken whatever the activations' type.
 const F32: u64 = 4;
 /// The CPU's attention lays heads out in whole panels of so many columns.
 const PANEL: u64 = 16;
-/// A GPU's kernels fill ranks up to multiples of this.
-const RANK_STEP: u64 = 8;
-/// Up to so many ranks that share an input their factors are kept as a pair.
-const MOST_JOINT: u64 = 384;
 /// Bytes of weights that the CPU's kernels lay out at a time, at most.
 const PACKED: u64 = 8 << 20;
 
@@ -258,9 +255,9 @@ impl LayerShape {
         let dims = self.dims();
         let of_group = |modules: std::ops::Range<usize>| {
             let rank: u64 =
-                self.modules[modules.clone()].iter().map(|m| m.rank.next_multiple_of(RANK_STEP)).sum();
+                self.modules[modules.clone()].iter().map(|m| m.rank.next_multiple_of(RANK_STEP as u64)).sum();
             let rows: u64 = dims[modules.clone()].iter().map(|(rows, _)| rows).sum();
-            let kept = if rank <= MOST_JOINT { rank * (rows + dims[modules.start].1) } else { 0 };
+            let kept = if rank <= MOST_JOINT as u64 { rank * (rows + dims[modules.start].1) } else { 0 };
             kept * self.machine.element()
         };
         [0..3, 3..4, 4..6, 6..7].map(of_group).iter().sum()
