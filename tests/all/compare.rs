@@ -100,7 +100,8 @@ fn the_table_is_what_the_runs_files_say() {
             .collect();
         let shown: u64 = cells[9].split(' ').next().unwrap().replace(',', "").parse().unwrap();
         assert!((shown as f64 - spread(&speeds).0).abs() <= 0.5 + 1e-6, "{shown} {speeds:?}");
-        assert_eq!(label == "lora", cells[9].ends_with("(1.00×)"));
+        // Relative to the first method; another may chance to be as fast.
+        assert!(cells[9].ends_with(if label == "lora" { "(1.00×)" } else { "×)" }), "{}", cells[9]);
     }
     // Failures are rows with their reasons.
     assert!(
@@ -308,10 +309,12 @@ fn the_recipes_compare_every_kind_of_method() {
     let data = "[{path: recipes/quickstart/held_out.jsonl, type: prompt_completion}]";
     let (train, held_out) = (format!("datasets={data}"), format!("eval_datasets={data}"));
     let present = ["--override", &base, &train, &held_out];
-    for (recipe, overrides, without_biases, missing) in [
-        ("recipes/compare.yaml", &present[..0], &["bitfit"][..], "(3 seeds)"),
-        ("recipes/compare_smollm2.yaml", &present[..], &["bitfit"][..], "(2 seeds)"),
-        ("recipes/compare_cost.yaml", &present[..], &[], "is not run to its end"),
+    let (low_rank, bitfit) = (&["lora", "lora_r1", "lora_xs", "lora_sb"][..], &["bitfit"][..]);
+    for (recipe, overrides, kinds, without_biases, missing) in [
+        ("recipes/compare.yaml", &present[..0], &kinds[..], bitfit, "(3 seeds)"),
+        ("recipes/compare_smollm2.yaml", &present[..], &kinds[..], bitfit, "(2 seeds)"),
+        ("recipes/compare_gsm8k.yaml", &present[..], low_rank, &[], "(2 seeds)"),
+        ("recipes/compare_cost.yaml", &present[..], &kinds[..], &[], "is not run to its end"),
     ] {
         let args = ["compare", recipe, "--output-dir", &out, "--summary", "--json"];
         let said: Value = serde_json::from_str(&peft_ok(&[&args[..], overrides].concat())).unwrap();
