@@ -2,7 +2,8 @@
 //!
 //! The sum is taken in f32, so that a small change is not lost beside a large weight, as it would be in `W + Δ` rounded
 //! to bf16. The backward is `dx = dy·Δ` and `dvalues[j] = Σ_tokens dy[·, row_j]·x[·, column_j]`. The kernels run over the
-//! entries alone; the composition makes `Δ` dense.
+//! entries alone, on a GPU up to half a percent of the places and beyond that over strips of `Δ` and of its gradient that
+//! are dense for as long as a product takes; the composition makes `Δ` dense whole.
 
 use super::as_dtype;
 use super::backend::{Kernels, has_graph, lift, served, with_backend};

@@ -1,4 +1,5 @@
-//! Products with sparse matrices; `sparse.cu` says how.
+//! Products with sparse matrices, entry by entry as `sparse.cu` says, or in dense strips by cuBLASLt; and the largest
+//! entries of a weight's gradient.
 
 use super::backend::{at, contiguous, dense, dims, elementwise, empty};
 use super::cublaslt::{Element, Product};
