@@ -1,6 +1,7 @@
 //! Training: the step, the loop, schedules, optimizers by name, metrics and the state of a run.
 
 mod course;
+mod device;
 mod error;
 mod evaluate;
 mod layer_gradients;

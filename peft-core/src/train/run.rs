@@ -4,6 +4,7 @@
 //! killed at any moment goes on from its newest checkpoint and does again exactly what is not in it.
 
 use super::course::{Course, Window};
+use super::device::on_device;
 use super::error::TrainError;
 use super::evaluate::{Generation, evaluate, exact_match};
 use super::memory::peak_memory_bytes;
@@ -90,22 +91,33 @@ impl<'r, 'a> Run<'r, 'a> {
     pub fn run(mut self) -> crate::Result<Outcome> {
         self.observer.started(self.course.step, self.total);
         let selection = self.trainer.config.selection;
-        loop {
+        let end: fn(Self) -> crate::Result<Outcome> = loop {
             let step = self.course.step;
             let save = step > 0 && (step >= self.total || self.is_due(self.trainer.config.save_every));
             if save && self.course.window.is_none() && self.saved != Some(step) {
-                self.save()?;
+                self.on_device(Self::save)?;
             }
-            if self.is_evaluation_due() && !self.evaluate()? {
-                return self.stop();
+            if self.is_evaluation_due() && !self.on_device(Self::evaluate)? {
+                break Self::stop;
             }
             if step >= self.total || self.course.is_out_of_patience(selection.as_ref()) {
-                return self.finish();
+                break Self::finish;
             }
-            if !self.step()? {
-                return self.stop();
+            if !self.on_device(Self::step)? {
+                break Self::stop;
             }
-        }
+        };
+        let (device, step) = (self.trainer.model.device.clone(), self.course.step);
+        on_device(&device, step, move || end(self))
+    }
+
+    /// Does a part of the run; a device that fails in it is its error.
+    fn on_device<T, E: Into<crate::Error>>(
+        &mut self,
+        part: impl FnOnce(&mut Self) -> Result<T, E>,
+    ) -> crate::Result<T> {
+        let device = self.trainer.model.device.clone();
+        on_device(&device, self.course.step, || part(self).map_err(Into::into))
     }
 
     fn is_due(&self, every: Option<Every>) -> bool {
