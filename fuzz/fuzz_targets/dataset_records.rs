@@ -26,6 +26,7 @@ fuzz_target!(|input: &[u8]| {
             [choice / 24 % 4],
         train_on_inputs: choice >= 192,
         chat_template: None,
+        chat_template_kwargs: serde_json::Map::new(),
         now: Some(0),
     };
     match load(&[config], tokenizer(), &options) {
