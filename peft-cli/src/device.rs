@@ -2,6 +2,7 @@
 
 use crate::error::CliError;
 use burn::tensor::Device;
+use peft_core::kernels::unless_failed;
 use peft_core::model::ComputeType;
 
 /// The device of that name. `auto` is the first GPU of a program built with CUDA where there is one, else the CPU.
@@ -23,6 +24,14 @@ pub fn device(name: &str) -> Result<Device, CliError> {
             cuda(index).ok_or_else(|| wrong("no such CUDA device on this machine"))
         }
     }
+}
+
+/// Does `work` on `device`.
+///
+/// # Errors
+/// Those of the work, and a device that failed in it.
+pub fn watched<T>(device: &Device, work: impl FnOnce() -> Result<T, CliError>) -> Result<T, CliError> {
+    unless_failed(device, work).unwrap_or_else(|message| Err(CliError::DeviceFailed(message)))
 }
 
 #[cfg(feature = "cuda")]

@@ -56,6 +56,9 @@ pub enum CliError {
         /// Why not.
         message: String,
     },
+    /// The device did not do what it was asked.
+    #[error("the device failed: {0}")]
+    DeviceFailed(String),
     /// Anything the toolkit reports.
     #[error(transparent)]
     Core(#[from] peft_core::Error),
@@ -67,7 +70,14 @@ pub const DEVICE_FAILED: u8 = 3;
 impl CliError {
     /// 2 for bad input, [`DEVICE_FAILED`], 1 for anything else.
     pub fn exit_code(&self) -> u8 {
-        if matches!(self, CliError::Core(peft_core::Error::Train(TrainError::Device { .. }))) {
+        let failed = match self {
+            CliError::DeviceFailed(_) => true,
+            CliError::Core(error) => {
+                matches!(error, peft_core::Error::Train(TrainError::Device { .. }))
+            }
+            _ => false,
+        };
+        if failed {
             return DEVICE_FAILED;
         }
         let bad_input = match self {
@@ -125,6 +135,7 @@ mod tests {
     fn a_device_that_failed_has_a_code_of_its_own() {
         let device = TrainError::Device { step: 7, message: "CUDA: 719".to_string() };
         assert_eq!(CliError::from(device).exit_code(), 3);
+        assert_eq!(CliError::DeviceFailed("CUDA: 719".to_string()).exit_code(), 3);
         assert_eq!(CliError::flag("--jobs", "0").exit_code(), 2);
         assert_eq!(CliError::Busy { path: PathBuf::from("out") }.exit_code(), 1);
     }

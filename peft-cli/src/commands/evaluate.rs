@@ -19,7 +19,8 @@ pub fn run(args: EvaluateArgs) -> Result<(), CliError> {
     let model = open::model(&base, args.model.adapter.as_deref(), args.model.offline, &device, compute)?;
     require_vocabulary(&model, "the data", &dataset.examples)?;
 
-    let evaluation = evaluate(&model, &dataset.examples, args.batch_size, None, || true);
+    let evaluation =
+        device::watched(&device, || Ok(evaluate(&model, &dataset.examples, args.batch_size, None, || true)))?;
     let mut result: Map<String, Value> = [
         ("loss", json!(evaluation.loss)),
         ("perplexity", json!(evaluation.perplexity)),
@@ -34,7 +35,9 @@ pub fn run(args: EvaluateArgs) -> Result<(), CliError> {
     if args.exact_match > 0 {
         let count = args.exact_match.min(dataset.examples.len());
         let examples = &dataset.examples[..count];
-        shown = exact_match(&model, &base.tokenizer, examples, args.batch_size, || true)?;
+        shown = device::watched(&device, || {
+            Ok(exact_match(&model, &base.tokenizer, examples, args.batch_size, || true)?)
+        })?;
         let matched = shown.iter().filter(|generation| generation.matched).count();
         result.insert("exact_match".to_string(), json!(matched as f64 / shown.len().max(1) as f64));
         result.insert("generations".to_string(), json!(shown.len()));

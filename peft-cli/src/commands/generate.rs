@@ -44,11 +44,11 @@ pub fn run(args: GenerateArgs) -> Result<(), CliError> {
     let variables = data::chat_template_kwargs(&args.template)?;
     let session = Session { model, tokenizer: base.tokenizer, template, variables, args: &args };
 
-    match (&args.prompt, &args.prompts) {
+    device::watched(&device, || match (&args.prompt, &args.prompts) {
         (Some(prompt), _) => session.answer(&session.prompt_ids(prompt)?).map(|_| ()),
         (None, Some(file)) => session.answer_all(file),
         (None, None) => session.converse(),
-    }
+    })
 }
 
 fn message(role: &str, content: &str) -> Value {

@@ -16,6 +16,7 @@ mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
 mod dropout;
+mod failure;
 mod gated;
 mod largest;
 mod linear;
@@ -40,6 +41,7 @@ pub use cross_entropy::{CrossEntropy, cross_entropy, head_loss};
 #[cfg(feature = "cuda")]
 pub use cuda::{fault, profile};
 pub use dropout::{Dropout, dropout};
+pub use failure::unless_failed;
 pub use gated::silu_gate;
 pub(crate) use largest::READ_BACK;
 pub use largest::{largest, read_later};

@@ -1,7 +1,6 @@
 //! Training: the step, the loop, schedules, optimizers by name, metrics and the state of a run.
 
 mod course;
-mod device;
 mod error;
 mod evaluate;
 mod layer_gradients;

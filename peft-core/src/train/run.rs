@@ -4,7 +4,6 @@
 //! killed at any moment goes on from its newest checkpoint and does again exactly what is not in it.
 
 use super::course::{Course, Window};
-use super::device::on_device;
 use super::error::TrainError;
 use super::evaluate::{Generation, evaluate, exact_match};
 use super::memory::peak_memory_bytes;
@@ -15,9 +14,10 @@ use super::state;
 use super::step::{StepGradients, accumulate, add_gradients, backward};
 use super::trainer::{Observer, Outcome, RunSummary, Stopped, Trainer};
 use crate::data::{Batch, Epoch, Epochs, Example, Rows, collate, collate_packs};
-use crate::kernels::{fault, trim_memory};
+use crate::kernels::{fault, trim_memory, unless_failed};
 use crate::model::Decoder;
 use crate::projection::DropoutKey;
+use burn::tensor::Device;
 use serde::Serialize;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -50,6 +50,12 @@ struct GenerationLine<'g> {
     step: u64,
     #[serde(flatten)]
     generation: &'g Generation,
+}
+
+/// Does `work` on `device` after `step` steps; a device that fails in it is its error.
+fn on_device<T>(device: &Device, step: u64, work: impl FnOnce() -> crate::Result<T>) -> crate::Result<T> {
+    let failed = |message| Err(TrainError::Device { step: step + 1, message }.into());
+    unless_failed(device, work).unwrap_or_else(failed)
 }
 
 impl<'r, 'a> Run<'r, 'a> {
@@ -111,7 +117,7 @@ impl<'r, 'a> Run<'r, 'a> {
         on_device(&device, step, move || end(self))
     }
 
-    /// Does a part of the run; a device that fails in it is its error.
+    /// Does a part of the run.
     fn on_device<T, E: Into<crate::Error>>(
         &mut self,
         part: impl FnOnce(&mut Self) -> Result<T, E>,
