@@ -70,14 +70,8 @@ pub const DEVICE_FAILED: u8 = 3;
 impl CliError {
     /// 2 for bad input, [`DEVICE_FAILED`], 1 for anything else.
     pub fn exit_code(&self) -> u8 {
-        let failed = match self {
-            CliError::DeviceFailed(_) => true,
-            CliError::Core(error) => {
-                matches!(error, peft_core::Error::Train(TrainError::Device { .. }))
-            }
-            _ => false,
-        };
-        if failed {
+        use peft_core::Error::Train;
+        if matches!(self, CliError::DeviceFailed(_) | CliError::Core(Train(TrainError::Device { .. }))) {
             return DEVICE_FAILED;
         }
         let bad_input = match self {

@@ -24,7 +24,7 @@ pub use schedule::ReselectionPolicy;
 pub use shira::{ShiraReport, export_shira};
 
 use crate::registry::{Block, Kind, RunContext, Scaffold};
-use adamw::{Seed, SparseAdamW};
+use adamw::Seed;
 use block::Target;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use collector::Collector;
@@ -177,7 +177,7 @@ impl SparseFineTuning {
         progress: Progress,
     ) -> Result<(), TrainError> {
         let phase = self.phase.take();
-        let (adamw, schedule) = (self.block.adamw(&self.optimizer), self.schedule());
+        let schedule = self.schedule();
         let mut forms: Vec<(String, &mut Sparse)> = forms_mut(model).collect();
         // As many at a time as are worked on at once: the host holds their values, not those of all modules.
         for forms in forms.chunks_mut(rayon::current_num_threads()) {
@@ -198,30 +198,12 @@ impl SparseFineTuning {
                 seen.push((path.as_str(), form.pattern.clone(), form.values.to_host(), leaving, found));
             }
             let exchanged = seen.into_par_iter().map(|(path, pattern, values, leaving, seen)| {
-                let (exchange, arrivals) = match seen {
-                    Seen::Gradients(candidates, steps) => {
-                        let exchange = by_gradients(&values, pattern.positions(), &candidates, leaving)
-                            .map_err(|error| {
-                                refused(path, format!("of the sums of its gradient, {error}"))
-                            })?;
-                        let seeds = self.seeds(&adamw, &exchange, &candidates, steps);
-                        (exchange, seeds)
-                    }
-                    Seen::Moments(row, column) => {
-                        let exchange = by_moments(&values, pattern.positions(), &row, &column, leaving)
-                            .map_err(|error| refused(path, format!("of its moments, {error}")))?;
-                        let arrivals = exchange.coming.iter();
-                        let arrivals = arrivals.map(|position| (*position as u32, Seed::default()));
-                        let arrivals = arrivals.collect();
-                        (exchange, arrivals)
-                    }
-                };
-                let entries = Entries::exchanged(&pattern, &exchange.leaving, &arrivals);
-                Ok((!exchange.leaving.is_empty()).then_some((entries, values)))
+                let entries = self.exchanged(path, &pattern, &values, leaving, seen)?;
+                Ok(entries.map(|entries| (entries, values)))
             });
-            let exchanged: Vec<Result<_, TrainError>> = exchanged.collect();
+            let exchanged: Vec<Option<(Entries, Vec<f32>)>> = exchanged.collect::<Result<_, TrainError>>()?;
             for ((_, form), exchanged) in forms.iter_mut().zip(exchanged) {
-                if let Some((entries, values)) = exchanged? {
+                if let Some((entries, values)) = exchanged {
                     entries.take_up(form, optimizer, &values);
                     self.patterns.set(&form.values.name, form.pattern.clone());
                 }
@@ -230,14 +212,38 @@ impl SparseFineTuning {
         Ok(())
     }
 
-    /// Where the arrivals of an exchange go, and what their optimizer starts from.
-    fn seeds(
+    /// The entries of the module at `path` after `leaving` of them made room for what was seen; `None` where none does.
+    fn exchanged(
         &self,
-        adamw: &SparseAdamW,
-        exchange: &Exchange,
-        candidates: &Candidates,
-        steps: u64,
-    ) -> Vec<(u32, Seed)> {
+        path: &str,
+        pattern: &SparsePattern,
+        values: &[f32],
+        leaving: usize,
+        seen: Seen,
+    ) -> Result<Option<Entries>, TrainError> {
+        let positions = pattern.positions();
+        let (exchange, arrivals) = match seen {
+            Seen::Gradients(candidates, steps) => {
+                let exchange = by_gradients(values, positions, &candidates, leaving)
+                    .map_err(|error| refused(path, format!("of the sums of its gradient, {error}")))?;
+                let seeds = self.seeds(&exchange, &candidates, steps);
+                (exchange, seeds)
+            }
+            Seen::Moments(row, column) => {
+                let exchange = by_moments(values, positions, &row, &column, leaving)
+                    .map_err(|error| refused(path, format!("of its moments, {error}")))?;
+                let arrivals = exchange.coming.iter().map(|position| (*position as u32, Seed::default()));
+                let arrivals = arrivals.collect();
+                (exchange, arrivals)
+            }
+        };
+        let some = !exchange.leaving.is_empty();
+        Ok(some.then(|| Entries::exchanged(pattern, &exchange.leaving, &arrivals)))
+    }
+
+    /// Where the arrivals of an exchange go, and what their optimizer starts from.
+    fn seeds(&self, exchange: &Exchange, candidates: &Candidates, steps: u64) -> Vec<(u32, Seed)> {
+        let adamw = self.block.adamw(&self.optimizer);
         let Candidates { positions, sums, squares, samples } = candidates;
         let compat_age = self.block.compat_age;
         let seed = |place: &usize| {
