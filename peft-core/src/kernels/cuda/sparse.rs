@@ -54,11 +54,11 @@ struct Activations {
 }
 
 impl Activations {
-    fn new(tensor: &CubeTensor, pattern: &SparsePattern, buffers: &mut Buffers) -> Self {
+    fn new(tensor: &CubeTensor, turned: bool, buffers: &mut Buffers) -> Self {
         let ((tokens, features), dtype) = (dims(tensor), tensor.dtype);
         let from = buffers.add_rows(tensor);
         let bytes = features * stride(tokens, dtype) * dtype.size();
-        let turned = (!in_strips(pattern)).then(|| buffers.add_scratch(&tensor.client, bytes));
+        let turned = turned.then(|| buffers.add_scratch(&tensor.client, bytes));
         Self { from, turned, tokens, features, dtype }
     }
 
@@ -192,7 +192,7 @@ pub fn add(y: CubeTensor, x: &CubeTensor, values: &CubeTensor, pattern: &SparseP
     let sum = if in_place { y.clone() } else { empty(&y, &[tokens, rows], y.dtype) };
     let mut buffers = Buffers::default();
     let order = Order::new(pattern, x, &mut buffers);
-    let activations = Activations::new(x, pattern, &mut buffers);
+    let activations = Activations::new(x, !in_strips(pattern), &mut buffers);
     let [y_at, sum_at, positions_at] = [&y, &sum, &positions(pattern, x)].map(|tensor| buffers.add(tensor));
     let values_at = buffers.add_rows(values);
     submit("add_sparse", &sum.client, buffers, move |queue, buffers| {
@@ -213,28 +213,29 @@ pub fn gradients(
 ) -> SparseGradients<CubeTensor> {
     let ((tokens, columns), count) = (dims(x), pattern.len());
     let mut buffers = Buffers::default();
-    let dy = Activations::new(dy, pattern, &mut buffers);
-    let order = Order::new(pattern, x, &mut buffers);
+    let in_strips = in_strips(pattern);
+    let dy = Activations::new(dy, !in_strips, &mut buffers);
+    // Products entry by entry need no order.
+    let order = (values.is_some() || in_strips).then(|| Order::new(pattern, x, &mut buffers));
     let input = values.map(|_| empty(x, &[tokens, columns], x.dtype));
     let input_at = input.as_ref().zip(values).map(|(dx, values)| (buffers.add(dx), buffers.add_rows(values)));
     let products = wants_values.then(|| empty(x, &[1, count], DType::F32));
     let products_at = products.as_ref().map(|products| {
-        let x = Activations::new(x, pattern, &mut buffers);
+        let x = Activations::new(x, !in_strips, &mut buffers);
         let elements = strip_elements(dy.features, columns, DType::F32);
-        let strip =
-            x.turned.is_none().then(|| buffers.add_scratch(&products.client, elements * DType::F32.size()));
+        let strip = in_strips.then(|| buffers.add_scratch(&products.client, elements * DType::F32.size()));
         (x, buffers.add(products), buffers.add(&positions(pattern, products)), strip)
     });
     submit("sparse_gradients", &x.client, buffers, move |queue, buffers| {
         let dy_ready = dy.ready(queue, buffers)?;
-        if let Some((dx, values)) = input_at {
+        if let Some((order, (dx, values))) = order.as_ref().zip(input_at) {
             let transposed = order.by_column(buffers[values], buffers);
             transposed.multiply(queue, (&dy, dy_ready), 0, buffers[dx])?;
         }
         let Some((x, products, positions, strip)) = products_at else { return Ok(()) };
         let x_ready = x.ready(queue, buffers)?;
         let (products, positions) = (buffers[products], buffers[positions]);
-        let Some(strip) = strip.map(|strip| buffers[strip]) else {
+        let Some((order, strip)) = order.zip(strip.map(|strip| buffers[strip])) else {
             let arguments = Arguments::default().address(dy_ready).address(x_ready);
             let arguments = arguments.address(positions).int(columns).address(products);
             let arguments = arguments.int(count).int(stride(dy.tokens, dy.dtype));
@@ -277,20 +278,13 @@ const SELECTION: usize = 4096;
 /// finite or −1 and then the places in order, and the entries there, `[1, count]`. Where one is not finite, only that is
 /// said.
 pub fn largest_products(dy: &CubeTensor, x: &CubeTensor, count: usize) -> (CubeTensor, CubeTensor) {
-    let ((tokens, columns), rows) = (dims(x), dims(dy).1);
-    let (dtype, places, client) = (x.dtype, rows * columns, &x.client);
+    let (dtype, rows, client) = (x.dtype, dims(dy).1, &x.client);
+    let places = rows * dims(x).1;
     let found = empty(x, &[1 + count], DType::I32);
     let values = empty(x, &[1, count], DType::F32);
     let blocks = places.div_ceil(SELECTION);
     let mut buffers = Buffers::default();
-    let activations = |tensor: &CubeTensor, features, buffers: &mut Buffers| Activations {
-        from: buffers.add_rows(tensor),
-        turned: None,
-        tokens,
-        features,
-        dtype,
-    };
-    let (dy, x) = (activations(dy, rows, &mut buffers), activations(x, columns, &mut buffers));
+    let [dy, x] = [dy, x].map(|tensor| Activations::new(tensor, false, &mut buffers));
     let bins = 1 << DIGITS[0];
     let [gradient_at, state_at, bins_at, counts_at] =
         [places, 4, bins, 2 * blocks].map(|words| buffers.add_scratch(client, 4 * words));
