@@ -7,7 +7,7 @@
 
 use super::buffers::{self, Buffer};
 use super::simd::{has_avx2, sum_by};
-use super::tile::{Tile, four_function, tile_function};
+use super::tile::{Tile, tile_function};
 use rayon::prelude::*;
 use std::ops::Range;
 
@@ -380,44 +380,38 @@ impl Block {
     /// All pointers are good for what the sizes say, and `c` is this thread's alone. A right operand with a `b_step`
     /// other than `NR` is read `NR` columns at a time only where it has them.
     pub(super) unsafe fn run(&self) {
-        let (tile, four) = (tile_function(), four_function());
+        let tile = tile_function();
         let passes = self.first.depth.div_ceil(KC).max(1);
         let step = self.first.depth.div_ceil(passes);
         // Results wait for the next pass in a level-two cache.
         let groups = if passes > 1 { self.cols.div_ceil(GROUP) } else { 1 };
-        let group = self.cols.div_ceil(groups.max(1)).next_multiple_of(NR).max(NR);
+        let group = self.cols.div_ceil(groups.max(1)).next_multiple_of(2 * NR).max(2 * NR);
         for left in (0..self.cols).step_by(group) {
+            let end = self.cols.min(left + group);
             for pass in 0..passes {
                 let stretch = pass * step..self.first.depth.min((pass + 1) * step);
-                let end = self.cols.min(left + group);
-                let at = |row, col| self.tile(row, col, stretch.clone(), pass == 0, pass + 1 == passes);
-                let mut col = left;
-                while col < end {
-                    let (four, next) = match four {
-                        Some(four) if end - col >= 2 * NR => (Some(four), col + 2 * NR),
-                        _ => (None, col + NR),
-                    };
-                    let mut row = 0;
-                    // SAFETY: the caller's promise; all tiles of four are whole.
-                    unsafe {
-                        while let Some(four) = four.filter(|_| self.rows - row >= 2 * MR) {
-                            let pair = |row| [at(row, col), at(row, col + NR)];
-                            four([pair(row), pair(row + MR)]);
-                            row += 2 * MR;
-                        }
-                        for col in (col..next).step_by(NR) {
-                            (row..self.rows).step_by(MR).for_each(|row| tile(&at(row, col)));
-                        }
+                for col in (left..end).step_by(tile.cols) {
+                    for row in (0..self.rows).step_by(tile.rows) {
+                        let size = (tile.rows.min(self.rows - row), tile.cols.min(end - col));
+                        let at = self.tile((row, col), size, stretch.clone(), pass == 0, pass + 1 == passes);
+                        // SAFETY: the caller's promise.
+                        unsafe { (tile.run)(&at) };
                     }
-                    col = next;
                 }
             }
         }
     }
 
-    /// The tile at `(row, col)` over `stretch` of the first product.
+    /// The tile of `size` at `(row, col)` over `stretch` of the first product.
     #[inline]
-    fn tile(&self, row: usize, col: usize, stretch: Range<usize>, first_pass: bool, last_pass: bool) -> Tile {
+    fn tile(
+        &self,
+        (row, col): (usize, usize),
+        (rows, cols): (usize, usize),
+        stretch: Range<usize>,
+        first_pass: bool,
+        last_pass: bool,
+    ) -> Tile {
         let (i, j) = (row / MR, col / NR);
         let [first, second] = [&self.first, &self.second];
         let (source, source_stride) = match first_pass {
@@ -430,13 +424,15 @@ impl Block {
                 first.a.wrapping_add(i * first.a_panel + stretch.start * MR),
                 second.a.wrapping_add(i * second.a_panel),
             ],
+            a_panel: [first.a_panel, second.a_panel],
             b: [
                 first.b.wrapping_add(j * first.b_panel + stretch.start * first.b_step),
                 second.b.wrapping_add(j * second.b_panel),
             ],
+            b_panel: [first.b_panel, second.b_panel],
             b_step: [first.b_step, second.b_step],
-            rows: (self.rows - row).min(MR),
-            cols: (self.cols - col).min(NR),
+            rows,
+            cols,
             c: self.c.wrapping_add(row * self.c_stride + col),
             c_stride: self.c_stride,
             source: match source.is_null() {

@@ -1,13 +1,19 @@
-//! Register tiles of a product: `MR` rows and `NR` columns of sums that live in registers while the depth goes by.
+//! Register tiles of a product: sums of `MR` rows and `NR` columns, or of twice as many where registers allow it, that
+//! live in registers while the depth goes by. Every sum is made in the order of depth, whatever the tile.
 
 use super::matmul::{MR, NR};
 use super::simd::{has_avx2, has_avx512};
 
-/// A register tile.
+/// A register tile: up to two panels of the left operand by up to two of the right one.
 pub(super) struct Tile {
     pub(super) depths: [usize; 2],
     pub(super) a: [*const f32; 2],
+    /// Numbers from one panel of the left operand to the next.
+    pub(super) a_panel: [usize; 2],
     pub(super) b: [*const f32; 2],
+    /// Numbers from one panel of the right operand to the next.
+    pub(super) b_panel: [usize; 2],
+    /// Numbers from one depth to the next in a panel of the right operand.
     pub(super) b_step: [usize; 2],
     pub(super) rows: usize,
     pub(super) cols: usize,
@@ -43,25 +49,28 @@ impl Tile {
     }
 }
 
-type TileFunction = unsafe fn(&Tile);
-
-pub(super) fn tile_function() -> TileFunction {
-    #[cfg(target_arch = "x86_64")]
-    if has_avx2() {
-        return avx2::tile;
-    }
-    portable_tile
+/// What computes a tile, and how many rows and columns of one it can take.
+#[derive(Clone, Copy)]
+pub(super) struct TileFunction {
+    /// # Safety
+    /// The tile's pointers are good, and it has no more rows and columns than the function takes.
+    pub(super) run: unsafe fn(&Tile),
+    pub(super) rows: usize,
+    pub(super) cols: usize,
 }
 
-/// Computes four whole tiles, two by two, to the same bytes as one after the other.
-type FourFunction = unsafe fn([[Tile; 2]; 2]);
-
-pub(super) fn four_function() -> Option<FourFunction> {
+/// The best for this CPU.
+pub(super) fn tile_function() -> TileFunction {
     #[cfg(target_arch = "x86_64")]
-    if has_avx512() {
-        return Some(avx512::four);
+    {
+        if has_avx512() {
+            return TileFunction { run: avx512::tile, rows: 2 * MR, cols: 2 * NR };
+        }
+        if has_avx2() {
+            return TileFunction { run: avx2::tile, rows: MR, cols: NR };
+        }
     }
-    None
+    TileFunction { run: portable_tile, rows: MR, cols: NR }
 }
 
 /// The tile in code that compilers vectorise for any target.
@@ -95,46 +104,112 @@ mod avx512 {
     use super::{MR, NR, Tile};
     use std::arch::x86_64::*;
 
-    /// Twenty-four accumulators, a row of a tile each: two vectors of `b` a depth, and each number of `a` twice.
+    /// A tile of up to `2·MR` rows and `2·NR` columns.
     ///
     /// # Safety
-    /// The CPU has AVX-512; the tiles are whole, of the same depths, and their pointers are good.
+    /// The CPU has AVX-512; the tile's pointers are good.
     #[target_feature(enable = "avx512f")]
-    pub(super) unsafe fn four(tiles: [[Tile; 2]; 2]) {
-        let mut sums = [[_mm512_setzero_ps(); 2]; 2 * MR];
-        let [[corner, right], [below, _]] = &tiles;
-        // SAFETY: the caller's promise; `NR` numbers fill a vector.
+    pub(super) unsafe fn tile(tile: &Tile) {
+        // SAFETY: the caller's promise.
         unsafe {
-            for s in 0..2 {
-                let [mut a_0, mut a_1] = [corner.a[s], below.a[s]];
-                let [mut b_0, mut b_1] = [corner.b[s], right.b[s]];
-                for _ in 0..corner.depths[s] {
-                    let (row_0, row_1) = (_mm512_loadu_ps(b_0), _mm512_loadu_ps(b_1));
-                    for (i, sums) in sums.iter_mut().enumerate() {
-                        let number = _mm512_set1_ps(if i < MR { *a_0.add(i) } else { *a_1.add(i - MR) });
-                        sums[0] = _mm512_fmadd_ps(number, row_0, sums[0]);
-                        sums[1] = _mm512_fmadd_ps(number, row_1, sums[1]);
-                    }
-                    (a_0, a_1) = (a_0.wrapping_add(MR), a_1.wrapping_add(MR));
-                    (b_0, b_1) = (b_0.wrapping_add(corner.b_step[s]), b_1.wrapping_add(right.b_step[s]));
+            match (tile.rows > MR, tile.cols > NR) {
+                (true, true) => panels::<2, 2>(tile),
+                (true, false) => panels::<2, 1>(tile),
+                (false, true) => panels::<1, 2>(tile),
+                (false, false) => panels::<1, 1>(tile),
+            }
+        }
+    }
+
+    /// `R` panels of the left operand by `C` of the right one.
+    ///
+    /// # Safety
+    /// As for the tile, which has so many panels.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn panels<const R: usize, const C: usize>(tile: &Tile) {
+        const { assert!(NR == 16) };
+        let masks = masks::<C>(tile);
+        let mut sums = [[[_mm512_setzero_ps(); C]; MR]; R];
+        // SAFETY: the caller's promise; beyond its columns nothing is read and nothing written.
+        unsafe {
+            for i in 0..tile.rows {
+                for c in 0..C {
+                    let result = tile.c.wrapping_add(i * tile.c_stride + c * NR);
+                    _mm_prefetch::<_MM_HINT_ET0>(result.cast());
                 }
             }
-            for (i, sums) in sums.iter().enumerate() {
-                for (tile, sum) in tiles[i / MR].iter().zip(sums) {
-                    let i = i % MR;
-                    let mut value = _mm512_mul_ps(_mm512_set1_ps(tile.alpha), *sum);
+            stretch(tile, 0, &mut sums);
+            if tile.depths[1] > 0 {
+                stretch(tile, 1, &mut sums);
+            }
+            let alpha = _mm512_set1_ps(tile.alpha);
+            for (i, sums) in sums.as_flattened().iter().enumerate().take(tile.rows) {
+                for (c, sum) in sums.iter().enumerate() {
+                    let mut value = _mm512_mul_ps(alpha, *sum);
                     if !tile.bias.is_null() {
-                        value = _mm512_add_ps(value, _mm512_loadu_ps(tile.bias));
+                        let bias = tile.bias.wrapping_add(c * NR);
+                        value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(masks[c], bias));
                     }
                     if !tile.source.is_null() {
-                        value =
-                            _mm512_add_ps(value, _mm512_loadu_ps(tile.source.add(i * tile.source_stride)));
+                        let source = tile.source.wrapping_add(i * tile.source_stride + c * NR);
+                        value = _mm512_add_ps(value, _mm512_maskz_loadu_ps(masks[c], source));
                     }
-                    _mm512_storeu_ps(tile.c.add(i * tile.c_stride), value);
+                    let result = tile.c.wrapping_add(i * tile.c_stride + c * NR);
+                    _mm512_mask_storeu_ps(result, masks[c], value);
                 }
             }
         }
-        const { assert!(NR == 16) };
+    }
+
+    /// Which columns of each panel there are.
+    #[inline]
+    fn masks<const C: usize>(tile: &Tile) -> [__mmask16; C] {
+        let mut masks = [0xFFFF; C];
+        masks[C - 1] >>= C * NR - tile.cols;
+        masks
+    }
+
+    /// Adds the products of stretch `s`: at most twenty-four sums, `C` vectors of `b` a depth, and each number of `a` `C`
+    /// times, so that both FMA units stay busy.
+    ///
+    /// # Safety
+    /// As for the tile.
+    #[inline]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn stretch<const R: usize, const C: usize>(
+        tile: &Tile,
+        s: usize,
+        into: &mut [[[__m512; C]; MR]; R],
+    ) {
+        // A copy, so that it lives in registers.
+        let mut sums = *into;
+        let masks = masks::<C>(tile);
+        let (mut a, mut b) = (tile.a[s], tile.b[s]);
+        let (a_panel, b_panel, b_step) = (tile.a_panel[s], tile.b_panel[s], tile.b_step[s]);
+        for _ in 0..tile.depths[s] {
+            // SAFETY: `MR` numbers of every panel of `a` are there at every depth, and what the masks say of `b`.
+            unsafe {
+                let mut row = [_mm512_setzero_ps(); C];
+                for (c, row) in row.iter_mut().enumerate() {
+                    let b = b.wrapping_add(c * b_panel);
+                    // The right operand's first use comes from afar.
+                    _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(16 * NR).cast());
+                    *row = _mm512_maskz_loadu_ps(masks[c], b);
+                }
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    for (i, sums) in sums.iter_mut().enumerate() {
+                        let number = _mm512_set1_ps(*a.wrapping_add(r * a_panel + i));
+                        for (sum, row) in sums.iter_mut().zip(row) {
+                            *sum = _mm512_fmadd_ps(number, row, *sum);
+                        }
+                    }
+                }
+            }
+            a = a.wrapping_add(MR);
+            b = b.wrapping_add(b_step);
+        }
+        *into = sums;
     }
 }
 
@@ -248,71 +323,60 @@ mod tests {
     use super::super::matmul::tests::numbers;
     use super::*;
 
-    /// The portable tile agrees with the one in use.
+    /// Every function that this CPU can run gives what the portable one gives, a panel by a panel, at every edge.
     #[test]
-    fn portable_tile_agrees() {
-        let (a, b) = (numbers(40 * MR, 4), numbers(40 * NR, 5));
-        let run = |tile: TileFunction, rows, cols| {
-            let mut c = vec![7f32; MR * 20];
-            let bias = numbers(NR, 6);
-            let half = 20;
-            // SAFETY: the slices hold two stretches of twenty.
-            unsafe {
-                tile(&Tile {
-                    depths: [half, half],
-                    a: [a.as_ptr(), a[half * MR..].as_ptr()],
-                    b: [b.as_ptr(), b[half * NR..].as_ptr()],
-                    b_step: [NR, NR],
-                    rows,
-                    cols,
-                    c: c.as_mut_ptr(),
-                    c_stride: 20,
-                    source: c.as_ptr(),
-                    source_stride: 20,
-                    bias: bias.as_ptr(),
-                    alpha: 0.25,
-                })
+    fn tiles_agree() {
+        let depths = [13, 7];
+        let (a_panel, b_panel) = (20 * MR, 20 * NR);
+        let (a, b) = (numbers(2 * a_panel, 4), numbers(2 * b_panel, 5));
+        let (source, bias) = (numbers(2 * MR * 40, 6), numbers(2 * NR, 7));
+        let run = |function: TileFunction, rows: usize, cols: usize| {
+            let mut c = vec![7f32; 2 * MR * 40];
+            for row in (0..rows).step_by(function.rows) {
+                for col in (0..cols).step_by(function.cols) {
+                    let (a, b) = (&a[row / MR * a_panel..], &b[col / NR * b_panel..]);
+                    let tile = Tile {
+                        depths,
+                        a: [a.as_ptr(), a[13 * MR..].as_ptr()],
+                        a_panel: [a_panel; 2],
+                        b: [b.as_ptr(), b[13 * NR..].as_ptr()],
+                        b_panel: [b_panel; 2],
+                        b_step: [NR; 2],
+                        rows: (rows - row).min(function.rows),
+                        cols: (cols - col).min(function.cols),
+                        c: c[row * 40 + col..].as_mut_ptr(),
+                        c_stride: 40,
+                        source: source[row * 40 + col..].as_ptr(),
+                        source_stride: 40,
+                        bias: bias[col..].as_ptr(),
+                        alpha: 0.75,
+                    };
+                    // SAFETY: the slices hold two panels by two of twenty depths.
+                    unsafe { (function.run)(&tile) };
+                }
             }
             c
         };
-        for (rows, cols) in [(6, 16), (5, 16), (6, 3), (1, 1)] {
-            let (fast, plain) = (run(tile_function(), rows, cols), run(portable_tile, rows, cols));
-            for (fast, plain) in fast.iter().zip(&plain) {
-                assert!((fast - plain).abs() < 1e-5);
-            }
-        }
-    }
-
-    /// Where there is a function for four tiles, it gives what the tiles give alone, to the bit.
-    #[test]
-    fn four_tiles_are_the_tiles() {
-        let Some(four) = four_function() else { return };
-        let (a, b) = (numbers(2 * 20 * MR, 4), numbers(2 * 20 * NR, 5));
-        let (source, bias) = (numbers(2 * MR * 40, 6), numbers(2 * NR, 7));
-        let mut results = [(); 2].map(|()| vec![f32::NAN; 2 * MR * 40]);
-        let tile = |c: &mut [f32], row: usize, col: usize| Tile {
-            depths: [13, 7],
-            a: [a[row * 20 * MR..].as_ptr(), a[(row * 20 + 13) * MR..].as_ptr()],
-            b: [b[col * 20 * NR..].as_ptr(), b[(col * 20 + 13) * NR..].as_ptr()],
-            b_step: [NR, NR],
-            rows: MR,
-            cols: NR,
-            c: c[row * MR * 40 + col * NR..].as_mut_ptr(),
-            c_stride: 40,
-            source: source[row * MR * 40 + col * NR..].as_ptr(),
-            source_stride: 40,
-            bias: bias[col * NR..].as_ptr(),
-            alpha: 0.75,
-        };
-        let [together, alone] = &mut results;
-        // SAFETY: the slices hold two tiles by two of twenty depths.
-        unsafe {
-            four([0, 1].map(|row| [0, 1].map(|col| tile(together, row, col))));
-            for (row, col) in [(0, 0), (0, 1), (1, 0), (1, 1)] {
-                tile_function()(&tile(alone, row, col));
-            }
+        let mut functions = vec![tile_function()];
+        #[cfg(target_arch = "x86_64")]
+        if has_avx2() {
+            functions.push(TileFunction { run: avx2::tile, rows: MR, cols: NR });
         }
         let bits = |values: &[f32]| values.iter().map(|value| value.to_bits()).collect::<Vec<u32>>();
-        assert_eq!(bits(together), bits(alone));
+        for (rows, cols) in [(12, 32), (12, 16), (6, 32), (6, 16), (11, 29), (7, 17), (5, 16), (6, 3), (1, 1)]
+        {
+            let plain = run(TileFunction { run: portable_tile, rows: MR, cols: NR }, rows, cols);
+            let results = functions.iter().map(|function| run(*function, rows, cols)).collect::<Vec<_>>();
+            for result in &results {
+                for (fast, plain) in result.iter().zip(&plain) {
+                    assert!((fast - plain).abs() < 1e-5, "{rows}×{cols}: {fast} where {plain}");
+                }
+                assert_eq!(
+                    bits(result),
+                    bits(&results[0]),
+                    "{rows}×{cols}: vectors of two widths give other bytes"
+                );
+            }
+        }
     }
 }
