@@ -19,7 +19,7 @@ use peft_core::projection::{Delta, DropoutKey, LowRank, Parameter};
 use peft_core::random::Stream;
 use peft_core::train::{
     GradientCheckpointing, NamedOptimizer, StepGradients, StepSettings, accumulate, device_memory,
-    peak_memory_bytes, update_parameters,
+    peak_memory_bytes, ready_memory, update_parameters,
 };
 use serde_json::json;
 use shapes::{Failure, median, random_model};
@@ -62,6 +62,7 @@ fn main() -> Result<(), Failure> {
     let (device, compute) = shapes::device(&name, dtype.as_deref())?;
     let mut model = random_model(&shape, &device, compute)?;
     add_lora(&mut model, rank, dropout, &device);
+    ready_memory(&model);
     let mut draws = Stream::new(0, "tokens", "", &[]);
     let vocab = model.config.vocab_size as u64;
     let examples: Vec<Example> = (0..batch)
@@ -95,7 +96,7 @@ fn main() -> Result<(), Failure> {
         let clip = Clip { sum_of_squares, max_norm: 1.0 };
         let of_step = std::mem::take(&mut sums.gradients);
         update_parameters(&mut model, &mut optimizer, of_step, Some(&clip), |_| 1e-4);
-        trim_memory();
+        trim_memory(&device);
         enqueued.push(start.elapsed().as_secs_f64());
         assert!(clip.factor().is_some(), "a gradient is not finite");
         last = sums.losses().0 / batch.targets.len() as f64;

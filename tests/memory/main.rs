@@ -54,7 +54,7 @@ static ALLOCATOR: Counting = Counting;
 /// The most bytes alive at a time while `work` runs, beyond those alive before. What the kernels hold ready is let go of
 /// first.
 fn peak_of(work: impl FnOnce()) -> f64 {
-    (0..2).for_each(|_| trim_memory());
+    (0..2).for_each(|_| trim_memory(&Device::flex()));
     let before = ALIVE.load(SeqCst);
     PEAK.store(before, SeqCst);
     work();

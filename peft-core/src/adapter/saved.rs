@@ -72,11 +72,14 @@ pub trait SavedAdapter: Send + Sync {
         for parameter in model.parameters_mut() {
             if let Some(values) = whole.get(&parameter.name) {
                 let data = TensorData::new(values.clone(), parameter.value.dims());
-                parameter.value = Tensor::from_data(data, (&device, DType::F32));
+                parameter.settle(Tensor::from_data(data, (&device, DType::F32)));
             }
         }
         for projection in model.projections_mut() {
-            if let Some(delta) = changes.remove(&projection.path) {
+            if let Some(mut delta) = changes.remove(&projection.path) {
+                for parameter in delta.parameters_mut() {
+                    parameter.settle(parameter.value.clone());
+                }
                 projection.delta = Some(delta);
             }
         }
@@ -182,7 +185,7 @@ pub fn take_values(start: &dyn SavedAdapter, model: &mut Decoder) -> Result<(), 
         let name = &parameter.name;
         let values = whole.remove(name).ok_or_else(|| differs(format!("that adapter has no `{name}`")))?;
         let data = TensorData::new(values, parameter.value.dims());
-        parameter.value = Tensor::from_data(data, (&device, DType::F32));
+        parameter.settle(Tensor::from_data(data, (&device, DType::F32)));
     }
     if let Some(name) = whole.into_keys().next() {
         return Err(differs(format!("`{name}` of that adapter does not train in this recipe")));
@@ -197,7 +200,7 @@ pub fn take_values(start: &dyn SavedAdapter, model: &mut Decoder) -> Result<(), 
             let same = given.parameters().into_iter().find(|p| p.name == *name && p.shape == *shape);
             let same =
                 same.ok_or_else(|| differs(format!("that adapter has no `{name}` of shape {shape:?}")))?;
-            parameter.value = same.value.clone();
+            parameter.settle(same.value.clone());
         }
     }
     match changes.into_keys().next() {

@@ -7,6 +7,7 @@
 
 use super::backend::{Kernels, served, with_backend};
 use super::norm::{Clip, clipped};
+use super::settled::settled;
 use burn::optim::{LearningRate, Optimizer, RecordState, StateSink, StateSource};
 use burn::tensor::{Device, Tensor};
 
@@ -37,7 +38,8 @@ pub struct AdamWState<const D: usize> {
 impl<const D: usize> AdamWState<D> {
     /// Of a parameter that was never updated and has gradients like this.
     pub fn new(gradient: &Tensor<D>) -> Self {
-        Self { moment_1: gradient.zeros_like(), moment_2: gradient.zeros_like(), time: 0 }
+        let [moment_1, moment_2] = [(); 2].map(|()| settled(gradient.zeros_like()));
+        Self { moment_1, moment_2, time: 0 }
     }
 }
 
@@ -124,9 +126,10 @@ impl<const D: usize> RecordState for AdamWState<D> {
     }
 
     fn state_unflatten(prefix: &str, src: &mut StateSource, device: &Device) -> Option<Self> {
+        let mut take = |name| Some(settled(Tensor::from_data(src.take_tensor(prefix, name)?, device)));
         Some(Self {
-            moment_1: Tensor::from_data(src.take_tensor(prefix, "moment_1")?, device),
-            moment_2: Tensor::from_data(src.take_tensor(prefix, "moment_2")?, device),
+            moment_1: take("moment_1")?,
+            moment_2: take("moment_2")?,
             time: src.take_scalar(prefix, "time")?.try_into().ok()?,
         })
     }

@@ -25,6 +25,7 @@ mod rms_norm;
 mod rotary;
 mod seed;
 mod segments;
+mod settled;
 mod skip;
 mod sparse;
 #[cfg(test)]
@@ -52,6 +53,7 @@ pub use rms_norm::rms_norm;
 pub use rotary::rotate;
 pub use seed::backward_from;
 pub use segments::{SegmentGroup, group_segments};
+pub use settled::settled;
 pub use skip::{Residual, Skip};
 pub use sparse::{
     BackwardObserver, PatternError, SparsePattern, SparseTerm, add_sparse, largest_products, sampled_products,
@@ -75,10 +77,12 @@ pub fn gpu_memory(device: &Device) -> Option<(u64, u64)> {
     None
 }
 
-/// Lets go of the CPU memory that the kernels hold ready and that no one used since the last call. Called once a step, it
-/// bounds what they hold by what a step needs.
-pub fn trim_memory() {
+/// Lets go of the CPU memory that the kernels hold ready and that no one used since the last call, and of what a GPU's pool
+/// has given up. Called once a step, it bounds what they hold by what a step needs.
+pub fn trim_memory(device: &Device) {
     cpu::buffers::trim();
+    // What is wrong with a device shows where its results are read.
+    let _ = device.flush();
 }
 
 /// `tensor` as `dtype`, untouched where it has that type already.

@@ -8,6 +8,7 @@ use super::error::ModelError;
 use super::layer::Layer;
 use super::shapes::ProjectionShape;
 use crate::checkpoint::{Checkpoint, Dtype};
+use crate::kernels::settled;
 use crate::projection::{Embedding, Parameter, Projection};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use rayon::prelude::*;
@@ -51,6 +52,8 @@ pub fn load(checkpoint: &Checkpoint, device: &Device, compute: ComputeType) -> R
     let norm = loader.vector("model.norm.weight", c.hidden_size)?;
     let lm_head = c.head_projection().map(|head| loader.projection(head)).transpose()?;
     loader.refuse_rest(c)?;
+    // What the weights went through goes back.
+    device.memory_cleanup();
     let dtype = compute.dtype();
     Ok(Decoder {
         device: device.clone(),
@@ -133,7 +136,7 @@ impl Loader<'_> {
         }
         if *self.device != Device::flex() {
             let weights = projections.iter().map(|projection| projection.weight.value.clone());
-            let joint = Tensor::cat(weights.collect(), 0);
+            let joint = settled(Tensor::cat(weights.collect(), 0));
             let mut start = 0;
             for projection in &mut projections {
                 let rows = projection.dims()[0];
@@ -196,7 +199,7 @@ impl Loader<'_> {
         // The device has its copy now; without this, the whole file would count as memory for the rest of the run.
         self.checkpoint.release(name);
         self.taken.borrow_mut().insert(name.to_string());
-        let value = Tensor::from_data(data, (self.device, self.compute.dtype()));
+        let value = settled(Tensor::from_data(data, (self.device, self.compute.dtype())));
         Ok(Parameter { name: name.to_string(), value, shape, trainable: false })
     }
 

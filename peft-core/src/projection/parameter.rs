@@ -1,5 +1,6 @@
 //! A named tensor of the model.
 
+use crate::kernels::{as_dtype, settled};
 use burn::tensor::{DType, Tensor};
 
 /// A tensor with its name in files. Vectors are held as one row `[1, n]`, so that every parameter has one rank.
@@ -29,7 +30,12 @@ impl Parameter {
     /// Lets training change the parameter, which is held in f32 from then on.
     pub fn set_trainable(&mut self) {
         self.trainable = true;
-        self.value = crate::kernels::as_dtype(self.value.clone(), DType::F32);
+        self.settle(as_dtype(self.value.clone(), DType::F32));
+    }
+
+    /// Gives it a value for the run.
+    pub(crate) fn settle(&mut self, value: Tensor<2>) {
+        self.value = settled(value);
     }
 
     /// Number of elements.

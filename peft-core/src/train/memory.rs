@@ -1,7 +1,8 @@
 //! Peak memory of the process, or of the device's allocator.
 
 use crate::kernels::gpu_memory;
-use burn::tensor::Device;
+use crate::model::Decoder;
+use burn::tensor::{DType, Device, Tensor};
 use serde::Serialize;
 
 /// The most memory used so far, in bytes: on a device with an allocator of its own what that holds now, on the CPU
@@ -10,6 +11,18 @@ pub fn peak_memory_bytes(device: &Device) -> Option<u64> {
     match device.memory_pool_usage() {
         Some(usage) => Some(usage.bytes_reserved),
         None => peak_resident_bytes(),
+    }
+}
+
+/// Readies a device's pool for steps of `model`. What loading left unused goes back; and as the pool's pages are as large as
+/// the largest allocation so far, and it begins anew with larger ones while the old ones are still in use, it is asked for
+/// as much as the largest weight, which the activations of a step seldom exceed.
+pub fn ready_memory(model: &Decoder) {
+    model.device.memory_cleanup();
+    let bytes = |value: &Tensor<2>| value.shape().num_elements() * value.dtype().size();
+    let largest = model.parameters().into_iter().map(|parameter| bytes(&parameter.value)).max().unwrap_or(0);
+    if model.device != Device::flex() {
+        drop(Tensor::<1>::empty([largest / size_of::<f32>()], (&model.device, DType::F32)));
     }
 }
 

@@ -20,7 +20,7 @@ mod trainer;
 pub use error::TrainError;
 pub use evaluate::{Evaluation, Generation, evaluate, exact_match};
 pub use layer_gradients::layer_gradients;
-pub use memory::{DeviceMemory, device_memory, peak_memory_bytes, resident_bytes};
+pub use memory::{DeviceMemory, device_memory, peak_memory_bytes, ready_memory, resident_bytes};
 pub use method::{
     Method, MethodPlan, MethodState, ParameterRole, PlannedParameter, Preparation, Progress, RunLength,
 };

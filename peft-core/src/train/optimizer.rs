@@ -62,14 +62,15 @@ pub fn update_parameters(
     clip: Option<&Clip>,
     rate: impl Fn(&str) -> f64,
 ) {
+    let device = model.device.clone();
     let mut parameters: Vec<&mut Parameter> = model.parameters_mut();
     parameters.retain(|parameter| gradients.contains_key(&parameter.name));
+    let placeholder = Tensor::empty([1, 1], &device);
     let steps = parameters.iter_mut().filter_map(|parameter| {
         let gradient = gradients.remove(&parameter.name)?;
         let learning_rate = rate(&parameter.name);
         // The value is taken out, so that the optimizer may change it where it lies.
-        let placeholder = Tensor::empty([1, 1], &parameter.value.device());
-        let value = std::mem::replace(&mut parameter.value, placeholder);
+        let value = std::mem::replace(&mut parameter.value, placeholder.clone());
         Some(ParameterStep { name: &parameter.name, learning_rate, value, gradient })
     });
     let values = optimizer.step(steps.collect(), clip);

@@ -6,7 +6,7 @@
 use super::course::{Course, Window};
 use super::error::TrainError;
 use super::evaluate::{Generation, evaluate, exact_match};
-use super::memory::peak_memory_bytes;
+use super::memory::{peak_memory_bytes, ready_memory};
 use super::method::Progress;
 use super::metrics::{EvalMetrics, JsonLines, StepMetrics};
 use super::selection::{BestMetric, Every};
@@ -96,6 +96,7 @@ impl<'r, 'a> Run<'r, 'a> {
     /// Trains to the end, or until asked to stop.
     pub fn run(mut self) -> crate::Result<Outcome> {
         self.observer.started(self.course.step, self.total);
+        ready_memory(self.trainer.model);
         let selection = self.trainer.config.selection;
         let end: fn(Self) -> crate::Result<Outcome> = loop {
             let step = self.course.step;
@@ -302,7 +303,7 @@ impl<'r, 'a> Run<'r, 'a> {
         let (model, batch_size, chunk) =
             (&*trainer.model, config.eval_batch_size, config.step.loss_chunk_rows);
         // Steps and evaluations have buffers of different sizes: neither should lie idle beside the other.
-        let let_go = || (0..2).for_each(|_| trim_memory());
+        let let_go = || (0..2).for_each(|_| trim_memory(&model.device));
         let_go();
         let evaluation = evaluate(model, trainer.validation, batch_size, chunk, || !self.is_stopping());
         let_go();

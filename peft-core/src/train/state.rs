@@ -316,7 +316,7 @@ pub(super) fn load_values(
     let mut names = Vec::new();
     for parameter in model.parameters_mut().into_iter().filter(|parameter| parameter.trainable) {
         let key = format!("{PARAMETER}{}", parameter.name);
-        parameter.value = matrix(&file, &key, parameter.value.dims(), &device)?;
+        parameter.settle(matrix(&file, &key, parameter.value.dims(), &device)?);
         names.push(parameter.name.clone());
     }
     model.refresh();

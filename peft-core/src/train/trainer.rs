@@ -328,7 +328,7 @@ impl Trainer<'_> {
     pub(super) fn after_update(&mut self, progress: Progress) -> Result<(), TrainError> {
         let done = Progress { step: progress.step + 1, ..progress };
         self.method.after_update(self.model, self.optimizer.as_mut(), done)?;
-        trim_memory();
+        trim_memory(&self.model.device);
         Ok(())
     }
 

@@ -12,6 +12,7 @@ use peft_core::adapter::{
     parameter_tensor, require_base, spelled_out, write_adapter,
 };
 use peft_core::checkpoint::Checkpoint;
+use peft_core::kernels::settled;
 use peft_core::model::{BaseShapes, Decoder};
 use peft_core::projection::{Delta, Parameter, Spectral};
 use serde_json::{Value, json};
@@ -48,7 +49,7 @@ pub(super) fn parameter(
     dims: [usize; 2],
     device: &Device,
 ) -> Parameter {
-    let value = Tensor::from_data(TensorData::new(values, dims), (device, DType::F32));
+    let value = settled(Tensor::from_data(TensorData::new(values, dims), (device, DType::F32)));
     Parameter::matrix(format!("{path}.{part}"), value)
 }
 

@@ -8,6 +8,7 @@ use peft_core::adapter::{
     AdapterConfig, AdapterError, AdapterFolder, BiasTraining, FileFormat, Layout, LoraConfig, Parts,
     SavedAdapter, common_config, key, parameter_tensor, spelled_out, write_adapter,
 };
+use peft_core::kernels::settled;
 use peft_core::model::{BaseShapes, Decoder};
 use peft_core::projection::{Core, Delta, Parameter};
 use serde_json::Value;
@@ -137,7 +138,7 @@ pub(super) fn form(
     scale: f64,
     dropout: f64,
 ) -> Core {
-    let parameter = |part: &str, value| Parameter::matrix(format!("{path}{part}"), value);
+    let parameter = |part: &str, value| Parameter::matrix(format!("{path}{part}"), settled(value));
     Core { a: parameter(FACTOR_A, a), b: parameter(FACTOR_B, b), core: parameter(CORE, core), scale, dropout }
 }
 

@@ -2,7 +2,7 @@
 
 use burn::optim::{LearningRate, Optimizer, RecordState, StateSink, StateSource};
 use burn::tensor::{Device, Tensor};
-use peft_core::kernels::{AgedAdamW, AgedUpdate, Clip};
+use peft_core::kernels::{AgedAdamW, AgedUpdate, Clip, settled};
 use peft_core::train::{ManyOptimizer, MemoryChange, OptimizerStep};
 
 /// The memory of one parameter, all of its shape.
@@ -18,7 +18,9 @@ pub struct AgedAdamWState<const D: usize> {
 
 impl<const D: usize> AgedAdamWState<D> {
     fn new(gradient: &Tensor<D>) -> Self {
-        Self { moment_1: gradient.zeros_like(), moment_2: gradient.zeros_like(), age: gradient.ones_like() }
+        let [moment_1, moment_2, age] =
+            [gradient.zeros_like(), gradient.zeros_like(), gradient.ones_like()].map(settled);
+        Self { moment_1, moment_2, age }
     }
 
     /// The update of a parameter with this memory.
@@ -89,7 +91,7 @@ impl<const D: usize> RecordState for AgedAdamWState<D> {
     }
 
     fn state_unflatten(prefix: &str, src: &mut StateSource, device: &Device) -> Option<Self> {
-        let mut take = |name| Some(Tensor::from_data(src.take_tensor(prefix, name)?, device));
+        let mut take = |name| Some(settled(Tensor::from_data(src.take_tensor(prefix, name)?, device)));
         Some(Self { moment_1: take("moment_1")?, moment_2: take("moment_2")?, age: take("age")? })
     }
 }

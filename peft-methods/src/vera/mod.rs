@@ -13,6 +13,7 @@ use peft_core::adapter::{
     take_values, weights_bytes, write_adapter,
 };
 use peft_core::checkpoint::Headers;
+use peft_core::kernels::settled;
 use peft_core::model::{BaseShapes, Decoder, ModelConfig, ParameterShape};
 use peft_core::projection::{Delta, Parameter, RandomPair};
 use peft_core::strict;
@@ -180,7 +181,7 @@ impl Pair {
 }
 
 fn matrix(values: Vec<f32>, dims: [usize; 2], device: &Device) -> Tensor<2> {
-    Tensor::from_data(TensorData::new(values, dims), (device, DType::F32))
+    settled(Tensor::from_data(TensorData::new(values, dims), (device, DType::F32)))
 }
 
 fn vector(name: String, values: Vec<f32>, device: &Device) -> Parameter {

@@ -262,6 +262,12 @@ impl Queue {
         unsafe { self.cublas.enqueue(product, alpha, a, b, beta, d, c, workspace, stream) }
     }
 
+    /// Enqueues a copy of `bytes`.
+    pub fn copy(&mut self, from: u64, to: u64, bytes: usize) -> Result<(), Fault> {
+        // SAFETY: the addresses are those of buffers that the closure was given.
+        unsafe { Ok(result::memcpy_dtod_async(to, from, bytes, self.stream)?) }
+    }
+
     /// Where `bytes` of scratch are.
     fn scratch(&mut self, bytes: usize) -> Result<u64, Fault> {
         if bytes > self.scratch.1 {

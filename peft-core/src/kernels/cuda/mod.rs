@@ -25,6 +25,16 @@ pub(super) fn memory(device: &Device) -> Option<(u64, u64)> {
     engine::memory(&Cube::primitive(Tensor::<1>::zeros([1], device)).client)
 }
 
+/// A copy of `tensor` with its rows one after another, in memory of its own.
+pub(super) fn settled<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+    let tensor = backend::contiguous(&Cube::primitive(tensor));
+    let (client, shape) = (tensor.client.clone(), tensor.meta.shape().to_vec());
+    let bytes = shape.iter().product::<usize>() * tensor.dtype.size();
+    let copy = client.memory_persistent_allocation((), |()| backend::empty(&tensor, &shape, tensor.dtype));
+    engine::submit("settled", &client, [&tensor, &copy], move |queue, at| queue.copy(at[0], at[1], bytes));
+    Cube::tensor(copy)
+}
+
 /// The `count` entries of largest magnitude of `dyᵀ·x`, one at least: their places in order, and the entries, `[1, count]`.
 pub(super) fn largest_products(
     x: Tensor<2>,

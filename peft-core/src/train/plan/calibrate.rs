@@ -5,7 +5,7 @@ use crate::data::{Example, Rows, collate, collate_packs};
 use crate::model::Decoder;
 use crate::projection::DropoutKey;
 use crate::train::{
-    ParameterOptimizer, StepGradients, TrainConfig, accumulate, evaluate, peak_memory_bytes,
+    ParameterOptimizer, StepGradients, TrainConfig, accumulate, evaluate, peak_memory_bytes, ready_memory,
     update_parameters,
 };
 use serde::Serialize;
@@ -42,6 +42,7 @@ pub fn calibrate(
     train: &[Example],
     validation: &[Example],
 ) -> Calibration {
+    ready_memory(model);
     let epoch = config.epochs(train).at(0);
     let shape = |rows: &Rows| BatchShape::of_rows(config, rows, train);
     let mut order: Vec<Rows> = epoch.steps.into_iter().flatten().collect();
