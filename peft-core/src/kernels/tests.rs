@@ -169,6 +169,34 @@ fn joint_linear_maps() {
     }
 }
 
+/// Settled weights keep their values, whatever the length of their rows; and maps whose weights adjoin in one piece of memory
+/// give what the same maps give with weights apart.
+#[test]
+fn weights_that_adjoin() {
+    let maps: Maps = &[(48, 8, false), (16, 8, false), (16, 0, false)];
+    // Where `inputs_of` puts the weights.
+    let weights = [2, 5, 8];
+    for place in &places() {
+        for width in [64, 72, 96] {
+            let apart = inputs_of(Front::Plain, width, maps, 33, place);
+            let all = Tensor::cat(weights.map(|at| apart[at].clone()).to_vec(), 0);
+            let joint = settled(all.clone());
+            assert_close("settled weights", joint.clone(), all, 0.0);
+            let (mut adjoining, mut start) = (apart.clone(), 0);
+            for at in weights {
+                let rows = apart[at].dims()[0];
+                adjoining[at] = joint.clone().narrow(0, start, rows);
+                start += rows;
+            }
+            let [apart, adjoining] = [apart, adjoining].map(|inputs| {
+                let (input, maps, residual) = assembled(Front::Plain, maps, 0.0, inputs);
+                adapted_linears(input, maps, residual, false)
+            });
+            assert_close(&format!("{width} columns"), adjoining, apart, place.2);
+        }
+    }
+}
+
 /// `W₂·(W₁·norm(x)) + x`, whose gradient of `x` goes around the maps as well; once with a gain, for which the norm is
 /// no part of the maps and does not wait for it.
 #[test]

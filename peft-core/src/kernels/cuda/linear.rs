@@ -25,14 +25,28 @@ struct JoinedMaps {
     weight: u64,
 }
 
-/// Joins weights that lie one after another.
-fn joined(layout: &Layout, weights: &[u64], dtype: DType) -> Vec<JoinedMaps> {
+/// For each map, whether its weight begins where that of the one before it ends, in the same piece of memory. Pieces that
+/// the pool happens to put side by side do not count: products would be joined in one run and not in another, and round
+/// otherwise.
+fn adjoining(parts: &[Part<CubeTensor>]) -> Vec<bool> {
+    let begins_at = |tensor: &CubeTensor| tensor.handle.offset_start.unwrap_or(0);
+    let follows = |before: &CubeTensor, weight: &CubeTensor| {
+        let bytes = (before.meta.num_elements() * before.dtype.size()) as u64;
+        before.handle.memory.descriptor() == weight.handle.memory.descriptor()
+            && before.is_contiguous()
+            && weight.is_contiguous()
+            && begins_at(before) + bytes == begins_at(weight)
+    };
+    let pairs = parts.windows(2).map(|pair| follows(&pair[0].weight, &pair[1].weight));
+    std::iter::once(false).chain(pairs).collect()
+}
+
+/// Joins the weights that adjoin.
+fn joined(layout: &Layout, weights: &[u64], adjoining: &[bool]) -> Vec<JoinedMaps> {
     let mut runs: Vec<JoinedMaps> = Vec::with_capacity(weights.len());
-    for (place, &weight) in layout.places.iter().zip(weights) {
+    for ((place, &weight), adjoins) in layout.places.iter().zip(weights).zip(adjoining) {
         match runs.last_mut() {
-            Some(run) if at(run.weight, run.width * layout.inputs, dtype) == weight => {
-                run.width += place.width
-            }
+            Some(run) if *adjoins => run.width += place.width,
             _ => runs.push(JoinedMaps { start: place.start, width: place.width, weight }),
         }
     }
@@ -70,6 +84,7 @@ pub fn forward(
     let y = empty(x, &[rows, layout.out], dtype);
     let (x_at, y_at) = (buffers.add_rows(x), buffers.add(&y));
     let weight_at: Vec<usize> = parts.iter().map(|part| buffers.add_rows(&part.weight)).collect();
+    let adjoining = adjoining(parts);
     let bias_at: Vec<Option<usize>> =
         parts.iter().map(|part| part.bias.as_ref().map(|bias| buffers.add_rows(bias))).collect();
     let residual_at = residual.map(|residual| buffers.add_rows(residual));
@@ -133,7 +148,7 @@ pub fn forward(
                 (beta, from) = (1.0, y);
             }
         }
-        for JoinedMaps { start, width, weight } in joined(&layout, &weights, dtype) {
+        for JoinedMaps { start, width, weight } in joined(&layout, &weights, &adjoining) {
             let product = Product { b: (true, inputs), c: layout.out, ..dense(rows, width, inputs, dtype) };
             let (from, to) = (at(from, start, dtype), at(y, start, dtype));
             queue.product(&product, 1.0, x, weight, beta, from, to)?;
@@ -192,6 +207,7 @@ pub fn backward(
     let mut buffers = Buffers::default();
     let (dy_at, x_at) = (buffers.add_rows(dy), buffers.add_rows(x));
     let weight_at: Vec<usize> = parts.iter().map(|part| buffers.add_rows(&part.weight)).collect();
+    let adjoining = adjoining(parts);
     let dx_at = dx.as_ref().map(|dx| buffers.add(dx));
     let da_at = da.as_ref().map(|da| buffers.add(da));
     let low_work = low.map(|low| {
@@ -307,7 +323,7 @@ pub fn backward(
         }
         let Some(dx) = dx else { return Ok(()) };
         let weights: Vec<u64> = weight_at.iter().map(|weight| buffers[*weight]).collect();
-        for JoinedMaps { start, width, weight } in joined(&layout, &weights, dtype) {
+        for JoinedMaps { start, width, weight } in joined(&layout, &weights, &adjoining) {
             let product = Product { a: (false, *out), ..dense(rows, inputs, width, dtype) };
             queue.product(&product, 1.0, at(dy, start, dtype), weight, beta, dx, dx)?;
             beta = 1.0;
