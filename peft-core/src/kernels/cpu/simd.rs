@@ -25,8 +25,8 @@ pub(super) fn has_avx512() -> bool {
     false
 }
 
-/// Defines functions whose body is compiled twice: for AVX2 with FMA and for the target's baseline; the first call
-/// that can tell picks. The body must be sequential code, for closures handed to other threads leave the fast copy.
+/// Defines functions whose body is compiled three times: for AVX-512, for AVX2 with FMA and for the target's baseline; each
+/// call picks what the CPU has. The body must be sequential code, for closures handed to other threads leave the fast copy.
 macro_rules! vectorised {
     ($($(#[$meta:meta])* $vis:vis fn $name:ident($($arg:ident: $ty:ty),* $(,)?) $(-> $ret:ty)? $body:block)*) => {$(
         $(#[$meta])*
@@ -41,6 +41,15 @@ macro_rules! vectorised {
                 #[allow(clippy::too_many_arguments)]
                 fn avx2($($arg: $ty),*) $(-> $ret)? {
                     body($($arg),*)
+                }
+                #[target_feature(enable = "avx2,fma,avx512f")]
+                #[allow(clippy::too_many_arguments)]
+                fn avx512($($arg: $ty),*) $(-> $ret)? {
+                    body($($arg),*)
+                }
+                if $crate::kernels::cpu::simd::has_avx512() {
+                    // SAFETY: the features were found just now.
+                    return unsafe { avx512($($arg),*) };
                 }
                 if $crate::kernels::cpu::simd::has_avx2() {
                     // SAFETY: the features were found just now.
