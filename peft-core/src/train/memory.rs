@@ -1,4 +1,4 @@
-//! Peak memory of the process, or of the device's allocator.
+//! Memory of the process, or of the device's allocator: its peak, and what a device has.
 
 use crate::kernels::gpu_memory;
 use crate::model::Decoder;
@@ -18,12 +18,13 @@ pub fn peak_memory_bytes(device: &Device) -> Option<u64> {
 /// the largest allocation so far, and it begins anew with larger ones while the old ones are still in use, it is asked for
 /// as much as the largest weight, which the activations of a step seldom exceed.
 pub fn ready_memory(model: &Decoder) {
+    if model.device == Device::flex() {
+        return;
+    }
     model.device.memory_cleanup();
     let bytes = |value: &Tensor<2>| value.shape().num_elements() * value.dtype().size();
     let largest = model.parameters().into_iter().map(|parameter| bytes(&parameter.value)).max().unwrap_or(0);
-    if model.device != Device::flex() {
-        drop(Tensor::<1>::empty([largest / size_of::<f32>()], (&model.device, DType::F32)));
-    }
+    drop(Tensor::<1>::empty([largest / size_of::<f32>()], (&model.device, DType::F32)));
 }
 
 /// The memory that the process has now, in bytes. `None` where it is not known.

@@ -62,10 +62,9 @@ pub fn update_parameters(
     clip: Option<&Clip>,
     rate: impl Fn(&str) -> f64,
 ) {
-    let device = model.device.clone();
+    let placeholder = Tensor::empty([1, 1], &model.device);
     let mut parameters: Vec<&mut Parameter> = model.parameters_mut();
     parameters.retain(|parameter| gradients.contains_key(&parameter.name));
-    let placeholder = Tensor::empty([1, 1], &device);
     let steps = parameters.iter_mut().filter_map(|parameter| {
         let gradient = gradients.remove(&parameter.name)?;
         let learning_rate = rate(&parameter.name);

@@ -385,7 +385,7 @@ impl Block {
         let step = self.first.depth.div_ceil(passes);
         // Results wait for the next pass in a level-two cache.
         let groups = if passes > 1 { self.cols.div_ceil(GROUP) } else { 1 };
-        let group = self.cols.div_ceil(groups.max(1)).next_multiple_of(2 * NR).max(2 * NR);
+        let group = self.cols.div_ceil(groups.max(1)).next_multiple_of(tile.cols).max(tile.cols);
         for left in (0..self.cols).step_by(group) {
             let end = self.cols.min(left + group);
             for pass in 0..passes {
