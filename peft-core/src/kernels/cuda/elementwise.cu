@@ -185,14 +185,36 @@ __device__ __forceinline__ float factor_element(const Factor& f, int row, int c)
     for (int k = f.split; k < f.columns; k++) sum += left[k] * core[(size_t)k * f.columns];
     return f.offset ? sum - f.offset[at] : sum;
 }
-extern "C" __global__ void cast_factors(Factor f0, Factor f1, Factor f2, Factor f3, Factor f4, Factor f5) {
-    Factor factors[6] = {f0, f1, f2, f3, f4, f5};
-    Factor f = factors[blockIdx.y];
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < f.written * f.stride; i += gridDim.x * blockDim.x) {
-        int row = i / f.stride, c = i - row * f.stride - f.first;
-        bool inside = f.from && row < f.rows && c >= 0 && c < f.columns;
-        f.to[i] = to_scalar(inside ? factor_element(f, row, c) * f.scale : 0.f);
+struct Factors { Factor of[6]; };
+// With `vectors`, rows of `to` begin at multiples of 16 bytes, and so do `from` and, where four divide `columns`, its rows.
+template <int LANES>
+__device__ __forceinline__ void cast_factor(const Factor& f) {
+    int pieces = f.stride / LANES;
+    bool plain = LANES > 1 && !f.core && !f.inner && f.columns % 4 == 0;
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < f.written * pieces; i += gridDim.x * blockDim.x) {
+        int row = i / pieces, column = (i - row * pieces) * LANES, c = column - f.first;
+        float x[V] = {};
+        if (f.from && row < f.rows) {
+            if (plain && c >= 0 && c + LANES <= f.columns) {
+                const float4* from = (const float4*)(f.from + (size_t)row * f.columns + c);
+#pragma unroll
+                for (int k = 0; k < LANES / 4; k++) {
+                    float4 u = from[k];
+                    x[4 * k] = u.x * f.scale, x[4 * k + 1] = u.y * f.scale;
+                    x[4 * k + 2] = u.z * f.scale, x[4 * k + 3] = u.w * f.scale;
+                }
+            } else {
+                for (int k = 0; k < LANES; k++)
+                    if (c + k >= 0 && c + k < f.columns) x[k] = factor_element(f, row, c + k) * f.scale;
+            }
+        }
+        write(f.to + (size_t)row * f.stride + column, LANES, x);
     }
+}
+extern "C" __global__ void cast_factors(const __grid_constant__ Factors factors, int vectors) {
+    const Factor& f = factors.of[blockIdx.y];
+    if (vectors) cast_factor<V>(f);
+    else cast_factor<1>(f);
 }
 
 // The first `columns` columns of a matrix of f32 whose rows are `stride` apart.

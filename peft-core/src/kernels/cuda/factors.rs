@@ -129,8 +129,12 @@ pub(super) struct Cast {
     scale: f32,
 }
 
-/// Words of the kernel's structure.
+/// Words of the kernel's structure, and the places of two addresses among them.
 const CAST_WORDS: usize = 11;
+const FROM: usize = 0;
+const TO: usize = 1;
+/// Structures that the kernel takes.
+const MOST_CASTS: usize = 6;
 
 impl Cast {
     /// Those of all maps.
@@ -198,13 +202,19 @@ impl Cast {
         buffers: &[u64],
         to: u64,
     ) -> Result<(), Fault> {
-        let mut arguments = Arguments::default();
-        for slot in 0..6 {
-            let words = casts.get(slot).map_or([0; CAST_WORDS], |cast| cast.words(dtype, buffers, to));
-            arguments = arguments.structure(&words);
+        let mut words = [0; MOST_CASTS * CAST_WORDS];
+        for (slot, cast) in words.chunks_exact_mut(CAST_WORDS).zip(casts) {
+            slot.copy_from_slice(&cast.words(dtype, buffers, to));
         }
+        let (lanes, aligned) = (16 / dtype.size(), |address: u64| address.is_multiple_of(16));
+        let in_pieces = |(cast, words): (&Self, &[u64])| {
+            cast.among.1.is_multiple_of(lanes) && aligned(words[FROM]) && aligned(words[TO])
+        };
+        let vectors = casts.iter().zip(words.chunks_exact(CAST_WORDS)).all(in_pieces);
+        let arguments = Arguments::default().structure(&words).int(usize::from(vectors));
         let most = casts.iter().map(|cast| cast.rows.1 * cast.among.1).max().unwrap_or(0);
-        let grid = (most.div_ceil(1024).min(256), casts.len(), 1);
+        let of_block = 256 * if vectors { lanes } else { 1 };
+        let grid = (most.div_ceil(of_block).min(1024), casts.len(), 1);
         let launch = Launch { grid, block: (256, 1), shared: 0 };
         queue.launch(elementwise(dtype), "cast_factors", launch, arguments)
     }
