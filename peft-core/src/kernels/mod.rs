@@ -21,6 +21,8 @@ mod gated;
 mod largest;
 mod linear;
 mod norm;
+#[cfg(any(feature = "cuda", test))]
+mod pool;
 mod rms_norm;
 mod rotary;
 mod seed;
@@ -81,6 +83,8 @@ pub fn gpu_memory(device: &Device) -> Option<(u64, u64)> {
 /// has given up. Called once a step, it bounds what they hold by what a step needs.
 pub fn trim_memory(device: &Device) {
     cpu::buffers::trim();
+    #[cfg(feature = "cuda")]
+    cuda::trim();
     // What is wrong with a device shows where its results are read.
     let _ = device.flush();
 }

@@ -3,6 +3,7 @@
 use super::cublaslt::{Element, Product};
 use super::engine::{Arguments, Buffers, Launch, Queue, Source, flush, read_later, submit, together};
 use super::error::Fault;
+use super::pooled::{block, is_alone};
 use super::{attention, factors, linear, optimizer, sparse};
 use crate::kernels::READ_BACK;
 use crate::kernels::adamw::{AdamW, Update};
@@ -33,7 +34,7 @@ pub(super) fn elementwise(dtype: DType) -> Source {
 pub(super) fn empty(like: &CubeTensor, shape: &[usize], dtype: DType) -> CubeTensor {
     let bytes = shape.iter().product::<usize>() * dtype.size();
     let (client, device) = (like.client.clone(), like.device.clone());
-    let handle = client.empty(bytes);
+    let handle = block(&client, bytes);
     CubeTensor::new_contiguous(client, device, Shape::from(shape.to_vec()), handle, dtype)
 }
 
@@ -52,7 +53,7 @@ pub(super) fn empties(like: &CubeTensor, wanted: Vec<Option<Form>>) -> Vec<Optio
             .map(|wanted| wanted.map(|(shape, dtype)| empty(like, &shape, dtype)))
             .collect();
     }
-    let memory = client.empty(total as usize);
+    let memory = block(client, total as usize);
     let mut start = 0;
     let mut tensor = |wanted: Form| {
         let bytes = bytes(&wanted);
@@ -333,7 +334,7 @@ impl Kernels for Cube {
         let dtype = logits.dtype;
         // The gradient takes the place of the logits, which must be nobody else's then.
         let logits = match gradient_scale {
-            Some(_) if !logits.can_mut() => logits.copy(),
+            Some(_) if !is_alone(&logits) => logits.copy(),
             _ => contiguous(&logits),
         };
         let targets = contiguous(targets);

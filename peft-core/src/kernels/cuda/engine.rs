@@ -7,6 +7,7 @@
 
 use super::cublaslt::{CublasLt, Product, WORKSPACE};
 use super::error::{self, Fault};
+use super::pooled::block;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::bytes::Bytes;
@@ -154,7 +155,7 @@ impl Buffers {
     pub fn add_scratch(&mut self, client: &Client, bytes: usize) -> usize {
         match bytes {
             0..=MOST_SCRATCH => self.push(Memory::Scratch(bytes)),
-            _ => self.push(Memory::Buffer(client.empty(bytes))),
+            _ => self.push(Memory::Buffer(block(client, bytes))),
         }
     }
 }

@@ -10,15 +10,18 @@ mod error;
 mod factors;
 mod linear;
 mod optimizer;
+mod pooled;
 mod sparse;
 
 use super::backend::Kernels;
 use crate::linalg::NotFinite;
 pub(super) use basis::{combinations, combinations_backward};
 use burn::backend::Cube;
-use burn::tensor::{Device, Tensor};
+use burn::tensor::{Device, Shape, Tensor};
+use burn_cubecl::tensor::CubeTensor;
 pub(super) use engine::is_available;
 pub(super) use optimizer::aged_adamw;
+pub(super) use pooled::trim;
 
 /// Bytes of a CUDA device's memory that nobody uses, and all of them.
 pub(super) fn memory(device: &Device) -> Option<(u64, u64)> {
@@ -28,9 +31,11 @@ pub(super) fn memory(device: &Device) -> Option<(u64, u64)> {
 /// A copy of `tensor` with its rows one after another, in memory of its own.
 pub(super) fn settled<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
     let tensor = backend::contiguous(&Cube::primitive(tensor));
-    let (client, shape) = (tensor.client.clone(), tensor.meta.shape().to_vec());
-    let bytes = shape.iter().product::<usize>() * tensor.dtype.size();
-    let copy = client.memory_persistent_allocation((), |()| backend::empty(&tensor, &shape, tensor.dtype));
+    let (client, device) = (tensor.client.clone(), tensor.device.clone());
+    let bytes = tensor.meta.num_elements() * tensor.dtype.size();
+    let handle = client.memory_persistent_allocation((), |()| client.empty(bytes));
+    let shape = Shape::from(tensor.meta.shape().to_vec());
+    let copy = CubeTensor::new_contiguous(client.clone(), device, shape, handle, tensor.dtype);
     engine::submit("settled", &client, [&tensor, &copy], move |queue, at| queue.copy(at[0], at[1], bytes));
     Cube::tensor(copy)
 }

@@ -2,6 +2,7 @@
 
 use super::backend::{contiguous, elementwise, empty};
 use super::engine::{Arguments, Buffers, Launch, submit};
+use super::pooled::is_alone;
 use crate::kernels::adamw::{AdamW, Update};
 use crate::kernels::aged_adamw::{AgedAdamW, AgedUpdate};
 use crate::kernels::norm::CLIP_EPSILON;
@@ -51,7 +52,7 @@ fn update<const TENSORS: usize, const NUMBERS: usize>(
     constants: Vec<f64>,
     clip: Clipping,
 ) -> Vec<[CubeTensor; TENSORS]> {
-    let own = |tensor: CubeTensor| if tensor.can_mut() { contiguous(&tensor) } else { tensor.copy() };
+    let own = |tensor: CubeTensor| if is_alone(&tensor) { contiguous(&tensor) } else { tensor.copy() };
     let mut results = Vec::with_capacity(steps.len());
     let mut steps = steps.into_iter().peekable();
     while let Some(first) = steps.peek() {

@@ -5,6 +5,7 @@ use super::backend::{at, contiguous, dense, dims, elementwise, empty};
 use super::cublaslt::{Element, Product};
 use super::engine::{Arguments, Buffers, Launch, Queue, Source, submit};
 use super::error::Fault;
+use super::pooled::is_alone;
 use crate::kernels::backend::Kernels;
 use crate::kernels::sparse::{SparseGradients, SparsePattern};
 use burn::backend::Cube;
@@ -186,7 +187,7 @@ fn positions(pattern: &SparsePattern, like: &CubeTensor) -> CubeTensor {
 
 /// `y + x·Δᵀ`, in place of `y` where nobody else has it.
 pub fn add(y: CubeTensor, x: &CubeTensor, values: &CubeTensor, pattern: &SparsePattern) -> CubeTensor {
-    let in_place = y.can_mut();
+    let in_place = is_alone(&y);
     let y = contiguous(&y);
     let (tokens, rows) = dims(&y);
     let sum = if in_place { y.clone() } else { empty(&y, &[tokens, rows], y.dtype) };
