@@ -23,6 +23,8 @@ mod linear;
 mod norm;
 #[cfg(any(feature = "cuda", test))]
 mod pool;
+#[cfg(any(feature = "cuda", test))]
+mod repeats;
 mod rms_norm;
 mod rotary;
 mod seed;

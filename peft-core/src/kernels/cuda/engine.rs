@@ -5,9 +5,11 @@
 //! before, and the context waits for the stream before it runs anything later. So buffers may be handed back and forth, and
 //! cubecl may reuse one as soon as its last handle is gone.
 
+use super::commands::{Command, Function, Graph};
 use super::cublaslt::{CublasLt, Product, WORKSPACE};
 use super::error::{self, Fault};
 use super::pooled::block;
+use crate::kernels::repeats::{Coming, Repeats};
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::bytes::Bytes;
@@ -50,7 +52,7 @@ impl Source {
 type SourceKey = (&'static str, Option<(&'static str, usize)>);
 
 /// How a kernel is launched.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Launch {
     /// Blocks.
     pub grid: (usize, usize, usize),
@@ -68,7 +70,7 @@ impl Launch {
 }
 
 /// A kernel's arguments, in order.
-#[derive(Default)]
+#[derive(Debug, Default, PartialEq, Eq, Hash)]
 pub struct Arguments {
     words: Vec<u64>,
     starts: Vec<usize>,
@@ -160,6 +162,9 @@ impl Buffers {
     }
 }
 
+/// Fewer commands cost the host no more than a graph costs the device.
+const FEWEST_OF_GRAPH: usize = 4;
+
 /// Counters that kernels share; they run one after another.
 pub const COUNTERS: usize = 4096;
 
@@ -175,7 +180,12 @@ pub struct Queue {
     /// Where scratch is, and its bytes. Works run one after another, so it serves each of them whole.
     scratch: (u64, usize),
     cublas: CublasLt,
-    functions: HashMap<(SourceKey, &'static str), sys::CUfunction>,
+    /// What the closures that run want enqueued.
+    commands: Vec<Command>,
+    graphs: Repeats<Command, Graph>,
+    /// Whether lists of commands may become graphs: not on a driver that refused one.
+    records: bool,
+    functions: HashMap<(SourceKey, &'static str), Function>,
     constants: HashMap<(SourceKey, &'static str), Vec<i32>>,
     modules: HashMap<SourceKey, sys::CUmodule>,
     /// Times of what was enqueued, where they are asked for.
@@ -230,6 +240,9 @@ impl Queue {
                 },
                 scratch: (0, 0),
                 cublas: CublasLt::new(library)?,
+                commands: Vec::new(),
+                graphs: Repeats::default(),
+                records: true,
                 functions: HashMap::new(),
                 constants: HashMap::new(),
                 modules: HashMap::new(),
@@ -255,18 +268,74 @@ impl Queue {
         d: u64,
         c: u64,
     ) -> Result<(), Fault> {
-        if product.m == 0 || product.n == 0 {
-            return Ok(());
+        if product.m > 0 && product.n > 0 {
+            let (alpha, beta) = (alpha.to_bits(), beta.to_bits());
+            self.commands.push(Command::Product { product: *product, alpha, a, b, beta, d, c });
         }
-        let (workspace, stream) = (self.workspace, self.stream.cast());
-        // SAFETY: the addresses are those of buffers that the closure was given.
-        unsafe { self.cublas.enqueue(product, alpha, a, b, beta, d, c, workspace, stream) }
+        Ok(())
     }
 
     /// Enqueues a copy of `bytes`.
     pub fn copy(&mut self, from: u64, to: u64, bytes: usize) -> Result<(), Fault> {
-        // SAFETY: the addresses are those of buffers that the closure was given.
-        unsafe { Ok(result::memcpy_dtod_async(to, from, bytes, self.stream)?) }
+        self.commands.push(Command::Copy { from, to, bytes });
+        Ok(())
+    }
+
+    /// Hands what was enqueued to the device: as a graph if it waits for us and was told the same before, else command by
+    /// command, which the device runs more closely one after another.
+    fn hand_over(&mut self) -> Result<(), Fault> {
+        let commands = std::mem::take(&mut self.commands);
+        if !self.records || commands.len() < FEWEST_OF_GRAPH || !self.is_idle() {
+            return self.tell(&commands);
+        }
+        match self.graphs.coming(&commands) {
+            Coming::First => {
+                self.tell(&commands)?;
+                self.graphs.remember(commands, None);
+            }
+            Coming::Again => match Graph::record(self.stream, || self.tell(&commands)) {
+                Ok(graph) => {
+                    graph.launch(self.stream)?;
+                    self.graphs.remember(commands, Some(graph));
+                }
+                Err(_) => {
+                    self.records = false;
+                    self.tell(&commands)?;
+                }
+            },
+            Coming::Made(graph) => graph.launch(self.stream)?,
+        }
+        Ok(())
+    }
+
+    /// Whether the device is through with all that it was handed.
+    fn is_idle(&self) -> bool {
+        // SAFETY: the event is of this context.
+        unsafe { sys::cuEventQuery(self.after) == sys::CUresult::CUDA_SUCCESS }
+    }
+
+    /// Tells the device commands one by one.
+    fn tell(&mut self, commands: &[Command]) -> Result<(), Fault> {
+        for command in commands {
+            match command {
+                Command::Kernel { name, function, launch, arguments } => {
+                    self.launch_now(name, *function, *launch, arguments)?;
+                }
+                Command::Product { product, alpha, a, b, beta, d, c } => {
+                    let (alpha, beta) = (f32::from_bits(*alpha), f32::from_bits(*beta));
+                    let (workspace, stream) = (self.workspace, self.stream.cast());
+                    // SAFETY: the addresses are those of buffers that the closure was given.
+                    unsafe {
+                        self.cublas.enqueue(product, alpha, *a, *b, beta, *d, *c, workspace, stream)?;
+                    }
+                }
+                // SAFETY: as above.
+                Command::Copy { from, to, bytes } => unsafe {
+                    result::memcpy_dtod_async(*to, *from, *bytes, self.stream)?;
+                },
+            }
+        }
+        Ok(())
     }
 
     /// Where `bytes` of scratch are.
@@ -297,21 +366,33 @@ impl Queue {
         source: Source,
         name: &'static str,
         launch: Launch,
-        mut arguments: Arguments,
+        arguments: Arguments,
+    ) -> Result<(), Fault> {
+        let (x, y, z) = launch.grid;
+        if x > 0 && y > 0 && z > 0 {
+            let function = self.function(source, name)?;
+            self.commands.push(Command::Kernel { name, function, launch, arguments });
+        }
+        Ok(())
+    }
+
+    fn launch_now(
+        &self,
+        name: &str,
+        function: Function,
+        launch: Launch,
+        arguments: &Arguments,
     ) -> Result<(), Fault> {
         let Launch { grid, block, shared } = launch;
-        if grid.0 == 0 || grid.1 == 0 || grid.2 == 0 {
-            return Ok(());
-        }
-        let function = self.function(source, name)?;
-        let Arguments { words, starts } = &mut arguments;
+        let Arguments { words, starts } = arguments;
+        // The driver only reads them.
         let mut pointers: Vec<*mut c_void> =
-            starts.iter().map(|start| (&raw mut words[*start]).cast()).collect();
+            starts.iter().map(|start| (&raw const words[*start]).cast_mut().cast()).collect();
         let grid = (grid.0 as u32, grid.1 as u32, grid.2 as u32);
         let block = (block.0 as u32, block.1 as u32, 1);
         // SAFETY: the arguments are what the kernel of that name takes, on buffers that the closure was given.
         unsafe {
-            result::launch_kernel(function, grid, block, shared as u32, self.stream, &mut pointers)
+            result::launch_kernel(function.0, grid, block, shared as u32, self.stream, &mut pointers)
                 .map_err(|error| Fault(format!("CUDA: launch of {name}: {error}")))
         }
     }
@@ -338,7 +419,9 @@ impl Queue {
     pub fn numbers<const N: usize>(&mut self, source: Source, name: &'static str) -> Result<[i32; N], Fault> {
         if !self.constants.contains_key(&(source.key(), name)) {
             let mut values = vec![0i32; N];
-            self.launch(source, name, Launch::new(1, 1), Arguments::default().address(self.workspace))?;
+            let (function, arguments) =
+                (self.function(source, name)?, Arguments::default().address(self.workspace));
+            self.launch_now(name, function, Launch::new(1, 1), &arguments)?;
             // SAFETY: the workspace is larger, and nothing else uses it until the stream is idle.
             unsafe {
                 result::stream::synchronize(self.stream)?;
@@ -351,7 +434,7 @@ impl Queue {
         values.ok_or_else(|| Fault(format!("{name} does not write {N} numbers")))
     }
 
-    fn function(&mut self, source: Source, name: &'static str) -> Result<sys::CUfunction, Fault> {
+    fn function(&mut self, source: Source, name: &'static str) -> Result<Function, Fault> {
         if let Some(function) = self.functions.get(&(source.key(), name)) {
             return Ok(*function);
         }
@@ -374,7 +457,7 @@ impl Queue {
             sys::cuFuncGetAttribute(&mut fixed, size, function).result()?;
             let dynamic = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             sys::cuFuncSetAttribute(function, dynamic, limit - fixed).result()?;
-            function
+            Function(function)
         };
         self.functions.insert((source.key(), name), function);
         Ok(function)
@@ -392,6 +475,8 @@ impl Queue {
                     false => job(self, &addresses),
                     true => self.timed(label, job, &addresses),
                 });
+            let outcome = outcome.and_then(|()| self.hand_over());
+            self.commands.clear();
             result::event::record(self.after, self.stream)?;
             sys::cuCtxWaitEvent(self.context, self.after).result()?;
             outcome
@@ -406,6 +491,8 @@ impl Queue {
         // SAFETY: the events were made just now, on this context.
         unsafe { result::event::record(begin, self.stream)? };
         work(self, addresses)?;
+        let commands = std::mem::take(&mut self.commands);
+        self.tell(&commands)?;
         // SAFETY: as above.
         unsafe { result::event::record(end, self.stream)? };
         if let Some(profile) = &mut self.profile {

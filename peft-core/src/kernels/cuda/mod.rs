@@ -4,6 +4,7 @@
 mod attention;
 mod backend;
 mod basis;
+mod commands;
 mod cublaslt;
 mod engine;
 mod error;
