@@ -2,6 +2,7 @@
 #![allow(dead_code)] // Each bench takes what it needs.
 
 use burn::tensor::Device;
+use mimalloc::MiMalloc;
 use peft_core::checkpoint::{Checkpoint, CheckpointError, Dtype, LazyTensor, from_f32, write_safetensors};
 use peft_core::model::{ComputeType, Decoder, ModelConfig, load};
 use peft_core::random::Stream;
@@ -10,6 +11,10 @@ use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::Path;
+
+// The program's.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 pub type Failure = Box<dyn Error + Send + Sync>;
 
