@@ -1,9 +1,12 @@
-//! Memory that results of one size take one after another.
+//! Memory that results of about one size take one after another.
 //!
-//! A training step asks for the sizes that the one before it asked for, so what is let go waits here for the next result of
-//! its size.
+//! A training step asks for the sizes that the one before it asked for, or for a little more or less where its sequences are
+//! of other lengths. So what is let go waits here for the next result that fits.
 
 use std::collections::BTreeMap;
+
+/// A result takes a block that is larger than it by one part in so many at most.
+const SLACK: usize = 8;
 
 /// A hold on memory.
 pub(super) trait Memory: Clone {
@@ -22,25 +25,28 @@ pub(super) struct Pool<M> {
     blocks: BTreeMap<usize, Vec<Block<M>>>,
     /// The count of trims.
     epoch: u64,
+    /// Whether nothing is left to give back that no one took since the last trim.
+    spent: bool,
 }
 
 impl<M> Default for Pool<M> {
     fn default() -> Self {
-        Self { blocks: BTreeMap::new(), epoch: 0 }
+        Self { blocks: BTreeMap::new(), epoch: 0, spent: false }
     }
 }
 
 impl<M: Memory> Pool<M> {
-    /// Memory of `bytes`: a free block, or else a new one.
+    /// Memory of `bytes` at least: the smallest free block that fits, or else a new one.
     pub fn take(&mut self, bytes: usize, allocate: impl FnOnce(usize) -> M) -> M {
         let epoch = self.epoch;
-        let of_size = self.blocks.get_mut(&bytes);
-        let free = of_size.and_then(|blocks| blocks.iter_mut().find(|block| block.memory.is_free()));
-        if let Some(block) = free {
+        let mut fitting = self.blocks.range_mut(bytes..=bytes + bytes / SLACK).flat_map(|(_, blocks)| blocks);
+        if let Some(block) = fitting.find(|block| block.memory.is_free()) {
             block.epoch = epoch;
             return block.memory.clone();
         }
-        self.make_room(bytes);
+        if !self.spent {
+            self.make_room(bytes);
+        }
         let memory = allocate(bytes);
         self.blocks.entry(bytes).or_default().push(Block { memory: memory.clone(), epoch });
         memory
@@ -56,7 +62,11 @@ impl<M: Memory> Pool<M> {
                 given += if stays { 0 } else { *size };
                 stays
             });
+            if given >= bytes {
+                return;
+            }
         }
+        self.spent = true;
     }
 
     /// Gives back the free blocks that no one took since the last call.
@@ -67,6 +77,7 @@ impl<M: Memory> Pool<M> {
             !blocks.is_empty()
         });
         self.epoch += 1;
+        self.spent = false;
     }
 
     /// What `of` says while the block of `bytes` that `is` tells is out of the pool; it returns the block's memory with it.
@@ -124,11 +135,14 @@ mod tests {
         let (first, second) = (pool.take(100), pool.take(100));
         assert_eq!((*first, *second), (0, 1));
         drop(first);
-        assert_eq!(*pool.take(101), 2, "another size");
+        assert_eq!(*pool.take(101), 2, "larger");
+        assert_eq!(*pool.take(88), 3, "much smaller");
+        assert_eq!(*pool.take(89), 0, "a little smaller");
         assert_eq!(*pool.take(100), 0);
         // The one just taken was let go at once.
         let (again, more) = (pool.take(100), pool.take(100));
-        assert_eq!((*again, *more, *second), (0, 3, 1));
+        assert_eq!((*again, *more, *second), (0, 2, 1), "101 bytes are free");
+        assert_eq!(*pool.take(100), 4);
     }
 
     #[test]
@@ -158,7 +172,12 @@ mod tests {
         assert_eq!(pool.held(), [0, 1, 2, 4], "300 made room for 250, 200 is of this step");
         drop(pool.take(600));
         assert_eq!(pool.held(), [0, 2, 4, 5], "10 went too, though it was not enough");
-        assert_eq!(*in_use, 0);
+        drop(in_use);
+        drop(pool.take(700));
+        assert_eq!(pool.held(), [0, 2, 4, 5, 6], "nothing was left to look for");
+        pool.pool.trim();
+        drop(pool.take(800));
+        assert_eq!(pool.held(), [2, 4, 7], "of the step before, 700 and 600 made room");
     }
 
     #[test]
