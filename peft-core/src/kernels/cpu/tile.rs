@@ -185,29 +185,29 @@ mod avx512 {
         // A copy, so that it lives in registers.
         let mut sums = *into;
         let masks = masks::<C>(tile);
-        let (mut a, mut b) = (tile.a[s], tile.b[s]);
-        let (a_panel, b_panel, b_step) = (tile.a_panel[s], tile.b_panel[s], tile.b_step[s]);
+        let mut a: [*const f32; R] = std::array::from_fn(|r| tile.a[s].wrapping_add(r * tile.a_panel[s]));
+        let mut b: [*const f32; C] = std::array::from_fn(|c| tile.b[s].wrapping_add(c * tile.b_panel[s]));
+        let b_step = tile.b_step[s];
         for _ in 0..tile.depths[s] {
             // SAFETY: `MR` numbers of every panel of `a` are there at every depth, and what the masks say of `b`.
             unsafe {
                 let mut row = [_mm512_setzero_ps(); C];
-                for (c, row) in row.iter_mut().enumerate() {
-                    let b = b.wrapping_add(c * b_panel);
+                for ((row, b), mask) in row.iter_mut().zip(b).zip(masks) {
                     // The right operand's first use comes from afar.
                     _mm_prefetch::<_MM_HINT_T0>(b.wrapping_add(16 * NR).cast());
-                    *row = _mm512_maskz_loadu_ps(masks[c], b);
+                    *row = _mm512_maskz_loadu_ps(mask, b);
                 }
-                for (r, sums) in sums.iter_mut().enumerate() {
+                for (sums, a) in sums.iter_mut().zip(a) {
                     for (i, sums) in sums.iter_mut().enumerate() {
-                        let number = _mm512_set1_ps(*a.wrapping_add(r * a_panel + i));
+                        let number = _mm512_set1_ps(*a.wrapping_add(i));
                         for (sum, row) in sums.iter_mut().zip(row) {
                             *sum = _mm512_fmadd_ps(number, row, *sum);
                         }
                     }
                 }
             }
-            a = a.wrapping_add(MR);
-            b = b.wrapping_add(b_step);
+            a = a.map(|a| a.wrapping_add(MR));
+            b = b.map(|b| b.wrapping_add(b_step));
         }
         *into = sums;
     }
