@@ -1,12 +1,9 @@
-//! Memory that results of about one size take one after another.
+//! Memory that results of one size take one after another.
 //!
-//! A training step asks for the sizes that the one before it asked for, or for a little more or less where its sequences are
-//! of other lengths. So what is let go waits here for the next result that fits.
+//! A training step asks for the sizes that the one before it asked for, so what is let go waits here for the next result of
+//! its size.
 
 use std::collections::BTreeMap;
-
-/// A result takes a block that is larger than it by one part in so many at most.
-const SLACK: usize = 8;
 
 /// A hold on memory.
 pub(super) trait Memory: Clone {
@@ -36,11 +33,12 @@ impl<M> Default for Pool<M> {
 }
 
 impl<M: Memory> Pool<M> {
-    /// Memory of `bytes` at least: the smallest free block that fits, or else a new one.
+    /// Memory of `bytes`: a free block, or else a new one.
     pub fn take(&mut self, bytes: usize, allocate: impl FnOnce(usize) -> M) -> M {
         let epoch = self.epoch;
-        let mut fitting = self.blocks.range_mut(bytes..=bytes + bytes / SLACK).flat_map(|(_, blocks)| blocks);
-        if let Some(block) = fitting.find(|block| block.memory.is_free()) {
+        let of_size = self.blocks.get_mut(&bytes);
+        let free = of_size.and_then(|blocks| blocks.iter_mut().find(|block| block.memory.is_free()));
+        if let Some(block) = free {
             block.epoch = epoch;
             return block.memory.clone();
         }
@@ -135,14 +133,11 @@ mod tests {
         let (first, second) = (pool.take(100), pool.take(100));
         assert_eq!((*first, *second), (0, 1));
         drop(first);
-        assert_eq!(*pool.take(101), 2, "larger");
-        assert_eq!(*pool.take(88), 3, "much smaller");
-        assert_eq!(*pool.take(89), 0, "a little smaller");
+        assert_eq!(*pool.take(101), 2, "another size");
         assert_eq!(*pool.take(100), 0);
         // The one just taken was let go at once.
         let (again, more) = (pool.take(100), pool.take(100));
-        assert_eq!((*again, *more, *second), (0, 2, 1), "101 bytes are free");
-        assert_eq!(*pool.take(100), 4);
+        assert_eq!((*again, *more, *second), (0, 3, 1));
     }
 
     #[test]

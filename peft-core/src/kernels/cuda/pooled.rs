@@ -1,7 +1,7 @@
 //! Memory for what the kernels write.
 //!
 //! cubecl looks through all that its pool holds whenever it is asked for memory, which takes its thread longer than a launch
-//! does. So what results let go is kept here. It is free as soon as its last tensor is gone, even while work that
+//! does. So what results let go is kept here, by size. It is free as soon as its last tensor is gone, even while work that
 //! reads it is under way: what comes into it next is written by the engine, whose work runs after all that was enqueued
 //! before.
 
@@ -30,13 +30,9 @@ pub fn block(client: &Client, bytes: usize) -> Handle {
     if bytes == 0 {
         return client.empty(0);
     }
-    let memory = POOLS.with_borrow_mut(|pools| {
+    POOLS.with_borrow_mut(|pools| {
         pools.entry(client.service_id().device).or_default().take(bytes, |bytes| client.empty(bytes))
-    });
-    match memory.size() - bytes as u64 {
-        0 => memory,
-        more => memory.offset_end(more),
-    }
+    })
 }
 
 /// Whether nobody else has the tensor.
