@@ -1,8 +1,10 @@
 //! Launches of the attention kernels; `attention.cu` says what each does.
 
 use super::backend::empty;
-use super::engine::{Arguments, Buffers, COUNTERS, Launch, Queue, Source, submit};
+use super::commands::{Arguments, Launch, Source};
+use super::engine::{Buffers, submit};
 use super::error::Fault;
+use super::queue::{COUNTERS, Queue};
 use crate::kernels::attention::{AttentionInputs, AttentionShape, CachedInputs};
 use burn::backend::Cube;
 use burn::tensor::DType;

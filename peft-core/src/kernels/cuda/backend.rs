@@ -1,9 +1,11 @@
 //! The kernels over cubecl's tensors.
 
+use super::commands::{Arguments, Launch, Source};
 use super::cublaslt::{Element, Product};
-use super::engine::{Arguments, Buffers, Launch, Queue, Source, flush, read_later, submit, together};
+use super::engine::{Buffers, flush, read_later, submit, together};
 use super::error::Fault;
 use super::pooled::{block, is_alone};
+use super::queue::Queue;
 use super::{attention, factors, linear, optimizer, sparse};
 use crate::kernels::READ_BACK;
 use crate::kernels::adamw::{AdamW, Update};

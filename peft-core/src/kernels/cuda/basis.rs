@@ -1,7 +1,8 @@
 //! Combinations of random matrices, many in a launch.
 
 use super::backend::{elementwise, empties};
-use super::engine::{Arguments, Buffers, Launch, submit};
+use super::commands::{Arguments, Launch};
+use super::engine::{Buffers, submit};
 use crate::kernels::backend::Kernels;
 use crate::kernels::basis::Span;
 use burn::backend::Cube;

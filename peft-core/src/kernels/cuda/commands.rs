@@ -6,9 +6,84 @@
 //! that are kept by size. Commands hold all that the device is told, so lists that are equal do the same.
 
 use super::cublaslt::Product;
-use super::engine::{Arguments, Launch};
 use super::error::Fault;
 use cudarc::driver::sys;
+
+/// CUDA C and the constant that it is compiled with. Two are the same if their names and constants are.
+#[derive(Debug, Clone, Copy)]
+pub struct Source {
+    /// Its name.
+    pub name: &'static str,
+    /// The text.
+    pub code: &'static str,
+    /// A constant.
+    pub constant: Option<(&'static str, usize)>,
+}
+
+impl Source {
+    /// What tells it apart.
+    pub fn key(&self) -> SourceKey {
+        (self.name, self.constant)
+    }
+}
+
+/// What tells sources apart; their texts are too long to be compared at every launch.
+pub type SourceKey = (&'static str, Option<(&'static str, usize)>);
+
+/// How a kernel is launched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Launch {
+    /// Blocks.
+    pub grid: (usize, usize, usize),
+    /// Threads of a block.
+    pub block: (usize, usize),
+    /// Bytes of dynamic shared memory.
+    pub shared: usize,
+}
+
+impl Launch {
+    /// `blocks` blocks of `threads` threads.
+    pub fn new(blocks: usize, threads: usize) -> Self {
+        Self { grid: (blocks, 1, 1), block: (threads, 1), shared: 0 }
+    }
+}
+
+/// A kernel's arguments, in order.
+#[derive(Debug, Default, PartialEq, Eq, Hash)]
+pub struct Arguments {
+    /// All of them.
+    pub words: Vec<u64>,
+    /// Where each begins.
+    pub starts: Vec<usize>,
+}
+
+impl Arguments {
+    fn words(mut self, words: &[u64]) -> Self {
+        self.starts.push(self.words.len());
+        self.words.extend(words);
+        self
+    }
+
+    /// An address; 0 is none.
+    pub fn address(self, address: u64) -> Self {
+        self.words(&[address])
+    }
+
+    /// An `int`.
+    pub fn int(self, value: usize) -> Self {
+        self.words(&[u64::from(value as u32)])
+    }
+
+    /// A `float`.
+    pub fn float(self, value: f32) -> Self {
+        self.words(&[u64::from(value.to_bits())])
+    }
+
+    /// A structure of whole words.
+    pub fn structure(self, words: &[u64]) -> Self {
+        self.words(words)
+    }
+}
 
 /// One thing for the device to do.
 #[derive(Debug, PartialEq, Eq, Hash)]

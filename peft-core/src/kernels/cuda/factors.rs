@@ -2,9 +2,11 @@
 //! products of several maps are one.
 
 use super::backend::{at, dense, dims, elementwise, empty};
+use super::commands::{Arguments, Launch};
 use super::cublaslt::Product;
-use super::engine::{Arguments, Buffers, Launch, Queue, submit};
+use super::engine::{Buffers, submit};
 use super::error::Fault;
+use super::queue::Queue;
 use crate::kernels::linear::{Factors as LowRank, MOST_JOINT, Part, RANK_STEP, Up};
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;

@@ -4,10 +4,12 @@
 //! come before the large ones, which are bound by arithmetic and read in passing what these wrote.
 
 use super::backend::{at, column_launch, dense, dims, drop_elements, elementwise, empties, empty, rows_of};
+use super::commands::{Arguments, Launch};
 use super::cublaslt::{Element, Product};
-use super::engine::{Arguments, Buffers, Launch, Queue, submit};
+use super::engine::{Buffers, submit};
 use super::error::Fault;
 use super::factors::{Cast, Layout, Origin, Place, UpGradient};
+use super::queue::Queue;
 use crate::kernels::dropout::Dropout;
 use crate::kernels::linear::{
     Factors as LowRank, LinearGradients, LowRankState, Part, PartGradients, Wanted,

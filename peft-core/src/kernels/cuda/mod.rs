@@ -12,6 +12,7 @@ mod factors;
 mod linear;
 mod optimizer;
 mod pooled;
+mod queue;
 mod sparse;
 
 use super::backend::Kernels;

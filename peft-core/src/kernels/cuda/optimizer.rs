@@ -1,7 +1,8 @@
 //! The optimizer's update and the gradients' norm over many tensors in few launches.
 
 use super::backend::{contiguous, elementwise, empty};
-use super::engine::{Arguments, Buffers, Launch, submit};
+use super::commands::{Arguments, Launch};
+use super::engine::{Buffers, submit};
 use super::pooled::is_alone;
 use crate::kernels::adamw::{AdamW, Update};
 use crate::kernels::aged_adamw::{AgedAdamW, AgedUpdate};

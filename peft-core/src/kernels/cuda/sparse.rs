@@ -2,10 +2,12 @@
 //! entries of a weight's gradient.
 
 use super::backend::{at, contiguous, dense, dims, elementwise, empty};
+use super::commands::{Arguments, Launch, Source};
 use super::cublaslt::{Element, Product};
-use super::engine::{Arguments, Buffers, Launch, Queue, Source, submit};
+use super::engine::{Buffers, submit};
 use super::error::Fault;
 use super::pooled::is_alone;
+use super::queue::Queue;
 use crate::kernels::backend::Kernels;
 use crate::kernels::sparse::{SparseGradients, SparsePattern};
 use burn::backend::Cube;
