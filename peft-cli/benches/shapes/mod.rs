@@ -2,7 +2,6 @@
 #![allow(dead_code)] // Each bench takes what it needs.
 
 use burn::tensor::Device;
-use mimalloc::MiMalloc;
 use peft_core::checkpoint::{Checkpoint, CheckpointError, Dtype, LazyTensor, from_f32, write_safetensors};
 use peft_core::model::{ComputeType, Decoder, ModelConfig, load};
 use peft_core::random::Stream;
@@ -12,9 +11,8 @@ use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::Path;
 
-// The program's.
-#[global_allocator]
-static ALLOCATOR: MiMalloc = MiMalloc;
+#[path = "../../src/allocator.rs"]
+mod allocator;
 
 pub type Failure = Box<dyn Error + Send + Sync>;
 

@@ -81,8 +81,8 @@ pub fn gpu_memory(device: &Device) -> Option<(u64, u64)> {
     None
 }
 
-/// Lets go of the CPU memory that the kernels hold ready and that no one used since the last call, and of what a GPU's pool
-/// has given up. Called once a step, it bounds what they hold by what a step needs.
+/// Lets go of the memory, of the CPU and of GPUs, that the kernels hold ready and that no one used since the last call, and
+/// of what a GPU's pool has given up. Called once a step, it bounds what they hold by what a step needs.
 pub fn trim_memory(device: &Device) {
     cpu::buffers::trim();
     #[cfg(feature = "cuda")]
