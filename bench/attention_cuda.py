@@ -75,19 +75,20 @@ class Kernels:
         with cupy.cuda.Stream.from_external(torch.cuda.current_stream()):
             function(grid, (block,), args, shared_mem=shared)
 
-    def order(self, limits, rows, window, of_keys):
-        n = limits.numel()
-        tiles = ceil_div(n, rows)
-        order = torch.full((tiles,), -1, dtype=torch.int32, device="cuda")
-        self.launch("attention_order", (ceil_div(tiles, 256),), 256, 0, order, limits, I(n), I(rows), I(window),
-                    I(of_keys))
-        return order
+    def prepare(self, n, h, kv, qk=None, qkv=None, turn=(None,) * 4, eps=0.0, delta=None, do=None, o=None, window=0,
+                q_order=None, first=None, kv_order=None, last=None):
+        rows = (self.forward_rows if delta is None else self.dq_rows, self.dkv_rows)
+        blocks = sum(ceil_div(ceil_div(n, r), 256) for order, r in zip((q_order, kv_order), rows) if order is not None)
+        blocks += 0 if qk is None else ceil_div(n * (h + kv) * self.lanes, 256)
+        blocks += 0 if delta is None else ceil_div(n * h * self.lanes, 256)
+        self.launch("attention_prepare", (blocks,), 256, 0, qk, qkv, *turn, I(n), I(h), I(kv), FLOAT(eps), delta, do, o,
+                    I(window), q_order, first, I(rows[0]), kv_order, last, I(rows[1]))
 
-    def rotate(self, qkv, n, h, kv, cos, sin, q_norm, k_norm, eps):
-        qk = torch.full((n, (h + kv) * self.d), float("nan"), dtype=torch.bfloat16, device="cuda")
-        self.launch("attention_rotate", (ceil_div(n * (h + kv), 256 // self.lanes),), 256, 0, qk, qkv, cos, sin, q_norm,
-                    k_norm, I(n), I(h), I(kv), FLOAT(eps))
-        return qk
+    def empty_order(self, n, rows):
+        return torch.full((ceil_div(n, rows),), -1, dtype=torch.int32, device="cuda")
+
+    def empty_turned(self, n, h, kv):
+        return torch.full((n, (h + kv) * self.d), float("nan"), dtype=torch.bfloat16, device="cuda")
 
     def rotate_backward(self, dqkv, qkv, n, h, kv, cos, sin, q_norm, k_norm, eps):
         self.launch("attention_rotate_backward", (ceil_div(n * (h + kv), 256 // self.lanes),), 256, 0, dqkv, qkv, cos,
@@ -96,9 +97,6 @@ class Kernels:
     def forward(self, o, lse, qk, qkv, first, order, n, h, kv, window, scale):
         self.launch("attention_forward", (h, ceil_div(n, self.forward_rows)), *self.forward_tile[1:],
                     o, lse, qk, qkv, first, order, I(n), I(h), I(kv), I(window), FLOAT(scale))
-
-    def delta(self, delta, do, o, n, h):
-        self.launch("attention_delta", (ceil_div(n * h, 256 // self.lanes),), 256, 0, delta, do, o, I(n), I(h))
 
     def backward_q(self, dqkv, do, qk, qkv, lse, delta, first, order, cos, sin, n, h, kv, window, scale):
         self.launch("attention_backward_q", (h, ceil_div(n, self.dq_rows)), *self.dq_tile[1:],
@@ -196,19 +194,19 @@ def check(kernels):
         eps, scale = 1e-6, 1 / math.sqrt(d)
         nan = float("nan")
 
-        qk = k.rotate(qkv, n, h, kv, cos, sin, q_norm, k_norm, eps)
+        qk, order_f, turn = k.empty_turned(n, h, kv), k.empty_order(n, k.forward_rows), (cos, sin, q_norm, k_norm)
+        k.prepare(n, h, kv, qk, qkv, turn, eps, window=window, q_order=order_f, first=first)
         o = torch.full((n, h * d), nan, dtype=torch.bfloat16, device="cuda")
         lse = torch.full((h, n), nan, device="cuda")
-        order_f = k.order(first, k.forward_rows, window, 0)
         k.forward(o, lse, qk, qkv, first, order_f, n, h, kv, window, scale)
-        delta = torch.full((h, n), nan, device="cuda")
-        k.delta(delta, do, o, n, h)
+        delta, turned = torch.full((h, n), nan, device="cuda"), qk
+        qk, order_q, order_kv = torch.full_like(qk, nan), k.empty_order(n, k.dq_rows), k.empty_order(n, k.dkv_rows)
+        k.prepare(n, h, kv, qk, qkv, turn, eps, delta, do, o, window, order_q, first, order_kv, last)
+        assert torch.equal(qk, turned)
         dqkv = torch.full_like(qkv, nan)
         arguments = (do, qk, qkv, lse, delta)
-        k.backward_q(dqkv, *arguments, first, k.order(first, k.dq_rows, window, 0), None, None, n, h, kv, window,
-                     scale)
-        k.backward_kv(dqkv, *arguments, last, k.order(last, k.dkv_rows, window, 1), None, None, n, h, kv, window,
-                      scale)
+        k.backward_q(dqkv, *arguments, first, order_q, None, None, n, h, kv, window, scale)
+        k.backward_kv(dqkv, *arguments, last, order_kv, None, None, n, h, kv, window, scale)
         again = torch.full_like(qkv, nan)
         k.backward_q(again, *arguments, first, None, None, None, n, h, kv, window, scale)
         k.backward_kv(again, *arguments, last, None, None, None, n, h, kv, window, scale)
@@ -348,7 +346,7 @@ class Problem:
         self.do = torch.randn(n, h * d, device="cuda").bfloat16()
         self.o = torch.empty(n, h * d, dtype=torch.bfloat16, device="cuda")
         self.lse, self.delta = torch.empty(h, n, device="cuda"), torch.empty(h, n, device="cuda")
-        self.dqkv = torch.empty_like(self.qkv)
+        self.dqkv, self.turned = torch.empty_like(self.qkv), torch.empty_like(self.qk)
         start = torch.arange(n, device="cuda", dtype=torch.int32) // t * t
         self.first, self.last = start, start + t
         self.cos, self.sin = torch.rand(n, d // 2, device="cuda"), torch.rand(n, d // 2, device="cuda")
@@ -359,13 +357,16 @@ class Problem:
     def runs(self, k, ordered=True):
         n, h, kv, w, s = self.n, self.h, self.kv, self.window, self.scale
         shape = (n, h, kv, w, s)
-        of = k.order(self.first, k.forward_rows, w, 0) if ordered else None
-        oq = k.order(self.first, k.dq_rows, w, 0) if ordered else None
-        ok = k.order(self.last, k.dkv_rows, w, 1) if ordered else None
+        of, oq, ok = (k.empty_order(n, rows) if ordered else None for rows in (k.forward_rows, k.dq_rows, k.dkv_rows))
+        before = (n, h, kv, self.turned, self.qkv, (self.cos, self.sin, None, None), 1e-6)
+        rest = (self.delta, self.do, self.o, w, oq, self.first, ok, self.last)
+        k.prepare(*before, window=w, q_order=of, first=self.first)
+        k.prepare(*before, *rest)
         given = (self.do, self.qk, self.qkv, self.lse, self.delta)
         return dict(
+            before=lambda: k.prepare(*before, window=w, q_order=of, first=self.first),
             forward=lambda: k.forward(self.o, self.lse, self.qk, self.qkv, self.first, of, *shape),
-            delta=lambda: k.delta(self.delta, self.do, self.o, n, h),
+            between=lambda: k.prepare(*before, *rest),
             dq=lambda: k.backward_q(self.dqkv, *given, self.first, oq, self.cos, self.sin, *shape),
             dkv=lambda: k.backward_kv(self.dqkv, *given, self.last, ok, self.cos, self.sin, *shape))
 
@@ -392,23 +393,19 @@ SHAPES = [(4, 1024, 32, 8, 64), (1, 1024, 32, 8, 64), (1, 8192, 32, 8, 64), (4, 
 
 
 def compare(kernels):
-    print(f"{'us (TFLOP/s)':24s} {'forward':>14s} {'delta':>6s} {'dq':>14s} {'dkv':>14s} {'backward':>14s} {'rotate':>7s} "
+    print(f"{'us (TFLOP/s)':24s} {'before':>7s} {'forward':>14s} {'between':>7s} {'dq':>14s} {'dkv':>14s} {'backward':>14s} "
           f"{'rot.bwd':>7s} | flash fwd, bwd | cudnn fwd, bwd")
     for shape in SHAPES:
         p = Problem(*shape)
         k = kernels[p.d]
         runs = p.runs(k)
         us = {x: measure(run) for x, run in runs.items()}
-        natural = {x: measure(run) for x, run in p.runs(k, ordered=False).items() if x != "delta"}
-        qk = p.qk
-        us["rotate"] = measure(lambda: k.launch(
-            "attention_rotate", (ceil_div(p.n * (p.h + p.kv), 256 // k.lanes),), 256, 0, qk, p.qkv, p.cos, p.sin, None,
-            None, I(p.n), I(p.h), I(p.kv), FLOAT(1e-6)))
+        natural = {x: measure(run) for x, run in p.runs(k, ordered=False).items() if x not in ("before", "between")}
         us["back"] = measure(lambda: k.rotate_backward(p.dqkv, p.qkv, p.n, p.h, p.kv, p.cos, p.sin, None, None, 1e-6))
 
         def show(t, times=1.0):
             return f"{t:7.1f} ({p.flops * times / t / 1e6:4.0f})"
-        backward = us["delta"] + us["dq"] + us["dkv"]
+        backward = us["between"] + us["dq"] + us["dkv"]
         theirs = []
         for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION):
             try:
@@ -416,9 +413,9 @@ def compare(kernels):
                 theirs.append(f"{show(f)} {show(b, 2.5)}")
             except Exception as e:
                 theirs.append(type(e).__name__)
-        print(f"{p.name:24s} {show(us['forward'])} {us['delta']:6.1f} {show(us['dq'], 1.5)} {show(us['dkv'], 2.0)} "
-              f"{show(backward, 2.5)} {us['rotate']:7.1f} {us['back']:7.1f} | " + " | ".join(theirs))
-        print(f"{'  natural order':24s} {show(natural['forward'])} {'':6s} {show(natural['dq'], 1.5)} "
+        print(f"{p.name:24s} {us['before']:7.1f} {show(us['forward'])} {us['between']:7.1f} {show(us['dq'], 1.5)} "
+              f"{show(us['dkv'], 2.0)} {show(backward, 2.5)} {us['back']:7.1f} | " + " | ".join(theirs))
+        print(f"{'  natural order':24s} {'':7s} {show(natural['forward'])} {'':7s} {show(natural['dq'], 1.5)} "
               f"{show(natural['dkv'], 2.0)}", flush=True)
 
 

@@ -32,6 +32,7 @@ def main():
     parser.add_argument("--seq", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--attention", choices=["sdpa", "eager"], default="sdpa", help="PyTorch's kernels or its plain operations")
+    parser.add_argument("--autocast", action="store_true", help="products of the f32 factors in bf16, as with the Trainer's bf16: true")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
 
@@ -63,7 +64,8 @@ def main():
                 return torch.tensor(rows, device=args.device)
 
             labels = padded("labels", -100)
-            logits = model(input_ids=padded("input_ids", 0), attention_mask=padded("attention_mask", 0)).logits
+            with torch.autocast(args.device, torch.bfloat16, enabled=args.autocast):
+                logits = model(input_ids=padded("input_ids", 0), attention_mask=padded("attention_mask", 0)).logits
             loss = torch.nn.functional.cross_entropy(
                 logits[:, :-1].float().reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1), ignore_index=-100
             )

@@ -6,7 +6,8 @@ use super::adamw::{AdamW, Update};
 use super::attention::{AttentionInputs, AttentionShape, CachedInputs};
 use super::cross_entropy::CrossEntropyParts;
 use super::dropout::Dropout;
-use super::linear::{LinearGradients, LowRankState, Part, Up, Wanted};
+use super::linear::{LowRankState, Part, PartGradients, Up, Wanted};
+use super::rms_norm::NormGradients;
 use super::sparse::{SparseGradients, SparsePattern};
 use burn::backend::autodiff::ops::NodeGuard;
 use burn::backend::tensor::FloatTensor;
@@ -45,15 +46,17 @@ pub(super) trait Kernels: Backend {
     /// `w ∘ x/√(mean(x²) + ε)` by rows; `w` has one row.
     fn rms_norm(x: &FloatTensor<Self>, weight: &FloatTensor<Self>, epsilon: f32) -> FloatTensor<Self>;
 
-    /// Gradients of [`rms_norm`](Self::rms_norm) for `x`, with `added` added to it, and, if wanted, for `w`.
+    /// Gradients of [`rms_norm`](Self::rms_norm) for `x`, with `added` added to it, and, if wanted, for `w`. With `again`,
+    /// `y` takes the place of `dy`, which nobody else may have then.
     fn rms_norm_backward(
         x: &FloatTensor<Self>,
         weight: &FloatTensor<Self>,
         epsilon: f32,
-        dy: &FloatTensor<Self>,
+        dy: FloatTensor<Self>,
         added: Option<&FloatTensor<Self>>,
         wants_weight: bool,
-    ) -> (FloatTensor<Self>, Option<FloatTensor<Self>>);
+        again: bool,
+    ) -> NormGradients<FloatTensor<Self>>;
 
     /// `x` with some elements dropped, the others made larger.
     fn dropout(x: &FloatTensor<Self>, dropout: &Dropout) -> FloatTensor<Self>;
@@ -61,8 +64,13 @@ pub(super) trait Kernels: Backend {
     /// `silu(g) ∘ u` of `[g u]`.
     fn silu_gate(gate_up: &FloatTensor<Self>) -> FloatTensor<Self>;
 
-    /// Gradient of [`silu_gate`](Self::silu_gate) for `[g u]`.
-    fn silu_gate_backward(gate_up: &FloatTensor<Self>, dy: &FloatTensor<Self>) -> FloatTensor<Self>;
+    /// Gradient of [`silu_gate`](Self::silu_gate) for `[g u]`. With `again`, what it is the gradient of takes the place of
+    /// `dy`, which nobody else may have then.
+    fn silu_gate_backward(
+        gate_up: &FloatTensor<Self>,
+        dy: FloatTensor<Self>,
+        again: bool,
+    ) -> (FloatTensor<Self>, Option<FloatTensor<Self>>);
 
     /// The factor that `up` stands for, in f32, as [`linears`](Self::linears) has it.
     fn up_factor(up: &Up<FloatTensor<Self>>) -> FloatTensor<Self>;
@@ -75,14 +83,15 @@ pub(super) trait Kernels: Backend {
         residual: Option<&FloatTensor<Self>>,
     ) -> (FloatTensor<Self>, Option<LowRankState<FloatTensor<Self>>>);
 
-    /// Gradients of [`linears`](Self::linears).
+    /// Gradients of [`linears`](Self::linears) for each map. `front` is given the gradient of the input, where it is wanted,
+    /// and returns the input, if [`Wanted::reads_input`]: so it can be computed again beside its own gradient.
     fn linears_backward(
         dy: &FloatTensor<Self>,
-        x: &FloatTensor<Self>,
         low: Option<&LowRankState<FloatTensor<Self>>>,
         parts: &[Part<FloatTensor<Self>>],
         wanted: &Wanted,
-    ) -> LinearGradients<FloatTensor<Self>>;
+        front: impl FnOnce(Option<FloatTensor<Self>>) -> Option<FloatTensor<Self>>,
+    ) -> Vec<PartGradients<FloatTensor<Self>>>;
 
     /// `y + x·Δᵀ` with the values `[1, entries]` of `Δ` at the pattern's positions; `y` is used up.
     fn add_sparse(

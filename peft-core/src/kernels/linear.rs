@@ -427,6 +427,13 @@ pub(super) struct Wanted {
     pub parts: Vec<WantedPart>,
 }
 
+impl Wanted {
+    /// Whether one of them is made of the input.
+    pub fn reads_input(&self) -> bool {
+        self.parts.iter().any(|part| part.weight || part.a)
+    }
+}
+
 /// Which gradients of one map are wanted.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct WantedPart {
@@ -438,14 +445,6 @@ pub(super) struct WantedPart {
     pub a: bool,
     /// Those of what [`Up::trained`] names.
     pub up: [bool; 2],
-}
-
-/// Gradients of [`Kernels::linears`].
-pub(super) struct LinearGradients<T> {
-    /// Of the input.
-    pub input: Option<T>,
-    /// Of each map.
-    pub parts: Vec<PartGradients<T>>,
 }
 
 /// Gradients of one map.
@@ -468,6 +467,14 @@ enum Saved<T> {
     Gated { gate_up: T, h: Option<T> },
 }
 
+/// Gradients of the function in front of the maps.
+struct FrontGradients<T> {
+    /// Of the raw input.
+    raw: T,
+    /// Of the norm's weight, where wanted.
+    norm: Option<T>,
+}
+
 impl<T: Clone> Saved<T> {
     fn h<B: Kernels<FloatTensorPrimitive = T>>(&self) -> T {
         match self {
@@ -475,6 +482,30 @@ impl<T: Clone> Saved<T> {
             Saved::Normed { h: Some(h), .. } | Saved::Gated { h: Some(h), .. } => h.clone(),
             Saved::Normed { x, weight, epsilon, h: None } => B::rms_norm(x, weight, *epsilon),
             Saved::Gated { gate_up, h: None } => B::silu_gate(gate_up),
+        }
+    }
+
+    /// Passes the gradient of `h` on, which nobody else has; with `again`, `h` as well, computed on the way if it was not
+    /// kept.
+    fn backward<B: Kernels<FloatTensorPrimitive = T>>(
+        &self,
+        dh: T,
+        passing: Option<&T>,
+        wants_norm: bool,
+        again: bool,
+    ) -> (FrontGradients<T>, Option<T>) {
+        match self {
+            Saved::Plain(x) => (FrontGradients { raw: dh, norm: None }, again.then(|| x.clone())),
+            Saved::Normed { x, weight, epsilon, h } => {
+                let again = again && h.is_none();
+                let gradients = B::rms_norm_backward(x, weight, *epsilon, dh, passing, wants_norm, again);
+                let of_front = FrontGradients { raw: gradients.x, norm: gradients.weight };
+                (of_front, h.clone().or(gradients.y))
+            }
+            Saved::Gated { gate_up, h } => {
+                let (raw, value) = B::silu_gate_backward(gate_up, dh, again && h.is_none());
+                (FrontGradients { raw, norm: None }, h.clone().or(value))
+            }
         }
     }
 
@@ -635,16 +666,15 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
                 })
                 .collect(),
         };
-        let (gradients, of_input) = B::together(|| {
-            let mut gradients = B::linears_backward(&dy, &saved.h::<B>(), low.as_ref(), &parts, &wanted);
-            let of_input = gradients.input.take().map(|dh| match &saved {
-                Saved::Plain(_) => (dh, None),
-                Saved::Normed { x, weight, epsilon, .. } => {
-                    B::rms_norm_backward(x, weight, *epsilon, &dh, passing.as_ref(), norm.is_some())
-                }
-                Saved::Gated { gate_up, .. } => (B::silu_gate_backward(gate_up, &dh), None),
-            });
-            (gradients, of_input)
+        let mut of_front = None;
+        let of_parts = B::together(|| {
+            B::linears_backward(&dy, low.as_ref(), &parts, &wanted, |dh| {
+                let again = wanted.reads_input();
+                let Some(dh) = dh else { return again.then(|| saved.h::<B>()) };
+                let (gradients, h) = saved.backward::<B>(dh, passing.as_ref(), norm.is_some(), again);
+                of_front = Some(gradients);
+                h
+            })
         });
         let mut register = |node: Option<NodeId>, gradient: Option<FloatTensor<B>>| {
             if let Some((node, gradient)) = node.zip(gradient) {
@@ -655,7 +685,7 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
             let dy = leaving.map_or(Some(dy.clone()), |skip| skip.leave(dy));
             register(residual, dy);
         }
-        for (part, nodes) in gradients.parts.into_iter().zip(of_maps.chunks_exact(OF_MAP)) {
+        for (part, nodes) in of_parts.into_iter().zip(of_maps.chunks_exact(OF_MAP)) {
             register(nodes[0], part.weight);
             register(nodes[1], part.bias);
             register(nodes[2], part.a);
@@ -663,9 +693,9 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
                 register(*node, gradient);
             }
         }
-        if let Some((dx, dw)) = of_input {
-            register(raw, Some(dx));
-            register(norm, dw);
+        if let Some(FrontGradients { raw: of_raw, norm: of_norm }) = of_front {
+            register(raw, Some(of_raw));
+            register(norm, of_norm);
         }
     }
 }

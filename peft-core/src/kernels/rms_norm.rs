@@ -49,6 +49,16 @@ fn fused<B: Kernels>(x: Tensor<2>, weight: Tensor<2>, epsilon: f64) -> Tensor<2>
     })
 }
 
+/// Gradients of a norm.
+pub(super) struct NormGradients<T> {
+    /// Of its input.
+    pub x: T,
+    /// Of its weight, where wanted.
+    pub weight: Option<T>,
+    /// The norm computed again, where wanted.
+    pub y: Option<T>,
+}
+
 #[derive(Debug)]
 struct NormBackward {
     epsilon: f32,
@@ -61,7 +71,9 @@ impl<B: Kernels> Backward<B, 2> for NormBackward {
         let dy = grads.consume::<B>(&ops.node);
         let [of_x, of_weight] = ops.parents;
         let (x, weight) = ops.state;
-        let (dx, dw) = B::rms_norm_backward(&x, &weight, self.epsilon, &dy, None, of_weight.is_some());
+        let wants_weight = of_weight.is_some();
+        let NormGradients { x: dx, weight: dw, .. } =
+            B::rms_norm_backward(&x, &weight, self.epsilon, dy, None, wants_weight, false);
         if let Some(node) = of_x {
             grads.register::<B>(node.id, dx);
         }

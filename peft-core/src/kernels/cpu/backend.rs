@@ -5,7 +5,7 @@ use super::buffers::Buffer;
 use super::bytes::bytes;
 use super::cached::CachedAttention;
 use super::cross_entropy::Score;
-use super::linear::{Gradients, LowRank, Projection};
+use super::linear::{Gradients, LowRank, Projection, Sources};
 use super::sparse::{CompressedRows, TokenBlocks};
 use super::{adamw, buffers, cross_entropy, dropout, gated, largest, linear, rms_norm, sparse, up};
 use crate::kernels::adamw::{AdamW, Update};
@@ -13,8 +13,9 @@ use crate::kernels::attention::{AttentionInputs, AttentionShape, CachedInputs};
 use crate::kernels::backend::{Kernels, conversions};
 use crate::kernels::cross_entropy::CrossEntropyParts;
 use crate::kernels::dropout::Dropout;
-use crate::kernels::linear::{Factors, LinearGradients, LowRankState, Part, PartGradients, Up, Wanted};
+use crate::kernels::linear::{Factors, LowRankState, Part, PartGradients, Up, Wanted};
 use crate::kernels::norm::clip_factor;
+use crate::kernels::rms_norm::NormGradients;
 use crate::kernels::sparse::{SparseGradients, SparsePattern};
 use burn::backend::Flex;
 use burn::backend::TensorMetadata;
@@ -214,20 +215,25 @@ impl Kernels for Flex {
         x: &FlexTensor,
         weight: &FlexTensor,
         epsilon: f32,
-        dy: &FlexTensor,
+        dy: FlexTensor,
         added: Option<&FlexTensor>,
         wants_weight: bool,
-    ) -> (FlexTensor, Option<FlexTensor>) {
+        again: bool,
+    ) -> NormGradients<FlexTensor> {
         let (rows, columns) = dims(x);
-        let (x, weight, dy, added) =
-            (Values::of(x), Values::of(weight), Values::of(dy), added.map(Values::of));
+        let (x, weight, added) = (Values::of(x), Values::of(weight), added.map(Values::of));
         let mut dw = wants_weight.then(|| empty(&[1, columns]));
         let dx = filled(&[rows, columns], |dx| {
             let dw = dw.as_mut().map(|dw| dw.storage_mut());
-            let added = added.as_ref().map(Values::get);
+            let (dy, added) = (Values::of(&dy), added.as_ref().map(Values::get));
             rms_norm::backward(dx, dw, dy.get(), x.get(), weight.get(), epsilon, added);
         });
-        (dx, dw)
+        let y = again.then(|| {
+            let mut y = rows_of(dy);
+            rms_norm::forward(y.storage_mut(), x.get(), weight.get(), epsilon);
+            y
+        });
+        NormGradients { x: dx, weight: dw, y }
     }
 
     fn dropout(x: &FlexTensor, dropout: &Dropout) -> FlexTensor {
@@ -241,10 +247,22 @@ impl Kernels for Flex {
         filled(&[rows, both / 2], |y| gated::forward(y, gate_up.get(), both / 2))
     }
 
-    fn silu_gate_backward(gate_up: &FlexTensor, dy: &FlexTensor) -> FlexTensor {
+    fn silu_gate_backward(
+        gate_up: &FlexTensor,
+        dy: FlexTensor,
+        again: bool,
+    ) -> (FlexTensor, Option<FlexTensor>) {
         let (rows, both) = dims(gate_up);
-        let (gate_up, dy) = (Values::of(gate_up), Values::of(dy));
-        filled(&[rows, both], |d| gated::backward(d, gate_up.get(), dy.get(), both / 2))
+        let gate_up = Values::of(gate_up);
+        if !again {
+            let dy = Values::of(&dy);
+            return (filled(&[rows, both], |d| gated::backward(d, gate_up.get(), dy.get(), both / 2)), None);
+        }
+        let mut dy = rows_of(dy);
+        let d = filled(&[rows, both], |d| {
+            gated::backward_again(d, gate_up.get(), dy.storage_mut(), both / 2);
+        });
+        (d, Some(dy))
     }
 
     fn up_factor(up: &Up<FlexTensor>) -> FlexTensor {
@@ -276,15 +294,23 @@ impl Kernels for Flex {
 
     fn linears_backward(
         dy: &FlexTensor,
-        x: &FlexTensor,
         low: Option<&LowRankState<FlexTensor>>,
         parts: &[Part<FlexTensor>],
         wanted: &Wanted,
-    ) -> LinearGradients<FlexTensor> {
-        let (rows, inputs) = dims(x);
-        let (x, dy, down) = (Values::of(x), Values::of(dy), low.map(|low| Values::of(&low.down)));
+        front: impl FnOnce(Option<FlexTensor>) -> Option<FlexTensor>,
+    ) -> Vec<PartGradients<FlexTensor>> {
+        let (rows, inputs) = (dims(dy).0, dims(&parts[0].weight).1);
+        let (dy, down) = (Values::of(dy), low.map(|low| Values::of(&low.down)));
         let maps: Vec<Map> = parts.iter().map(Map::of).collect();
         let projections: Vec<Projection> = maps.iter().map(Map::projection).collect();
+        let mut dyb = buffers::take(rows * maps.iter().map(Map::rank).sum::<usize>());
+        let mut dx = wanted.input.then(|| empty(&[rows, inputs]));
+        if wanted.input || wanted.parts.iter().any(|part| part.a) {
+            let to = dx.as_mut().map(|dx| dx.storage_mut());
+            linear::input_gradient(to, &mut dyb, dy.get(), rows, inputs, &projections);
+        }
+        let x = front(dx);
+        let x = x.as_ref().map(Values::of);
         let mut gradients: Vec<PartGradients<FlexTensor>> = maps
             .iter()
             .zip(parts)
@@ -311,7 +337,6 @@ impl Kernels for Flex {
                 factors.map(|factors| buffers::take(map.out * factors.rank))
             })
             .collect();
-        let mut dx = wanted.input.then(|| empty(&[rows, inputs]));
         let mut into: Vec<Gradients> = gradients
             .iter_mut()
             .zip(&mut wholes)
@@ -325,15 +350,15 @@ impl Kernels for Flex {
                 bias: part.bias.as_mut().map(|bias| bias.storage_mut()),
             })
             .collect();
-        let to = dx.as_mut().map(|dx| dx.storage_mut());
-        let down = down.as_ref().map_or(&[][..], Values::get);
-        linear::backward(to, &mut into, dy.get(), x.get(), down, rows, inputs, &projections);
+        let [x, xa] = [&x, &down].map(|values| values.as_ref().map_or(&[][..], Values::get));
+        let sources = Sources { dy: dy.get(), x, xa, dyb: &dyb };
+        linear::parameter_gradients(&mut into, &sources, rows, inputs, &projections);
         for ((map, gradients), whole) in maps.iter().zip(&mut gradients).zip(&wholes) {
             let Some((factors, whole)) = map.factors.as_ref().zip(whole.as_deref()) else { continue };
             let to = gradients.up.each_mut().map(|to| to.as_mut().map(|to| to.storage_mut()));
             up::backward(&factors.b.each(Values::get), whole, map.out, factors.rank, to);
         }
-        LinearGradients { input: dx, parts: gradients }
+        gradients
     }
 
     fn add_sparse(y: FlexTensor, x: &FlexTensor, values: &FlexTensor, pattern: &SparsePattern) -> FlexTensor {

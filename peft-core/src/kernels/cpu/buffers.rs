@@ -32,6 +32,16 @@ impl Pool {
             });
         }
     }
+
+    /// Frees the idle blocks that no one took since the last call.
+    fn trim(&mut self) {
+        let epoch = self.epoch;
+        self.epoch += 1;
+        for blocks in self.idle.values_mut() {
+            blocks.retain(|block| block.epoch == epoch);
+        }
+        self.idle.retain(|_, blocks| !blocks.is_empty());
+    }
 }
 
 /// A block of initialised memory.
@@ -128,13 +138,9 @@ pub(crate) fn take(len: usize) -> Buffer {
 /// Frees the idle blocks that no one took since the last call: to be called once a training step, it bounds the pool
 /// by what a step needs.
 pub(crate) fn trim() {
-    let mut pool = pool();
-    let epoch = pool.epoch;
-    pool.epoch += 1;
-    for blocks in pool.idle.values_mut() {
-        blocks.retain(|block| block.epoch == epoch);
-    }
-    pool.idle.retain(|_, blocks| !blocks.is_empty());
+    #[cfg(test)]
+    let _turn = tests::untrimmed();
+    pool().trim();
 }
 
 impl Drop for Buffer {
@@ -161,8 +167,14 @@ impl DerefMut for Buffer {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
+
+    /// While it is held no other test trims the pool, which they share. Sizes that they do not take are left to be chosen.
+    pub(crate) fn untrimmed() -> MutexGuard<'static, ()> {
+        static TURN: Mutex<()> = Mutex::new(());
+        TURN.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 
     #[test]
     fn classes_hold_their_bytes() {
@@ -175,8 +187,7 @@ mod tests {
 
     #[test]
     fn blocks_come_back_and_are_trimmed() {
-        // A size of this test alone, for tests share the pool.
-        let len = 777_777;
+        let (_turn, len) = (untrimmed(), 777_777);
         let mut buffer = take(len);
         assert_eq!(buffer.as_ptr().align_offset(ALIGN), 0);
         buffer[len - 1] = 5.0;
@@ -186,14 +197,14 @@ mod tests {
         assert_eq!((again.as_ptr(), again[len - 1], again.len()), (start, 5.0, len));
         let held = |len: usize| pool().idle.get(&size_class(len * 4)).map_or(0, Vec::len);
         drop(again);
-        trim();
+        pool().trim();
         assert_eq!(held(len), 1, "used since the last trim");
         // Something larger than all that is idle takes the room of what was not used since.
         drop(take(64 * len));
         assert_eq!(held(len), 0, "in the way");
         drop((take(len), take(len + len / 2)));
-        trim();
-        trim();
+        pool().trim();
+        pool().trim();
         assert_eq!(held(len), 0, "not used since the last trim");
     }
 }

@@ -31,6 +31,19 @@ pub(crate) fn backward(djoint: &mut [f32], joint: &[f32], dout: &[f32], width: u
         .for_each(|(djoint, (joint, dout))| backward_rows(djoint, joint, dout, width));
 }
 
+/// [`backward`], with what [`forward`] makes of `joint` in the place of `dout`.
+///
+/// # Panics
+/// When the lengths do not fit.
+pub(crate) fn backward_again(djoint: &mut [f32], joint: &[f32], dout: &mut [f32], width: usize) {
+    assert!(djoint.len() == joint.len() && joint.len() == 2 * dout.len());
+    assert!(width > 0 && dout.len().is_multiple_of(width));
+    djoint
+        .par_chunks_mut(2 * ROWS * width)
+        .zip(joint.par_chunks(2 * ROWS * width).zip(dout.par_chunks_mut(ROWS * width)))
+        .for_each(|(djoint, (joint, dout))| backward_rows_again(djoint, joint, dout, width));
+}
+
 vectorised! {
     fn forward_rows(out: &mut [f32], joint: &[f32], width: usize) {
         for (out, joint) in out.chunks_exact_mut(width).zip(joint.chunks_exact(2 * width)) {
@@ -46,12 +59,28 @@ vectorised! {
         for ((djoint, joint), dout) in rows.zip(dout.chunks_exact(width)) {
             let ((gate, up), (dgate, dup)) = (joint.split_at(width), djoint.split_at_mut(width));
             for ((((dgate, dup), gate), up), dout) in dgate.iter_mut().zip(dup).zip(gate).zip(up).zip(dout) {
-                let s = sigmoid(*gate);
-                *dgate = dout * up * (s * (1.0 + gate * (1.0 - s)));
-                *dup = dout * (gate * s);
+                (*dgate, *dup) = gradients(*gate, *up, sigmoid(*gate), *dout);
             }
         }
     }
+
+    fn backward_rows_again(djoint: &mut [f32], joint: &[f32], dout: &mut [f32], width: usize) {
+        let rows = djoint.chunks_exact_mut(2 * width).zip(joint.chunks_exact(2 * width));
+        for ((djoint, joint), dout) in rows.zip(dout.chunks_exact_mut(width)) {
+            let ((gate, up), (dgate, dup)) = (joint.split_at(width), djoint.split_at_mut(width));
+            for ((((dgate, dup), gate), up), dout) in dgate.iter_mut().zip(dup).zip(gate).zip(up).zip(dout) {
+                let s = sigmoid(*gate);
+                (*dgate, *dup) = gradients(*gate, *up, s, *dout);
+                *dout = gate * s * up;
+            }
+        }
+    }
+}
+
+/// `dgate` and `dup`.
+#[inline(always)]
+fn gradients(gate: f32, up: f32, s: f32, dout: f32) -> (f32, f32) {
+    (dout * up * (s * (1.0 + gate * (1.0 - s))), dout * (gate * s))
 }
 
 /// `1/(1 + e^−x)`; far below 0 a number too small to matter instead of 0.
@@ -75,6 +104,9 @@ mod tests {
                 let (mut out, mut djoint) = (vec![f32::NAN; rows * width], vec![f32::NAN; 2 * rows * width]);
                 forward(&mut out, &joint, width);
                 backward(&mut djoint, &joint, &dout, width);
+                let (mut again, mut gradient) = (dout.clone(), vec![f32::NAN; 2 * rows * width]);
+                backward_again(&mut gradient, &joint, &mut again, width);
+                assert_eq!((&again, &gradient), (&out, &djoint));
                 (out, djoint)
             });
             let value = |gate: f64, up: f64| gate / (1.0 + (-gate).exp()) * up;

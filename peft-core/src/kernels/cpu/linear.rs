@@ -313,21 +313,17 @@ fn forward_few(
     }
 }
 
-/// The gradients of all projections.
+/// `dyb = s·dy·B` and `dx = dy·W + dyb·A` of all projections.
 ///
 /// # Shapes
-/// `dx` `[rows, in]`, `gradients` one a projection, `dy` `[rows, Σ out]`, `x` `[rows, in]`, `xa` `[rows, Σ rank]` as
-/// [`forward`] left it.
+/// `dx` `[rows, in]`, `dyb` `[rows, Σ rank]`, `dy` `[rows, Σ out]`.
 ///
 /// # Panics
-/// When a slice has another length than its shape says, or a factor's gradient is asked for where there is none.
-#[allow(clippy::too_many_arguments)]
-pub(crate) fn backward(
+/// When a slice has another length than its shape says.
+pub(crate) fn input_gradient(
     dx: Option<&mut [f32]>,
-    gradients: &mut [Gradients],
+    dyb: &mut [f32],
     dy: &[f32],
-    x: &[f32],
-    xa: &[f32],
     rows: usize,
     inputs: usize,
     projections: &[Projection],
@@ -335,35 +331,64 @@ pub(crate) fn backward(
     check(projections, inputs);
     let places = places(projections);
     let (outs, ranks) = places.last().map_or((0, 0), |last| (last.out.end, last.rank.end));
-    assert!(dy.len() == rows * outs && xa.len() == rows * ranks && x.len() == rows * inputs);
-    assert!(dx.as_ref().is_none_or(|dx| dx.len() == rows * inputs) && gradients.len() == projections.len());
-
-    // s·dy·B of all terms.
-    let mut dyb = buffers::take(rows * ranks);
+    assert!(dy.len() == rows * outs && dyb.len() == rows * ranks);
+    assert!(dx.as_ref().is_none_or(|dx| dx.len() == rows * inputs));
     let mut dx = dx;
-    if dx.is_some() || gradients.iter().any(|g| g.a.is_some()) {
-        input_gradient(dx.as_deref_mut(), &mut dyb, dy, rows, inputs, projections, &places);
+    through_weights(dx.as_deref_mut(), dyb, dy, rows, inputs, projections, &places);
+    let Some(dx) = dx else { return };
+    for (p, place) in projections.iter().zip(&places) {
+        let Some((term, dropout)) = p.low_rank.and_then(|term| Some((term, term.dropout?))) else { continue };
+        let mut through_a = buffers::take(rows * inputs);
+        let into = MatrixMut::new(&mut through_a, rows, inputs);
+        let dyb = Matrix::strided(&dyb[place.rank.start.min(dyb.len())..], rows, term.rank, ranks);
+        matmul(into, Update::Replace, 1.0, dyb, Matrix::new(term.a, term.rank, inputs));
+        dropout::apply(dx, &through_a, inputs, &dropout, true);
     }
+}
+
+/// What the gradients of parameters are made of.
+pub(crate) struct Sources<'a> {
+    /// `[rows, Σ out]`.
+    pub(crate) dy: &'a [f32],
+    /// `[rows, in]`; may be empty where neither an `A` nor a weight has a gradient.
+    pub(crate) x: &'a [f32],
+    /// `x·Aᵢᵀ`, `[rows, Σ rank]`, as [`forward`] left it.
+    pub(crate) xa: &'a [f32],
+    /// `[rows, Σ rank]`, as [`input_gradient`] left it; read for the gradient of an `A`.
+    pub(crate) dyb: &'a [f32],
+}
+
+/// The gradients of all projections' parameters, one of `gradients` each.
+///
+/// # Panics
+/// When a slice has another length than its shape says, or a factor's gradient is asked for where there is none.
+pub(crate) fn parameter_gradients(
+    gradients: &mut [Gradients],
+    &Sources { dy, x, xa, dyb }: &Sources,
+    rows: usize,
+    inputs: usize,
+    projections: &[Projection],
+) {
+    check(projections, inputs);
+    let places = places(projections);
+    let (outs, ranks) = places.last().map_or((0, 0), |last| (last.out.end, last.rank.end));
+    assert!(dy.len() == rows * outs && xa.len() == rows * ranks && dyb.len() == rows * ranks);
+    let reads_x = gradients.iter().any(|g| g.a.is_some() || g.weight.is_some());
+    assert!(gradients.len() == projections.len() && (!reads_x || x.len() == rows * inputs));
     for ((g, p), place) in gradients.iter_mut().zip(projections).zip(&places) {
         let Some((term, dropout)) = p.low_rank.and_then(|term| Some((term, term.dropout?))) else { continue };
-        let dyb = Matrix::strided(&dyb[place.rank.start.min(dyb.len())..], rows, term.rank, ranks);
-        if let Some(dx) = dx.as_deref_mut() {
-            let mut through_a = buffers::take(rows * inputs);
-            let into = MatrixMut::new(&mut through_a, rows, inputs);
-            matmul(into, Update::Replace, 1.0, dyb, Matrix::new(term.a, term.rank, inputs));
-            dropout::apply(dx, &through_a, inputs, &dropout, true);
-        }
         if let Some(da) = g.a.take() {
+            let dyb = Matrix::strided(&dyb[place.rank.start.min(dyb.len())..], rows, term.rank, ranks);
             let left = dropped(x, inputs, &dropout);
             let into = MatrixMut::new(da, term.rank, inputs);
             matmul(into, Update::Replace, 1.0, dyb.t(), Matrix::new(&left, rows, inputs));
         }
     }
-    let x = Matrix::new(x, rows, inputs);
+    let x = Matrix::new(x, if reads_x { rows } else { 0 }, inputs);
     if gradients.iter().any(|g| g.a.is_some()) {
         let mut da = buffers::take(ranks * inputs);
         let stacked = MatrixMut::new(&mut da, ranks, inputs);
-        matmul(stacked, Update::Replace, 1.0, Matrix::new(&dyb, rows, ranks).t(), x);
+        matmul(stacked, Update::Replace, 1.0, Matrix::new(dyb, rows, ranks).t(), x);
         for (g, place) in gradients.iter_mut().zip(&places) {
             if let Some(into) = &mut g.a {
                 into.copy_from_slice(&da[place.rank.start * inputs..place.rank.end * inputs]);
@@ -395,8 +420,8 @@ pub(crate) fn backward(
     }
 }
 
-/// `dyb = s·dy·B` and `dx = dy·W + dyb·A` of all projections.
-fn input_gradient(
+/// [`input_gradient`] but for what dropout leaves of it.
+fn through_weights(
     dx: Option<&mut [f32]>,
     dyb: &mut [f32],
     dy: &[f32],
@@ -576,7 +601,10 @@ mod tests {
                         bias: Some(dbias),
                     })
                     .collect();
-                backward(Some(&mut dx), &mut gradients, &dy, &x, &xa, rows, inputs, &projections);
+                let mut dyb = vec![f32::NAN; rows * ranks];
+                input_gradient(Some(&mut dx), &mut dyb, &dy, rows, inputs, &projections);
+                let sources = Sources { dy: &dy, x: &x, xa: &xa, dyb: &dyb };
+                parameter_gradients(&mut gradients, &sources, rows, inputs, &projections);
                 (dx, factors, dw, dbias)
             });
 
@@ -642,7 +670,10 @@ mod tests {
         let run = |dx: Option<&mut [f32]>| {
             let (mut da, mut db) = (vec![0.0; 6], vec![0.0; 4]);
             let mut gradients = [Gradients { a: Some(&mut da), b: Some(&mut db), ..Gradients::default() }];
-            backward(dx, &mut gradients, dy, x, &xa, 10, 6, &[projection]);
+            let mut dyb = vec![f32::NAN; 10];
+            input_gradient(dx, &mut dyb, dy, 10, 6, &[projection]);
+            let sources = Sources { dy, x, xa: &xa, dyb: &dyb };
+            parameter_gradients(&mut gradients, &sources, 10, 6, &[projection]);
             (da, db)
         };
         let mut dx = vec![0.0; 60];

@@ -7,7 +7,7 @@
 //   first, last  int32 [N]        token i sees key j iff first[i] <= j <= i and (window == 0 or i - j < window);
 //                                 last[j] is the exclusive end of j's sequence. Both are nondecreasing. A padding token
 //                                 has first[i] = i, last[i] = i + 1. One description for padded and packed batches.
-//   order  int32 [tiles] or null  which tile a block takes (attention_order: most work first); null: by position.
+//   order  int32 [tiles] or null  which tile a block takes (attention_prepare: most work first); null: by position.
 // Row starts are 16-byte aligned (D % 16 == 0). scale > 0.
 //
 // Formulas (FlashAttention, arXiv 2205.14135 and 2307.08691), per head, over the visible j:
@@ -19,7 +19,7 @@
 // over the group's query heads). Every sum has one owner and a fixed order, so results repeat bit for bit; there are no
 // atomics but the arrival counter of attention_decode.
 //
-// cos, sin  f32 [N, D/2], q_norm, k_norm  bf16 [D]: null where a model has none. A head x becomes, in attention_rotate,
+// cos, sin  f32 [N, D/2], q_norm, k_norm  bf16 [D]: null where a model has none. A head x becomes, in attention_prepare,
 //   y = w bf16(x / sqrt(mean(x^2) + eps)), then (y_i cos_i - y_{i+D/2} sin_i, y_{i+D/2} cos_i + y_i sin_i).
 // The backward kernels, given cos and sin, turn dq and dk back before they round them: with norms, or where SLICES = 2,
 // pass null there and let attention_rotate_backward undo rotation and norm in place.
@@ -31,13 +31,14 @@
 //             + 256 D groups (backward: own rows; forward's borrow the third stage), + 1536 (backward_kv: lse, delta)
 //   mma.sync  rows = 16 M_TILES WARPS, threads = 32 WARPS, shared = 2 (D + 8) (own rows + 4 KEYS), own rows = rows
 //             (forward) or 2 rows (backward), + 16 QUERIES (backward_kv, KEYS = QUERIES)
-//   attention_order            ceil(tiles / 256); 256; 0        tiles = ceil(N / rows) of the kernel it is for
-//   attention_rotate           ceil(N (H + KV) LANES / 256); 256; 0
+//   attention_prepare          sum over what is asked for; 256; 0
+//       each order               ceil(tiles / 256)              tiles = ceil(N / rows) of the kernel it is for
+//       qk                       ceil(N (H + KV) LANES / 256)
+//       delta                    ceil(N H LANES / 256)
 //   attention_forward          (H, tiles); threads; shared
-//   attention_delta            ceil(N H LANES / 256); 256; 0
 //   attention_backward_q       (H, tiles); threads; shared
 //   attention_backward_kv      (KV, tiles, SLICES); threads; shared
-//   attention_rotate_backward  as attention_rotate
+//   attention_rotate_backward  ceil(N (H + KV) LANES / 256); 256; 0
 //   attention_keep             ceil(N (H + 2 KV) LANES / 256); 256; 0
 //       N / T rows of T new tokens, whose keys and values go to the slots from `length` on of k_cache and v_cache, bf16
 //       [N / T, KV, capacity, D]; q, unless null, bf16 [N, H, D] gets the queries
@@ -286,9 +287,9 @@ __device__ __forceinline__ void store_8(u16* to, const float (&x)[8]) {
     *reinterpret_cast<uint4*>(to) = v;
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-attention_delta(float* __restrict__ delta, const u16* __restrict__ d_o, const u16* __restrict__ o, int n, int heads) {
-    const size_t item = size_t(blockIdx.x) * (256 / LANES) + threadIdx.x / LANES; // token * heads + head
+__device__ __forceinline__ void delta_block(size_t block, float* __restrict__ delta, const u16* __restrict__ d_o,
+                                            const u16* __restrict__ o, int n, int heads) {
+    const size_t item = block * (256 / LANES) + threadIdx.x / LANES; // token * heads + head
     const int part = threadIdx.x % LANES;
     const bool valid = item < size_t(n) * heads;
     float sum = 0.f;
@@ -1514,9 +1515,9 @@ __device__ const int TILED[9] = {
 // Order of tiles: most work first
 
 // order[rank] = tile; ties by index. `limits` is first (queries: work is keys seen) or last (keys: queries that see).
-extern "C" __global__ void __launch_bounds__(256)
-attention_order(int* __restrict__ order, const int* __restrict__ limits, int n, int rows, int window, int of_keys) {
-    const int tiles = (n + rows - 1) / rows, tile = blockIdx.x * 256 + threadIdx.x;
+__device__ __forceinline__ void order_block(int block, int* __restrict__ order, const int* __restrict__ limits, int n,
+                                            int rows, int window, int of_keys) {
+    const int tiles = (n + rows - 1) / rows, tile = block * 256 + threadIdx.x;
     if (tile >= tiles) return;
     auto work = [&](int t) {
         int begin = t * rows, end = min(begin + rows, n);
@@ -1588,11 +1589,11 @@ __device__ __forceinline__ void turn(Pairs& x, const u16* norm, const float* cos
     if (valid && cos != nullptr) rotate(x, cos, sin, token, part, 1.f);
 }
 
-extern "C" __global__ void __launch_bounds__(256)
-attention_rotate(u16* __restrict__ qk, const u16* __restrict__ qkv, const float* __restrict__ cos,
-                 const float* __restrict__ sin, const u16* __restrict__ q_norm, const u16* __restrict__ k_norm, int n,
-                 int heads, int kv_heads, float epsilon) {
-    const size_t item = size_t(blockIdx.x) * (256 / LANES) + threadIdx.x / LANES; // token * (H + KV) + head
+__device__ __forceinline__ void rotate_block(size_t block, u16* __restrict__ qk, const u16* __restrict__ qkv,
+                                             const float* __restrict__ cos, const float* __restrict__ sin,
+                                             const u16* __restrict__ q_norm, const u16* __restrict__ k_norm, int n,
+                                             int heads, int kv_heads, float epsilon) {
+    const size_t item = block * (256 / LANES) + threadIdx.x / LANES; // token * (H + KV) + head
     const int part = threadIdx.x % LANES;
     const bool valid = item < size_t(n) * (heads + kv_heads) && part < D / 16;
     const size_t token = item / (heads + kv_heads);
@@ -1601,6 +1602,33 @@ attention_rotate(u16* __restrict__ qk, const u16* __restrict__ qkv, const float*
     if (valid) load_pairs(x, qkv + (token * (heads + 2 * kv_heads) + head) * D, part);
     turn(x, head < heads ? q_norm : k_norm, cos, sin, token, part, epsilon, valid);
     if (valid) store_pairs(qk + item * D, x, part);
+}
+
+// What the tiled kernels read besides their inputs, in one launch: up to two orders of tiles, queries and keys after norm and
+// rotation, delta. Null for what is not asked for. The orders come first, as their blocks take longest.
+extern "C" __global__ void __launch_bounds__(256)
+attention_prepare(u16* __restrict__ qk, const u16* __restrict__ qkv, const float* __restrict__ cos,
+                  const float* __restrict__ sin, const u16* __restrict__ q_norm, const u16* __restrict__ k_norm, int n,
+                  int heads, int kv_heads, float epsilon, float* __restrict__ delta, const u16* __restrict__ d_o,
+                  const u16* __restrict__ o, int window, int* __restrict__ q_order, const int* __restrict__ first,
+                  int q_rows, int* __restrict__ kv_order, const int* __restrict__ last, int kv_rows) {
+    auto of_order = [&](int rows) { return ((n + rows - 1) / rows + 255) / 256; };
+    long long block = blockIdx.x;
+    if (q_order != nullptr) {
+        if (block < of_order(q_rows)) return order_block(int(block), q_order, first, n, q_rows, window, 0);
+        block -= of_order(q_rows);
+    }
+    if (kv_order != nullptr) {
+        if (block < of_order(kv_rows)) return order_block(int(block), kv_order, last, n, kv_rows, window, 1);
+        block -= of_order(kv_rows);
+    }
+    if (qk != nullptr) {
+        const long long blocks = (size_t(n) * (heads + kv_heads) * LANES + 255) / 256;
+        if (block < blocks)
+            return rotate_block(block, qk, qkv, cos, sin, q_norm, k_norm, n, heads, kv_heads, epsilon);
+        block -= blocks;
+    }
+    if (delta != nullptr) delta_block(block, delta, d_o, o, n, heads);
 }
 
 extern "C" __global__ void __launch_bounds__(256)

@@ -74,8 +74,8 @@ impl Geometry {
         queue.numbers(self.source, "attention_geometry")
     }
 
-    /// A launch over `items` heads of tokens, a few lanes each.
-    fn by_head(&self, items: usize) -> Launch {
+    /// Blocks of 256 threads for `items` heads of tokens, a few lanes each.
+    fn head_blocks(&self, items: usize) -> usize {
         let lanes = match self.head_dim {
             ..=16 => 1,
             ..=32 => 2,
@@ -83,7 +83,7 @@ impl Geometry {
             ..=128 => 8,
             _ => 16,
         };
-        Launch::new((items * lanes).div_ceil(256), 256)
+        (items * lanes).div_ceil(256)
     }
 
     fn tiled(&self, tile: Tile, heads: usize, depth: usize) -> Launch {
@@ -97,23 +97,49 @@ impl Geometry {
         arguments.int(self.window).float(self.scale)
     }
 
-    /// Which tile each block of a kernel takes.
-    fn order(&self, queue: &mut Queue, to: u64, limits: u64, tile: Tile, of_keys: bool) -> Result<(), Fault> {
-        let arguments = Arguments::default().address(to).address(limits).int(self.tokens).int(tile.rows);
-        let arguments = arguments.int(self.window).int(usize::from(of_keys));
-        let tiles = self.tokens.div_ceil(tile.rows);
-        queue.launch(self.source, "attention_order", Launch::new(tiles.div_ceil(256), 256), arguments)
+    /// Heads that are normed and rotated, of all tokens.
+    fn turned(&self) -> usize {
+        self.tokens * (self.heads + self.kv_heads)
     }
 
-    /// Norm and rotation of queries and keys, or their backward on the gradient.
-    fn rotate(&self, queue: &mut Queue, name: &'static str, to: u64, inputs: &Inputs) -> Result<(), Fault> {
+    /// The arguments of norm and rotation of queries and keys, or of their backward on the gradient.
+    fn turn(&self, to: u64, inputs: &Inputs) -> Arguments {
         let arguments = Arguments::default().address(to).address(inputs.qkv);
         let arguments = arguments.address(inputs.cos).address(inputs.sin);
         let arguments = arguments.address(inputs.q_norm).address(inputs.k_norm);
-        let arguments = arguments.int(self.tokens).int(self.heads).int(self.kv_heads).float(self.epsilon);
-        let launch = self.by_head(self.tokens * (self.heads + self.kv_heads));
-        queue.launch(self.source, name, launch, arguments)
+        arguments.int(self.tokens).int(self.heads).int(self.kv_heads).float(self.epsilon)
     }
+
+    /// What the tiled kernels read besides their inputs: queries and keys after norm and rotation, to `qk`; which tile
+    /// each block of queries, of keys takes; and what the backward starts from.
+    fn prepare(
+        &self,
+        queue: &mut Queue,
+        qk: u64,
+        inputs: &Inputs,
+        delta: Option<Delta>,
+        of_queries: (u64, Tile),
+        of_keys: Option<(u64, Tile)>,
+    ) -> Result<(), Fault> {
+        let blocks_of_order = |tile: Tile| self.tokens.div_ceil(tile.rows).div_ceil(256);
+        let mut blocks = self.head_blocks(self.turned()) + blocks_of_order(of_queries.1);
+        blocks += delta.as_ref().map_or(0, |_| self.head_blocks(self.tokens * self.heads));
+        blocks += of_keys.map_or(0, |(_, tile)| blocks_of_order(tile));
+        let Delta { to, dy, output } = delta.unwrap_or_default();
+        let arguments = self.turn(qk, inputs).address(to).address(dy).address(output).int(self.window);
+        let arguments = arguments.address(of_queries.0).address(inputs.first).int(of_queries.1.rows);
+        let (order, rows) = of_keys.map_or((0, 1), |(order, tile)| (order, tile.rows));
+        let arguments = arguments.address(order).address(inputs.last).int(rows);
+        queue.launch(self.source, "attention_prepare", Launch::new(blocks, 256), arguments)
+    }
+}
+
+/// The products of gradients and outputs, by addresses.
+#[derive(Default)]
+struct Delta {
+    to: u64,
+    dy: u64,
+    output: u64,
 }
 
 /// New tokens of rows and the cache that takes their keys and values.
@@ -159,8 +185,8 @@ impl Extension {
         let arguments = arguments.address(inputs.q_norm).address(inputs.k_norm);
         let arguments = arguments.int(tokens).int(self.time).int(heads).int(kv_heads);
         let arguments = arguments.int(self.slots).int(self.length).float(epsilon);
-        let launch = self.geometry.by_head(tokens * (heads + 2 * kv_heads));
-        queue.launch(source, "attention_keep", launch, arguments)
+        let blocks = self.geometry.head_blocks(tokens * (heads + 2 * kv_heads));
+        queue.launch(source, "attention_keep", Launch::new(blocks, 256), arguments)
     }
 }
 
@@ -253,8 +279,7 @@ pub fn forward(shape: &AttentionShape, inputs: &AttentionInputs<Cube>) -> (CubeT
         let inputs = places.of(buffers);
         let ([tile, ..], _) = geometry.tiles(queue)?;
         let (qk, order) = (buffers[qk], buffers[order]);
-        geometry.rotate(queue, "attention_rotate", qk, &inputs)?;
-        geometry.order(queue, order, inputs.first, tile, false)?;
+        geometry.prepare(queue, qk, &inputs, None, (order, tile), None)?;
         let arguments = Arguments::default().address(buffers[o]).address(buffers[lse]).address(qk);
         let arguments = arguments.address(inputs.qkv).address(inputs.first).address(order);
         let launch = geometry.tiled(tile, geometry.heads, 1);
@@ -289,13 +314,8 @@ pub fn backward(
         // The kernels turn their results back themselves where nothing else stands between.
         let turns = inputs.q_norm == 0 && slices == 1;
         let (cos, sin) = if turns { (inputs.cos, inputs.sin) } else { (0, 0) };
-        geometry.rotate(queue, "attention_rotate", qk, &inputs)?;
-        let arguments = Arguments::default().address(delta).address(dy).address(output);
-        let arguments = arguments.int(geometry.tokens).int(geometry.heads);
-        let launch = geometry.by_head(geometry.tokens * geometry.heads);
-        queue.launch(geometry.source, "attention_delta", launch, arguments)?;
-        geometry.order(queue, q_order, inputs.first, q_tile, false)?;
-        geometry.order(queue, kv_order, inputs.last, kv_tile, true)?;
+        let products = Some(Delta { to: delta, dy, output });
+        geometry.prepare(queue, qk, &inputs, products, (q_order, q_tile), Some((kv_order, kv_tile)))?;
         let arguments = |limits: u64, order: u64| {
             let arguments = Arguments::default().address(gradient).address(dy).address(qk);
             let arguments = arguments.address(inputs.qkv).address(lse).address(delta);
@@ -310,7 +330,8 @@ pub fn backward(
         if turns {
             return Ok(());
         }
-        geometry.rotate(queue, "attention_rotate_backward", gradient, &inputs)
+        let launch = Launch::new(geometry.head_blocks(geometry.turned()), 256);
+        queue.launch(geometry.source, "attention_rotate_backward", launch, geometry.turn(gradient, &inputs))
     });
     gradient
 }

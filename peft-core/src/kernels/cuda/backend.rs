@@ -13,7 +13,8 @@ use crate::kernels::attention::{AttentionInputs, AttentionShape, CachedInputs};
 use crate::kernels::backend::{Kernels, conversions};
 use crate::kernels::cross_entropy::CrossEntropyParts;
 use crate::kernels::dropout::Dropout;
-use crate::kernels::linear::{LinearGradients, LowRankState, Part, Up, Wanted};
+use crate::kernels::linear::{LowRankState, Part, PartGradients, Up, Wanted};
+use crate::kernels::rms_norm::NormGradients;
 use crate::kernels::sparse::{SparseGradients, SparsePattern};
 use burn::backend::Cube;
 use burn::backend::tensor::{FloatTensor, IntTensor};
@@ -144,10 +145,7 @@ impl Kernels for Cube {
         let ((rows, columns), dtype) = (dims(&x), x.dtype);
         let y = empty(&x, &[rows, columns], dtype);
         submit("rms_norm", &y.client, [&x, &weight, &y], move |queue, buffers| {
-            let arguments = Arguments::default().address(buffers[0]).address(buffers[1]).address(buffers[2]);
-            let arguments = arguments.int(columns).int(vectors(dtype, columns)).float(epsilon);
-            let launch = Launch::new(rows, row_threads(dtype, columns, 256));
-            queue.launch(elementwise(dtype), "rms_norm", launch, arguments)
+            rms_norm(queue, dtype, (rows, columns), [buffers[0], buffers[1], buffers[2]], epsilon)
         });
         y
     }
@@ -156,15 +154,17 @@ impl Kernels for Cube {
         x: &CubeTensor,
         weight: &CubeTensor,
         epsilon: f32,
-        dy: &CubeTensor,
+        dy: CubeTensor,
         added: Option<&CubeTensor>,
         wants_weight: bool,
-    ) -> (CubeTensor, Option<CubeTensor>) {
+        again: bool,
+    ) -> NormGradients<CubeTensor> {
         let ((rows, columns), dtype) = (dims(x), x.dtype);
+        let dy = contiguous(&dy);
         let dx = empty(x, &[rows, columns], dtype);
         let dw = wants_weight.then(|| empty(x, &[1, columns], dtype));
         let mut buffers = Buffers::default();
-        let [x_at, weight_at, dy_at] = [x, weight, dy].map(|tensor| buffers.add_rows(tensor));
+        let [x_at, weight_at, dy_at] = [x, weight, &dy].map(|tensor| buffers.add_rows(tensor));
         let dx_at = buffers.add(&dx);
         let inverse_at = dw.as_ref().map(|_| buffers.add_scratch(&x.client, 4 * rows));
         let added_at = added.map(|added| buffers.add_rows(added));
@@ -175,16 +175,22 @@ impl Kernels for Cube {
             let inverse = inverse_at.map_or(0, |at| buffers[at]);
             let arguments = Arguments::default().address(x).address(weight).address(dy);
             let arguments = arguments.address(added_at.map_or(0, |added| buffers[added]));
-            let arguments = arguments.address(dx).address(inverse);
+            // The weight's gradient still reads dy.
+            let y = if again && dw_at.is_none() { dy } else { 0 };
+            let arguments = arguments.address(dx).address(y).address(inverse);
             let arguments = arguments.int(columns).int(vectors(dtype, columns)).float(epsilon);
             let launch = Launch::new(rows, row_threads(dtype, columns, 256));
             queue.launch(source, "rms_norm_backward", launch, arguments)?;
             let Some(dw) = dw_at.map(|dw| buffers[dw]) else { return Ok(()) };
             let arguments = Arguments::default().address(dy).int(columns).address(x);
             let arguments = arguments.address(inverse).address(dw).int(rows).int(columns);
-            queue.launch(source, "column_sums", column_launch(columns), arguments)
+            queue.launch(source, "column_sums", column_launch(columns), arguments)?;
+            if !again {
+                return Ok(());
+            }
+            rms_norm(queue, dtype, (rows, columns), [x, weight, dy], epsilon)
         });
-        (dx, dw)
+        NormGradients { x: dx, weight: dw, y: again.then_some(dy) }
     }
 
     fn dropout(x: &CubeTensor, dropout: &Dropout) -> CubeTensor {
@@ -210,17 +216,21 @@ impl Kernels for Cube {
         y
     }
 
-    fn silu_gate_backward(gate_up: &CubeTensor, dy: &CubeTensor) -> CubeTensor {
-        let (gate_up, dy) = (contiguous(gate_up), contiguous(dy));
+    fn silu_gate_backward(
+        gate_up: &CubeTensor,
+        dy: CubeTensor,
+        again: bool,
+    ) -> (CubeTensor, Option<CubeTensor>) {
+        let (gate_up, dy) = (contiguous(gate_up), contiguous(&dy));
         let ((rows, columns), dtype) = (dims(&dy), dy.dtype);
         let d = empty(&gate_up, &[rows, 2 * columns], dtype);
         submit("silu_gate_backward", &d.client, [&gate_up, &dy, &d], move |queue, buffers| {
             let arguments = Arguments::default().address(buffers[0]).address(buffers[1]).address(buffers[2]);
-            let arguments = arguments.int(columns).int(vectors(dtype, columns));
+            let arguments = arguments.int(columns).int(vectors(dtype, columns)).int(usize::from(again));
             let launch = gate_launch(dtype, rows, columns);
             queue.launch(elementwise(dtype), "silu_gate_backward", launch, arguments)
         });
-        d
+        (d, again.then_some(dy))
     }
 
     fn up_factor(up: &Up<CubeTensor>) -> CubeTensor {
@@ -237,12 +247,12 @@ impl Kernels for Cube {
 
     fn linears_backward(
         dy: &CubeTensor,
-        x: &CubeTensor,
         low: Option<&LowRankState<CubeTensor>>,
         parts: &[Part<CubeTensor>],
         wanted: &Wanted,
-    ) -> LinearGradients<CubeTensor> {
-        linear::backward(dy, x, low, parts, wanted)
+        front: impl FnOnce(Option<CubeTensor>) -> Option<CubeTensor>,
+    ) -> Vec<PartGradients<CubeTensor>> {
+        linear::backward(dy, low, parts, wanted, front)
     }
 
     fn add_sparse(y: CubeTensor, x: &CubeTensor, values: &CubeTensor, pattern: &SparsePattern) -> CubeTensor {
@@ -410,6 +420,20 @@ impl Kernels for Cube {
         });
         CrossEntropyParts { loss_sum, correct, gradient: dx }
     }
+}
+
+/// The norm of `x` with a weight, to `y`.
+fn rms_norm(
+    queue: &mut Queue,
+    dtype: DType,
+    (rows, columns): (usize, usize),
+    [x, weight, y]: [u64; 3],
+    epsilon: f32,
+) -> Result<(), Fault> {
+    let arguments = Arguments::default().address(x).address(weight).address(y);
+    let arguments = arguments.int(columns).int(vectors(dtype, columns)).float(epsilon);
+    let launch = Launch::new(rows, row_threads(dtype, columns, 256));
+    queue.launch(elementwise(dtype), "rms_norm", launch, arguments)
 }
 
 /// `to = from ∘ mask`, or with `onto` added to what is there.

@@ -18,12 +18,15 @@ extern "C" __global__ void rms_norm(const scalar* x, const scalar* w, scalar* y,
     });
 }
 
-// dx = r·(w∘dy) − x·r³·mean(w∘dy∘x) + added, which may be missing; `inverse`, if given, gets r.
+// dx = r·(w∘dy) − x·r³·mean(w∘dy∘x) + added, which may be missing; `inverse`, if given, gets r, and `y`, which may be dy,
+// what rms_norm makes of x.
 extern "C" __global__ void rms_norm_backward(const scalar* x, const scalar* w, const scalar* dy, const scalar* added,
-                                             scalar* dx, float* inverse, int columns, int vectors, float epsilon) {
+                                             scalar* dx, scalar* y, float* inverse, int columns, int vectors,
+                                             float epsilon) {
     size_t row = (size_t)blockIdx.x * columns;
     x += row, dy += row, dx += row;
     if (added) added += row;
+    if (y) y += row;
     float squares = 0.f, products = 0.f;
     over_row(columns, vectors, [&](int c, int lanes) {
         float a[V], b[V], d[V];
@@ -41,8 +44,13 @@ extern "C" __global__ void rms_norm_backward(const scalar* x, const scalar* w, c
         read(w + c, lanes, b);
         read(dy + c, lanes, d);
         if (added) read(added + c, lanes, more);
-        for (int i = 0; i < lanes; i++) a[i] = d[i] * b[i] * r - a[i] * along + more[i];
+        for (int i = 0; i < lanes; i++) {
+            float normed = rounded(a[i] * r) * b[i];
+            a[i] = d[i] * b[i] * r - a[i] * along + more[i];
+            d[i] = normed;
+        }
         write(dx + c, lanes, a);
+        if (y) write(y + c, lanes, d);
     });
 }
 
@@ -118,6 +126,9 @@ extern "C" __global__ void dropout(const scalar* x, scalar* y, int columns, int 
     else dropout_piece<1>(x, y, columns, k0, k1, threshold, kept, accumulate);
 }
 
+// σ(g) = 1/(1 + e⁻ᵍ) to 2 units in the last place; 0 where e⁻ᵍ overflows.
+__device__ __forceinline__ float sigmoid(float g) { return __fdividef(1.f, 1.f + __expf(-g)); }
+
 // silu(g) ∘ u of rows [g u] of 2·columns, LANES at a time. Blocks (row, ·).
 template <int LANES>
 __device__ __forceinline__ void gate_piece(const scalar* gate_up, scalar* y, int columns) {
@@ -129,7 +140,7 @@ __device__ __forceinline__ void gate_piece(const scalar* gate_up, scalar* y, int
     read(p, LANES, g);
     read(p + columns, LANES, u);
 #pragma unroll
-    for (int i = 0; i < LANES; i++) g[i] = rounded(g[i] / (1.f + __expf(-g[i]))) * u[i];
+    for (int i = 0; i < LANES; i++) g[i] = rounded(g[i] * sigmoid(g[i])) * u[i];
     write(y + row * columns + c, LANES, g);
 }
 
@@ -138,9 +149,9 @@ extern "C" __global__ void silu_gate(const scalar* gate_up, scalar* y, int colum
     else gate_piece<1>(gate_up, y, columns);
 }
 
-// With σ = 1/(1 + e⁻ᵍ): dg = dy∘u∘σ∘(1 + g∘(1 − σ)), du = dy∘g∘σ.
+// dg = dy∘u∘σ∘(1 + g∘(1 − σ)), du = dy∘g∘σ. With `again`, dy becomes silu(g) ∘ u.
 template <int LANES>
-__device__ __forceinline__ void gate_piece_backward(const scalar* gate_up, const scalar* dy, scalar* d, int columns) {
+__device__ __forceinline__ void gate_piece_backward(const scalar* gate_up, scalar* dy, scalar* d, int columns, int again) {
     int c = (blockIdx.y * blockDim.x + threadIdx.x) * LANES;
     if (c >= columns) return;
     size_t row = blockIdx.x, at = row * 2 * columns + c;
@@ -150,19 +161,21 @@ __device__ __forceinline__ void gate_piece_backward(const scalar* gate_up, const
     read(dy + row * columns + c, LANES, y);
 #pragma unroll
     for (int i = 0; i < LANES; i++) {
-        float sigma = 1.f / (1.f + __expf(-g[i]));
-        float du = y[i] * g[i] * sigma;
+        float sigma = sigmoid(g[i]), silu = g[i] * sigma;
+        float gated = rounded(silu) * u[i];
         g[i] = y[i] * u[i] * sigma * (1.f + g[i] * (1.f - sigma));
-        u[i] = du;
+        u[i] = y[i] * silu;
+        y[i] = gated;
     }
     write(d + at, LANES, g);
     write(d + at + columns, LANES, u);
+    if (again) write(dy + row * columns + c, LANES, y);
 }
 
-extern "C" __global__ void silu_gate_backward(const scalar* gate_up, const scalar* dy, scalar* d, int columns,
-                                              int vectors) {
-    if (vectors) gate_piece_backward<V>(gate_up, dy, d, columns);
-    else gate_piece_backward<1>(gate_up, dy, d, columns);
+extern "C" __global__ void silu_gate_backward(const scalar* gate_up, scalar* dy, scalar* d, int columns, int vectors,
+                                              int again) {
+    if (vectors) gate_piece_backward<V>(gate_up, dy, d, columns, again);
+    else gate_piece_backward<1>(gate_up, dy, d, columns, again);
 }
 
 // Factors of up to three low-rank terms in the activations' type, times their scales. A factor is the matrix `from`; with a
@@ -217,10 +230,13 @@ extern "C" __global__ void cast_factors(const __grid_constant__ Factors factors,
     else cast_factor<1>(f);
 }
 
-// The first `columns` columns of a matrix of f32 whose rows are `stride` apart.
-extern "C" __global__ void first_columns(const float* from, int stride, float* to, int rows, int columns) {
+// Blocks of a matrix whose rows are `stride` apart, from an element on, each times its scale. Blocks (·, block).
+struct Blocks { struct { float* to; int from, rows, columns; float scale; } of[3]; };
+extern "C" __global__ void take_blocks(const float* matrix, int stride, const __grid_constant__ Blocks blocks) {
+    const auto& block = blocks.of[blockIdx.y];
     int i = blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < rows * columns) to[i] = from[(size_t)(i / columns) * stride + i % columns];
+    if (i >= block.rows * block.columns) return;
+    block.to[i] = matrix[block.from + (size_t)(i / block.columns) * stride + i % block.columns] * block.scale;
 }
 
 // Of G = ∂(diag(outer)·B·diag(inner)): outer'[o] = Σᵢ G[o, i]·B[o, i]·inner[i] where blockIdx.y = 0, and inner'[i] =

@@ -34,6 +34,7 @@ impl Place {
 /// Where the maps' columns and ranks are in what lies side by side, and where their factors are in the activations' type:
 /// `[A₁; A₂; …]` `[Σr, in]`, then each `s·B` `[out, r]`; or, where the terms go in joint products, in the rows of its map and
 /// the columns of its rank, `[Σout, Σr]`, with zeros elsewhere.
+#[derive(Clone)]
 pub(super) struct Layout {
     pub places: Vec<Place>,
     pub inputs: usize,
@@ -236,6 +237,44 @@ pub fn up_factor(up: &Up<CubeTensor>) -> CubeTensor {
     factor
 }
 
+/// A block of a matrix of f32 that is written elsewhere, times a scale.
+#[derive(Clone, Copy)]
+pub(super) struct Block {
+    /// Elements before it.
+    pub from: usize,
+    pub rows: usize,
+    pub columns: usize,
+    pub scale: f32,
+    /// The place of what gets it.
+    pub to: usize,
+}
+
+/// Words of the kernel's structure for a block, and how many of them it takes.
+const BLOCK_WORDS: usize = 3;
+const MOST_BLOCKS: usize = 3;
+
+impl Block {
+    /// Writes blocks of the matrix at an address whose rows are `stride` apart.
+    pub fn take(
+        blocks: &[Self],
+        queue: &mut Queue,
+        buffers: &[u64],
+        matrix: u64,
+        stride: usize,
+    ) -> Result<(), Fault> {
+        let pair = |low: usize, high: u32| u64::from(low as u32) | u64::from(high) << 32;
+        let mut words = [0; MOST_BLOCKS * BLOCK_WORDS];
+        for (slot, block) in words.chunks_exact_mut(BLOCK_WORDS).zip(blocks) {
+            let &Self { from, rows, columns, scale, to } = block;
+            slot.copy_from_slice(&[buffers[to], pair(from, rows as u32), pair(columns, scale.to_bits())]);
+        }
+        let most = blocks.iter().map(|block| block.rows * block.columns).max().unwrap_or(0);
+        let launch = Launch { grid: (most.div_ceil(256), blocks.len(), 1), block: (256, 1), shared: 0 };
+        let arguments = Arguments::default().address(matrix).int(stride).structure(&words);
+        queue.launch(elementwise(DType::F32), "take_blocks", launch, arguments)
+    }
+}
+
 /// What stands for `B` trains: the gradient of the whole factor, and what it is passed on to.
 pub(super) struct UpGradient {
     /// Where the factor's gradient is written, and the distance of its rows.
@@ -254,11 +293,9 @@ impl UpGradient {
         match self.origin {
             Origin::Zeros => Ok(()),
             Origin::Matrix(_) => {
-                let Some(to) = to[0].filter(|to| *to != whole) else { return Ok(()) };
-                let arguments = Arguments::default().address(whole).int(stride).address(to);
-                let arguments = arguments.int(width).int(rank);
-                let launch = Launch::new((width * rank).div_ceil(256), 256);
-                queue.launch(elementwise(DType::F32), "first_columns", launch, arguments)
+                let Some(place) = self.to[0].filter(|to| buffers[*to] != whole) else { return Ok(()) };
+                let block = Block { from: 0, rows: width, columns: rank, scale: 1.0, to: place };
+                Block::take(&[block], queue, buffers, whole, stride)
             }
             // dB = G·R₂ᵀ with the rows of R that B's columns meet; dR = [F B]ᵀ·G.
             Origin::Core { b, core, frozen, .. } => {

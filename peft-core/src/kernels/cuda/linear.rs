@@ -8,12 +8,10 @@ use super::commands::{Arguments, Launch};
 use super::cublaslt::{Element, Product};
 use super::engine::{Buffers, submit};
 use super::error::Fault;
-use super::factors::{Cast, Layout, Origin, Place, UpGradient};
+use super::factors::{Block, Cast, Layout, Origin, Place, UpGradient};
 use super::queue::Queue;
 use crate::kernels::dropout::Dropout;
-use crate::kernels::linear::{
-    Factors as LowRank, LinearGradients, LowRankState, Part, PartGradients, Wanted,
-};
+use crate::kernels::linear::{Factors as LowRank, LowRankState, Part, PartGradients, Up, Wanted};
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 
@@ -172,24 +170,98 @@ pub fn forward(
     (y, low)
 }
 
-/// Where the gradients of a map are written.
-struct Destinations {
-    weight: Option<usize>,
-    bias: Option<usize>,
-    up: Option<UpGradient>,
+/// Up to so many ranks that share an input the gradients of all `B`s are blocks of one product.
+const MOST_IN_ONE: usize = 128;
+
+/// How the gradients of `B`s are computed.
+enum UpGradients {
+    /// As blocks of one product, which goes to scratch.
+    InOne(usize, Vec<Block>),
+    /// Each by itself, times its scale.
+    Apart(Vec<(UpGradient, Place, f32)>),
 }
 
-/// The gradients of the maps.
+impl UpGradients {
+    /// Those that are wanted, `to` what of each map.
+    fn new(
+        parts: &[Part<CubeTensor>],
+        layout: &Layout,
+        to: &[[Option<usize>; 2]],
+        like: &CubeTensor,
+        buffers: &mut Buffers,
+    ) -> Self {
+        let wanted = parts.iter().zip(&layout.places).zip(to);
+        let wanted = wanted.filter(|(_, to)| to.iter().any(Option::is_some));
+        let wanted = wanted.filter_map(|((part, place), to)| Some((part.factors.as_ref()?, *place, *to)));
+        let wanted: Vec<(&LowRank<_>, Place, _)> = wanted.collect();
+        let blocks = wanted.iter().map(|(LowRank { b, scale, .. }, place, to)| match (b, to[0]) {
+            (Up::Matrix(_), Some(to)) => Some(Block {
+                from: place.start * layout.rank + place.first,
+                rows: place.width,
+                columns: place.rank,
+                scale: *scale,
+                to,
+            }),
+            _ => None,
+        });
+        let blocks = blocks.collect::<Option<Vec<Block>>>();
+        if let Some(blocks) = blocks.filter(|blocks| blocks.len() > 1 && layout.rank <= MOST_IN_ONE) {
+            let whole = buffers.add_scratch(&like.client, 4 * layout.out * layout.rank);
+            return Self::InOne(whole, blocks);
+        }
+        let apart = wanted.into_iter().map(|(LowRank { b, scale, .. }, place, to)| {
+            let (origin, filled) = (Origin::of(b, buffers), place.filled());
+            let whole = match (origin, to[0]) {
+                (Origin::Matrix(_), Some(to)) if filled == place.rank => to,
+                _ => buffers.add_scratch(&like.client, 4 * place.width * filled),
+            };
+            (UpGradient { whole: (whole, filled), origin, to }, place, *scale)
+        });
+        Self::Apart(apart.collect())
+    }
+
+    /// Enqueues them, of `dy` and the down projections.
+    fn enqueue(
+        &self,
+        queue: &mut Queue,
+        layout: &Layout,
+        rows: usize,
+        dtype: DType,
+        buffers: &[u64],
+        [dy, down]: [u64; 2],
+    ) -> Result<(), Fault> {
+        let product = |width: usize, ranks: usize| {
+            let product = dense(width, ranks, rows, dtype);
+            Product { a: (true, layout.out), b: (false, layout.rank), output: Element::F32, ..product }
+        };
+        match self {
+            Self::InOne(whole, blocks) => {
+                let whole = buffers[*whole];
+                queue.product(&product(layout.out, layout.rank), 1.0, dy, down, 0.0, whole, whole)?;
+                Block::take(blocks, queue, buffers, whole, layout.rank)
+            }
+            Self::Apart(apart) => apart.iter().try_for_each(|(up, place, scale)| {
+                let (whole, stride) = (buffers[up.whole.0], up.whole.1);
+                let (dy, down) = (at(dy, place.start, dtype), at(down, place.first, dtype));
+                queue.product(&product(place.width, stride), *scale, dy, down, 0.0, whole, whole)?;
+                up.enqueue(queue, place, buffers)
+            }),
+        }
+    }
+}
+
+/// The gradients of the maps' parameters; `front` is told the gradient of the input, and says what the input was.
 pub fn backward(
     dy: &CubeTensor,
-    x: &CubeTensor,
     low: Option<&LowRankState<CubeTensor>>,
     parts: &[Part<CubeTensor>],
     wanted: &Wanted,
-) -> LinearGradients<CubeTensor> {
-    let ((rows, inputs), dtype) = (dims(x), x.dtype);
+    front: impl FnOnce(Option<CubeTensor>) -> Option<CubeTensor>,
+) -> Vec<PartGradients<CubeTensor>> {
+    let (rows, inputs, dtype) = (dims(dy).0, dims(&parts[0].weight).1, dy.dtype);
     let layout = Layout::new(parts, inputs);
-    let dx = wanted.input.then(|| empty(x, &[rows, inputs], dtype));
+    let dx = wanted.input.then(|| empty(dy, &[rows, inputs], dtype));
+    let ddown = low.map(|_| empty(dy, &[rows, layout.rank], dtype));
     // The gradients of all As lie under one another, so that one product makes them.
     let wants_a = low.is_some() && wanted.parts.iter().any(|wanted| wanted.a);
     let mut forms = vec![wants_a.then(|| (vec![layout.rank, inputs], DType::F32))];
@@ -202,60 +274,70 @@ pub fn backward(
             forms.push(tensor.filter(|_| wanted).map(form));
         }
     }
-    let mut tensors = empties(x, forms).into_iter();
+    let mut tensors = empties(dy, forms).into_iter();
     let da = tensors.next().flatten();
     let gradients = tensors.collect::<Vec<_>>();
 
+    through_weights(dy, [dx.as_ref(), ddown.as_ref()], low, parts, &layout, &gradients);
+    if let Some(x) = front(dx).filter(|_| wanted.reads_input()) {
+        let of_weights: Vec<_> = gradients.chunks_exact(4).map(|gradients| gradients[0].as_ref()).collect();
+        through_input([dy, &x], &of_weights, da.as_ref().zip(ddown.as_ref()), parts, &layout);
+    }
+
+    let of_a = |place: &Place| {
+        let rows = place.first..place.first + place.rank;
+        da.as_ref().filter(|_| place.rank > 0).map(|da| rows_of(da, rows))
+    };
+    let parts = layout.places.iter().zip(gradients.chunks_exact(4)).map(|(place, gradients)| {
+        let [weight, bias, first, second] = [0, 1, 2, 3].map(|slot| gradients[slot].clone());
+        PartGradients { weight, bias, a: of_a(place), up: [first, second] }
+    });
+    parts.collect()
+}
+
+/// The gradients of input and down projections, and those of biases and `B`s, which read no input.
+fn through_weights(
+    dy: &CubeTensor,
+    [dx, ddown]: [Option<&CubeTensor>; 2],
+    low: Option<&LowRankState<CubeTensor>>,
+    parts: &[Part<CubeTensor>],
+    layout: &Layout,
+    gradients: &[Option<CubeTensor>],
+) {
+    let (rows, dtype) = (dims(dy).0, dy.dtype);
+    let Layout { inputs, out, rank, .. } = *layout;
     let mut buffers = Buffers::default();
-    let (dy_at, x_at) = (buffers.add_rows(dy), buffers.add_rows(x));
+    let dy_at = buffers.add_rows(dy);
     let weight_at: Vec<usize> = parts.iter().map(|part| buffers.add_rows(&part.weight)).collect();
     let adjoining = adjoining(parts);
-    let dx_at = dx.as_ref().map(|dx| buffers.add(dx));
-    let da_at = da.as_ref().map(|da| buffers.add(da));
-    let low_work = low.map(|low| {
-        let ddown = buffers.add_scratch(&x.client, rows * layout.rank * dtype.size());
+    let dx_at = dx.map(|dx| buffers.add(dx));
+    let low_work = low.zip(ddown).map(|(low, ddown)| {
         let (factors, casts) = match &low.factors {
             Some(factors) => (buffers.add(factors), None),
             None => {
-                let casts = Cast::all(parts, &layout, &mut buffers);
-                (buffers.add_scratch(&x.client, layout.len * dtype.size()), Some(casts))
+                let casts = Cast::all(parts, layout, &mut buffers);
+                (buffers.add_scratch(&dy.client, layout.len * dtype.size()), Some(casts))
             }
         };
-        ([buffers.add_rows(&low.down), ddown, factors], casts)
+        ([buffers.add_rows(&low.down), buffers.add(ddown), factors], casts)
     });
-    let mut destinations = Vec::with_capacity(parts.len());
-    for ((part, place), gradients) in parts.iter().zip(&layout.places).zip(gradients.chunks_exact(4)) {
-        let mut of = |slot: usize| gradients[slot].as_ref().map(|tensor: &CubeTensor| buffers.add(tensor));
-        let (weight, bias, to) = (of(0), of(1), [of(2), of(3)]);
-        let factors = part.factors.as_ref().filter(|_| to.iter().any(Option::is_some));
-        let up = factors.map(|LowRank { b, .. }| {
-            let (origin, filled) = (Origin::of(b, &mut buffers), place.filled());
-            let whole = match (origin, to[0]) {
-                (Origin::Matrix(_), Some(to)) if filled == place.rank => to,
-                _ => buffers.add_scratch(&x.client, 4 * place.width * filled),
-            };
-            UpGradient { whole: (whole, filled), origin, to }
-        });
-        destinations.push(Destinations { weight, bias, up });
-    }
+    let to = gradients.chunks_exact(4).map(|gradients| {
+        [1, 2, 3].map(|slot| gradients[slot].as_ref().map(|tensor: &CubeTensor| buffers.add(tensor)))
+    });
+    let (biases, ups): (Vec<_>, Vec<_>) = to.map(|[bias, first, second]| (bias, [first, second])).unzip();
+    let ups = UpGradients::new(parts, layout, &ups, dy, &mut buffers);
     let dropouts = dropouts(parts);
     let drops = dropouts.iter().any(Option::is_some);
-    let left_at = drops.then(|| buffers.add_scratch(&x.client, rows * inputs * dtype.size()));
-    let scales: Vec<f32> =
-        parts.iter().map(|part| part.factors.as_ref().map_or(0.0, |factors| factors.scale)).collect();
-    let places = layout.places.clone();
-    submit("linears_backward", &x.client, buffers, move |queue, buffers| {
-        let Layout { places, out, rank, .. } = &layout;
-        let (dy, x) = (buffers[dy_at], buffers[x_at]);
+    let left_at = drops.then(|| buffers.add_scratch(&dy.client, rows * inputs * dtype.size()));
+    let layout = layout.clone();
+    submit("linears_backward", &dy.client, buffers, move |queue, buffers| {
+        let places = &layout.places;
+        let dy = buffers[dy_at];
         let dx = dx_at.map(|dx| buffers[dx]);
-        for (place, to) in places.iter().zip(&destinations) {
-            let dy = at(dy, place.start, dtype);
-            if let Some(dw) = to.weight.map(|dw| buffers[dw]) {
-                let product = Product { a: (true, *out), ..dense(place.width, inputs, rows, dtype) };
-                queue.product(&product, 1.0, dy, x, 0.0, dw, dw)?;
-            }
-            if let Some(bias) = to.bias.map(|bias| buffers[bias]) {
-                let arguments = Arguments::default().address(dy).int(*out).address(0).address(0);
+        for (place, bias) in places.iter().zip(biases) {
+            if let Some(bias) = bias.map(|bias| buffers[bias]) {
+                let dy = at(dy, place.start, dtype);
+                let arguments = Arguments::default().address(dy).int(out).address(0).address(0);
                 let arguments = arguments.address(bias).int(rows).int(place.width);
                 queue.launch(elementwise(dtype), "column_sums", column_launch(place.width), arguments)?;
             }
@@ -263,53 +345,29 @@ pub fn backward(
         let mut beta = 0.0;
         if let Some((at_low, casts)) = low_work {
             let [down, ddown, a] = at_low.map(|at| buffers[at]);
-            let da = da_at.map(|da| buffers[da]);
             if let Some(casts) = casts {
                 Cast::enqueue(&casts, queue, dtype, buffers, a)?;
             }
             for place in layout.groups() {
                 let product = dense(rows, place.filled(), place.width, dtype);
-                let product = Product { a: (false, *out), c: *rank, ..product };
+                let product = Product { a: (false, out), c: rank, ..product };
                 let (dy, to) = (at(dy, place.start, dtype), at(ddown, place.first, dtype));
                 queue.product(&product, 1.0, dy, at(a, place.b, dtype), 0.0, to, to)?;
             }
-            for ((place, to), scale) in places.iter().zip(&destinations).zip(scales) {
-                let Some(up) = &to.up else { continue };
-                let (whole, stride) = (buffers[up.whole.0], up.whole.1);
-                let product = dense(place.width, stride, rows, dtype);
-                let product = Product { a: (true, *out), b: (false, *rank), output: Element::F32, ..product };
-                let (dy, down) = (at(dy, place.start, dtype), at(down, place.first, dtype));
-                queue.product(&product, scale, dy, down, 0.0, whole, whole)?;
-                up.enqueue(queue, place, buffers)?;
-            }
-            match left_at.map(|left| buffers[left]) {
-                None => {
-                    if let Some(da) = da {
-                        let product = Product { a: (true, *rank), ..dense(*rank, inputs, rows, dtype) };
-                        let product = Product { output: Element::F32, ..product };
-                        queue.product(&product, 1.0, ddown, x, 0.0, da, da)?;
-                    }
-                    // As forward, the thin product into dx comes before the large ones.
-                    if let Some(dx) = dx {
-                        let product = dense(rows, inputs, *rank, dtype);
-                        queue.product(&product, 1.0, ddown, a, 0.0, dx, dx)?;
-                        beta = 1.0;
-                    }
+            ups.enqueue(queue, &layout, rows, dtype, buffers, [dy, down])?;
+            match (dx, left_at.map(|left| buffers[left])) {
+                (None, _) => {}
+                // As forward, the thin product into dx comes before the large ones.
+                (Some(dx), None) => {
+                    queue.product(&dense(rows, inputs, rank, dtype), 1.0, ddown, a, 0.0, dx, dx)?;
+                    beta = 1.0;
                 }
-                // Each term has an input of its own, and drops the same of its gradient.
-                Some(left) => {
+                // Each term drops of its gradient what it dropped of its input.
+                (Some(dx), Some(left)) => {
                     for (place, dropout) in places.iter().zip(&dropouts).filter(|(place, _)| place.rank > 0) {
-                        let (first, filled) = (place.first, place.filled());
-                        let ddown = at(ddown, first, dtype);
-                        if let Some(da) = da.map(|da| at(da, first * inputs, DType::F32)) {
-                            let input = left_of(queue, dtype, (rows, inputs), dropout, x, left)?;
-                            let product = Product { a: (true, *rank), ..dense(filled, inputs, rows, dtype) };
-                            let product = Product { output: Element::F32, ..product };
-                            queue.product(&product, 1.0, ddown, input, 0.0, da, da)?;
-                        }
-                        let Some(dx) = dx else { continue };
-                        let product = Product { a: (false, *rank), ..dense(rows, inputs, filled, dtype) };
-                        let a = at(a, first * inputs, dtype);
+                        let product = dense(rows, inputs, place.filled(), dtype);
+                        let product = Product { a: (false, rank), ..product };
+                        let (ddown, a) = (at(ddown, place.first, dtype), at(a, place.first * inputs, dtype));
                         match dropout {
                             Some(dropout) => {
                                 queue.product(&product, 1.0, ddown, a, 0.0, left, left)?;
@@ -326,20 +384,55 @@ pub fn backward(
         let Some(dx) = dx else { return Ok(()) };
         let weights: Vec<u64> = weight_at.iter().map(|weight| buffers[*weight]).collect();
         for JoinedMaps { start, width, weight } in joined(&layout, &weights, &adjoining) {
-            let product = Product { a: (false, *out), ..dense(rows, inputs, width, dtype) };
+            let product = Product { a: (false, out), ..dense(rows, inputs, width, dtype) };
             queue.product(&product, 1.0, at(dy, start, dtype), weight, beta, dx, dx)?;
             beta = 1.0;
         }
         Ok(())
     });
+}
 
-    let of_a = |place: &Place| {
-        let rows = place.first..place.first + place.rank;
-        da.as_ref().filter(|_| place.rank > 0).map(|da| rows_of(da, rows))
-    };
-    let parts = places.iter().zip(gradients.chunks_exact(4)).map(|(place, gradients)| {
-        let [weight, bias, first, second] = [0, 1, 2, 3].map(|slot| gradients[slot].clone());
-        PartGradients { weight, bias, a: of_a(place), up: [first, second] }
+/// The gradients of the weights, and of all `A`s with that of the down projections.
+fn through_input(
+    [dy, x]: [&CubeTensor; 2],
+    of_weights: &[Option<&CubeTensor>],
+    of_a: Option<(&CubeTensor, &CubeTensor)>,
+    parts: &[Part<CubeTensor>],
+    layout: &Layout,
+) {
+    let (rows, dtype) = (dims(dy).0, dy.dtype);
+    let Layout { inputs, out, rank, .. } = *layout;
+    let mut buffers = Buffers::default();
+    let (dy_at, x_at) = (buffers.add_rows(dy), buffers.add_rows(x));
+    let weight_at: Vec<_> = of_weights.iter().map(|dw| dw.map(|dw| buffers.add(dw))).collect();
+    let of_a_at = of_a.map(|(da, ddown)| (buffers.add(da), buffers.add(ddown)));
+    let dropouts = dropouts(parts);
+    let drops = dropouts.iter().any(Option::is_some);
+    let left_at = drops.then(|| buffers.add_scratch(&x.client, rows * inputs * dtype.size()));
+    let places = layout.places.clone();
+    submit("linears_parameters", &x.client, buffers, move |queue, buffers| {
+        let (dy, x) = (buffers[dy_at], buffers[x_at]);
+        for (place, dw) in places.iter().zip(weight_at) {
+            let Some(dw) = dw.map(|dw| buffers[dw]) else { continue };
+            let product = Product { a: (true, out), ..dense(place.width, inputs, rows, dtype) };
+            queue.product(&product, 1.0, at(dy, place.start, dtype), x, 0.0, dw, dw)?;
+        }
+        let Some((da, ddown)) = of_a_at.map(|(da, ddown)| (buffers[da], buffers[ddown])) else {
+            return Ok(());
+        };
+        let product = |ranks: usize| {
+            let product = Product { a: (true, rank), ..dense(ranks, inputs, rows, dtype) };
+            Product { output: Element::F32, ..product }
+        };
+        let Some(left) = left_at.map(|left| buffers[left]) else {
+            return queue.product(&product(rank), 1.0, ddown, x, 0.0, da, da);
+        };
+        // Each term has an input of its own.
+        for (place, dropout) in places.iter().zip(&dropouts).filter(|(place, _)| place.rank > 0) {
+            let input = left_of(queue, dtype, (rows, inputs), dropout, x, left)?;
+            let (ddown, da) = (at(ddown, place.first, dtype), at(da, place.first * inputs, DType::F32));
+            queue.product(&product(place.filled()), 1.0, ddown, input, 0.0, da, da)?;
+        }
+        Ok(())
     });
-    LinearGradients { parts: parts.collect(), input: dx }
 }
