@@ -2,7 +2,7 @@
 //!
 //! Enqueueing a kernel costs the host some microseconds and a matrix product twice that; a graph costs about as much as one
 //! kernel, however many it holds, but the device takes some microseconds more to begin it. So it pays while the device
-//! waits for the host. A training step enqueues what the one before it did, on the same addresses, for results lie in blocks
+//! waits for the host, or soon will. A training step enqueues what the one before it did, on the same addresses, for results lie in blocks
 //! that are kept by size. Commands hold all that the device is told, so lists that are equal do the same.
 
 use super::cublaslt::Product;

@@ -5,6 +5,7 @@
 //! before, and the context waits for the stream before it runs anything later. So buffers may be handed back and forth, and
 //! cubecl may reuse one as soon as its last handle is gone.
 
+use super::addresses::Addresses;
 use super::cublaslt::CublasLt;
 use super::error::{self, Fault};
 use super::pooled::block;
@@ -16,7 +17,7 @@ use cubecl::client::Client;
 use cubecl::cuda::CudaRuntime;
 use cubecl::device::DeviceId;
 use cubecl::device_handle::DeviceHandle;
-use cubecl::server::{BufferBinding, CopyDescriptor, Handle, Server as _, ServerStorage};
+use cubecl::server::{BufferBinding, CopyDescriptor, Handle, Server as _};
 use cubecl_environment::future::reader::read_sync;
 use cubecl_environment::stream::StreamId;
 use cubecl_runtime::runtime::Runtime;
@@ -25,7 +26,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-type Server = <CudaRuntime as Runtime>::Server;
+pub(super) type Server = <CudaRuntime as Runtime>::Server;
 
 /// Memory that work is given, by its place among the addresses: buffers of cubecl's, and scratch that is the work's own
 /// while it runs.
@@ -85,7 +86,15 @@ impl Buffers {
     }
 }
 
-static QUEUES: Mutex<Option<HashMap<DeviceId, Queue>>> = Mutex::new(None);
+/// What works on a device are given.
+#[derive(Default)]
+struct Engine {
+    /// Absent before the first work.
+    queue: Option<Queue>,
+    addresses: Addresses,
+}
+
+static ENGINES: Mutex<Option<HashMap<DeviceId, Engine>>> = Mutex::new(None);
 
 /// cuBLASLt, if it can be loaded here. Without it none of our kernels runs; the user is told once.
 fn library() -> Option<&'static libloading::Library> {
@@ -107,9 +116,9 @@ pub fn is_available() -> bool {
 pub fn profile(client: &Client) -> Vec<(&'static str, usize, f64, f64)> {
     let device = client.service_id().device;
     let times = handle(device).submit_blocking(move |_| {
-        let mut queues = QUEUES.lock().unwrap_or_else(PoisonError::into_inner);
-        let queue = queues.as_mut().and_then(|queues| queues.get_mut(&device));
-        queue.map(Queue::times).unwrap_or_default()
+        let mut engines = ENGINES.lock().unwrap_or_else(PoisonError::into_inner);
+        let engine = engines.as_mut().and_then(|engines| engines.get_mut(&device));
+        engine.and_then(|engine| engine.queue.as_mut()).map(Queue::times).unwrap_or_default()
     });
     times.unwrap_or_default()
 }
@@ -225,19 +234,18 @@ fn send(device: DeviceId, tasks: Vec<Task>) {
     let stream = StreamId::current();
     handle(device).submit(move |server| {
         let run = || -> Result<(), Fault> {
-            let mut queues = QUEUES.lock().unwrap_or_else(PoisonError::into_inner);
-            let queues = queues.get_or_insert_default();
-            let (mut resources, mut jobs) = (Vec::new(), Vec::with_capacity(tasks.len()));
+            let mut engines = ENGINES.lock().unwrap_or_else(PoisonError::into_inner);
+            let Engine { queue, addresses } = engines.get_or_insert_default().entry(device).or_default();
+            // Their memory is theirs until the work is enqueued.
+            let (mut buffers, mut jobs) = (Vec::new(), Vec::with_capacity(tasks.len()));
             let mut most_scratch = 0;
             for Task { label, memory, job } in tasks {
-                let (mut addresses, mut scratch) = (Vec::with_capacity(memory.len()), 0);
+                let (mut places, mut scratch) = (Vec::with_capacity(memory.len()), 0);
                 for memory in memory {
-                    addresses.push(match memory {
+                    places.push(match memory {
                         Memory::Buffer(buffer) => {
-                            let resource = server.get_resource(buffer, stream);
-                            let resource = resource.map_err(|error| Fault(format!("CUDA: {error:?}")))?;
-                            let address = resource.resource().ptr;
-                            resources.push(resource);
+                            let address = addresses.of(server, &buffer, stream)?;
+                            buffers.push(buffer);
                             Memory::Buffer(address)
                         }
                         Memory::Scratch(bytes) => {
@@ -248,12 +256,12 @@ fn send(device: DeviceId, tasks: Vec<Task>) {
                     });
                 }
                 most_scratch = most_scratch.max(scratch);
-                jobs.push((label, addresses, job));
+                jobs.push((label, places, job));
             }
-            // The context is current on this thread once a buffer was asked for.
-            let queue = match queues.entry(device) {
-                std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-                std::collections::hash_map::Entry::Vacant(entry) => entry.insert(Queue::new(library)?),
+            // The context is current on this thread since a buffer was asked for.
+            let queue = match queue {
+                Some(queue) => queue,
+                None => queue.insert(Queue::new(library)?),
             };
             let scratch = queue.scratch(most_scratch)?;
             let address = |memory| match memory {

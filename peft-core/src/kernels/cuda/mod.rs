@@ -1,6 +1,7 @@
 //! The kernels on NVIDIA GPUs: CUDA C compiled by NVRTC when first used, matrix products by cuBLASLt, both enqueued beside
 //! cubecl's own work.
 
+mod addresses;
 mod attention;
 mod backend;
 mod basis;

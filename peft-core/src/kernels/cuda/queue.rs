@@ -16,6 +16,10 @@ pub type Job = Box<dyn FnOnce(&mut Queue, &[u64]) -> Result<(), Fault> + Send>;
 /// Fewer commands cost the host no more than a graph costs the device.
 const FEWEST_OF_GRAPH: usize = 4;
 
+/// The device waits for us, or soon will, while at most so many works are left of those it was handed: where it waits for
+/// each, it is often not through with the last one when the next is ready.
+const LAG: usize = 4;
+
 /// Counters that kernels share; they run one after another.
 pub const COUNTERS: usize = 4096;
 
@@ -24,7 +28,10 @@ pub struct Queue {
     context: sys::CUcontext,
     stream: sys::CUstream,
     before: sys::CUevent,
-    after: sys::CUevent,
+    /// What the device passes after each of the last works.
+    after: [sys::CUevent; LAG],
+    /// Works handed over.
+    handed: usize,
     workspace: u64,
     /// [`COUNTERS`] zeros.
     counters: u64,
@@ -65,7 +72,14 @@ impl Queue {
                 context,
                 stream: result::stream::create(result::stream::StreamKind::NonBlocking)?,
                 before: event()?,
-                after: event()?,
+                after: {
+                    let mut events = [std::ptr::null_mut(); LAG];
+                    for slot in &mut events {
+                        *slot = event()?;
+                    }
+                    events
+                },
+                handed: 0,
                 workspace: result::malloc_sync(WORKSPACE)?,
                 counters: {
                     let counters = result::malloc_sync(4 * COUNTERS)?;
@@ -115,11 +129,11 @@ impl Queue {
         Ok(())
     }
 
-    /// Hands what was enqueued to the device: as a graph if it waits for us and was told the same before, else command by
+    /// Hands what was enqueued to the device: as a graph if it is near and was told the same before, else command by
     /// command, which the device runs more closely one after another.
     fn hand_over(&mut self) -> Result<(), Fault> {
         let commands = std::mem::take(&mut self.commands);
-        if !self.records || commands.len() < FEWEST_OF_GRAPH || !self.is_idle() {
+        if !self.records || commands.len() < FEWEST_OF_GRAPH || !self.is_near() {
             return self.tell(&commands);
         }
         match self.graphs.coming(&commands) {
@@ -142,10 +156,10 @@ impl Queue {
         Ok(())
     }
 
-    /// Whether the device is through with all that it was handed.
-    fn is_idle(&self) -> bool {
+    /// Whether the device is at most [`LAG`] works behind.
+    fn is_near(&self) -> bool {
         // SAFETY: the event is of this context.
-        unsafe { sys::cuEventQuery(self.after) == sys::CUresult::CUDA_SUCCESS }
+        unsafe { sys::cuEventQuery(self.after[self.handed % LAG]) == sys::CUresult::CUDA_SUCCESS }
     }
 
     /// Tells the device commands one by one.
@@ -311,8 +325,10 @@ impl Queue {
                 });
             let outcome = outcome.and_then(|()| self.hand_over());
             self.commands.clear();
-            result::event::record(self.after, self.stream)?;
-            sys::cuCtxWaitEvent(self.context, self.after).result()?;
+            let after = self.after[self.handed % LAG];
+            self.handed += 1;
+            result::event::record(after, self.stream)?;
+            sys::cuCtxWaitEvent(self.context, after).result()?;
             outcome
         }
     }
