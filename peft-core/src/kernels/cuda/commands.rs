@@ -69,6 +69,11 @@ impl Arguments {
         self.words(&[address])
     }
 
+    /// A `long long`.
+    pub fn long(self, value: usize) -> Self {
+        self.words(&[value as u64])
+    }
+
     /// An `int`.
     pub fn int(self, value: usize) -> Self {
         self.words(&[u64::from(value as u32)])

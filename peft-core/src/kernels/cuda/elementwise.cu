@@ -83,6 +83,24 @@ extern "C" __global__ void add_bias(scalar* y, int stride, const scalar* bias, i
     *p = to_scalar(to_float(*p) + to_float(bias[c]));
 }
 
+// y += x, elements one after another.
+template <int LANES>
+__device__ __forceinline__ void add_piece(const scalar* x, scalar* y, long long count) {
+    long long i = (blockIdx.x * (long long)blockDim.x + threadIdx.x) * LANES;
+    if (i >= count) return;
+    float a[V], b[V];
+    read(x + i, LANES, a);
+    read(y + i, LANES, b);
+#pragma unroll
+    for (int j = 0; j < LANES; j++) b[j] += a[j];
+    write(y + i, LANES, b);
+}
+
+extern "C" __global__ void add_onto(const scalar* x, scalar* y, long long count, int vectors) {
+    if (vectors) add_piece<V>(x, y, count);
+    else add_piece<1>(x, y, count);
+}
+
 // A block of Philox4x32-10 (Salmon et al., SC 2011).
 __device__ __forceinline__ uint4 philox(unsigned c0, unsigned c1, unsigned c2, unsigned k0, unsigned k1) {
     unsigned c3 = 0;

@@ -72,6 +72,15 @@ fn left_of(
     Ok(left)
 }
 
+/// `y += x` of so many elements.
+fn add_onto(queue: &mut Queue, dtype: DType, count: usize, x: u64, y: u64) -> Result<(), Fault> {
+    let lanes = 16 / dtype.size();
+    let vectors = count.is_multiple_of(lanes) && (x | y).is_multiple_of(16);
+    let arguments = Arguments::default().address(x).address(y).long(count).int(usize::from(vectors));
+    let launch = Launch::new(count.div_ceil(256 * if vectors { lanes } else { 1 }), 256);
+    queue.launch(elementwise(dtype), "add_onto", launch, arguments)
+}
+
 /// The maps' results, and what the backward reads of the terms.
 pub fn forward(
     x: &CubeTensor,
@@ -109,9 +118,11 @@ pub fn forward(
     submit("linears", &y.client, buffers, move |queue, buffers| {
         let (x, y) = (buffers[x_at], buffers[y_at]);
         let weights: Vec<u64> = weight_at.iter().map(|weight| buffers[*weight]).collect();
-        // What the results start from: the residual, if there is one.
-        let (mut beta, mut from) = residual_at.map_or((0.0, y), |residual| (1.0, buffers[residual]));
-        let thin = |queue: &mut Queue, beta: f32, from: u64, down: u64, factors: u64| {
+        // Without terms the results start from the residual. With terms it comes last: what is small beside it would be
+        // rounded away when it is added alone, time and again the same, and adapters begin small.
+        let residual = residual_at.map(|residual| buffers[residual]);
+        let (mut beta, from) = residual.filter(|_| low_work.is_none()).map_or((0.0, y), |from| (1.0, from));
+        let thin = |queue: &mut Queue, beta: f32, down: u64, factors: u64| {
             layout.groups().into_iter().try_for_each(|place| {
                 let product = Product {
                     a: (false, layout.rank),
@@ -120,8 +131,8 @@ pub fn forward(
                     ..dense(rows, place.width, place.filled(), dtype)
                 };
                 let (down, b) = (at(down, place.first, dtype), at(factors, place.b, dtype));
-                let (from, to) = (at(from, place.start, dtype), at(y, place.start, dtype));
-                queue.product(&product, 1.0, down, b, beta, from, to)
+                let to = at(y, place.start, dtype);
+                queue.product(&product, 1.0, down, b, beta, to, to)
             })
         };
         let low = low_work.as_ref().map(|(_, (down, factors))| (buffers[*down], buffers[*factors]));
@@ -144,8 +155,8 @@ pub fn forward(
                 }
             }
             if layout.is_joint() {
-                thin(queue, beta, from, down, a)?;
-                (beta, from) = (1.0, y);
+                thin(queue, 0.0, down, a)?;
+                beta = 1.0;
             }
         }
         for JoinedMaps { start, width, weight } in joined(&layout, &weights, &adjoining) {
@@ -155,7 +166,7 @@ pub fn forward(
         }
         // Products apart leave the columns of maps without a term alone.
         if let Some((down, a)) = low.filter(|_| !layout.is_joint()) {
-            thin(queue, 1.0, y, down, a)?;
+            thin(queue, 1.0, down, a)?;
         }
         for (place, bias) in layout.places.iter().zip(bias_at) {
             if let Some(bias) = bias {
@@ -165,7 +176,10 @@ pub fn forward(
                 queue.launch(elementwise(dtype), "add_bias", launch, arguments)?;
             }
         }
-        Ok(())
+        match residual.filter(|_| low_work.is_some()) {
+            Some(residual) => add_onto(queue, dtype, rows * layout.out, residual, y),
+            None => Ok(()),
+        }
     });
     (y, low)
 }

@@ -100,6 +100,34 @@ fn joint_linear_maps() {
     }
 }
 
+/// What an adapter adds is not lost where the residual is so large that the sum of the two alone rounds to the residual: on
+/// average over many sums it arrives.
+#[test]
+fn a_small_term_beside_a_large_residual() {
+    for place in &places() {
+        let (rows, width, out) = (64, 64, 256);
+        let ones = Tensor::<2>::ones([rows, 1], (&place.0, place.1));
+        let x = Tensor::cat(vec![ones, random("x", [rows, width - 1], place)], 1);
+        let weight = random("w", [out, width], place).mul_scalar(0.1);
+        let first = |rows: usize, columns: usize, value: f32| {
+            let mut values = vec![0.0; rows * columns];
+            values.iter_mut().step_by(columns).for_each(|first| *first = value);
+            Tensor::<2>::from_data(TensorData::new(values, [rows, columns]), (&place.0, DType::F32))
+        };
+        let mean = |term: f32| -> f32 {
+            let (a, b) = (first(1, width, 1.0), Up::Matrix(first(out, 1, term)));
+            let term = LowRankTerm { a, b, bias: None, gain: None, scale: 1.0, dropout: None };
+            let map = AdaptedLinear { weight: weight.clone(), bias: None, term: Some(Term::LowRank(term)) };
+            let value = Tensor::<2>::full([rows, out], 64.0, (&place.0, place.1));
+            let residual = Some(Residual { value, skip: None });
+            let y = adapted_linears(LinearInput::Plain(x.clone()), vec![map], residual, false);
+            as_dtype(y, DType::F32).sub_scalar(64.0).mean().into_scalar()
+        };
+        let arrived = mean(0.02) - mean(0.0);
+        assert!((arrived - 0.02).abs() < 5e-3, "{place:?}: {arrived}");
+    }
+}
+
 /// Settled weights keep their values, whatever the length of their rows; and maps whose weights adjoin in one piece of memory
 /// give what the same maps give with weights apart.
 #[test]
