@@ -6,8 +6,7 @@ use super::adamw::{AdamW, Update};
 use super::attention::{AttentionInputs, AttentionShape, CachedInputs};
 use super::cross_entropy::CrossEntropyParts;
 use super::dropout::Dropout;
-use super::linear::{LowRankState, Part, PartGradients, Up, Wanted};
-use super::rms_norm::NormGradients;
+use super::linear::{FrontGradients, LowRankState, Part, PartGradients, Up, Wanted};
 use super::sparse::{SparseGradients, SparsePattern};
 use burn::backend::autodiff::ops::NodeGuard;
 use burn::backend::tensor::FloatTensor;
@@ -56,7 +55,7 @@ pub(super) trait Kernels: Backend {
         added: Option<&FloatTensor<Self>>,
         wants_weight: bool,
         again: bool,
-    ) -> NormGradients<FloatTensor<Self>>;
+    ) -> FrontGradients<FloatTensor<Self>>;
 
     /// `x` with some elements dropped, the others made larger.
     fn dropout(x: &FloatTensor<Self>, dropout: &Dropout) -> FloatTensor<Self>;
@@ -70,7 +69,7 @@ pub(super) trait Kernels: Backend {
         gate_up: &FloatTensor<Self>,
         dy: FloatTensor<Self>,
         again: bool,
-    ) -> (FloatTensor<Self>, Option<FloatTensor<Self>>);
+    ) -> FrontGradients<FloatTensor<Self>>;
 
     /// The factor that `up` stands for, in f32, as [`linears`](Self::linears) has it.
     fn up_factor(up: &Up<FloatTensor<Self>>) -> FloatTensor<Self>;
@@ -84,7 +83,7 @@ pub(super) trait Kernels: Backend {
     ) -> (FloatTensor<Self>, Option<LowRankState<FloatTensor<Self>>>);
 
     /// Gradients of [`linears`](Self::linears) for each map. `front` is given the gradient of the input, where it is wanted,
-    /// and returns the input, if [`Wanted::reads_input`]: so it can be computed again beside its own gradient.
+    /// and returns the input just where [`Wanted::reads_input`] says so: thus it can be computed again beside its own gradient.
     fn linears_backward(
         dy: &FloatTensor<Self>,
         low: Option<&LowRankState<FloatTensor<Self>>>,

@@ -56,7 +56,7 @@ impl<B: Kernels> Backward<B, 1> for GateBackward {
     fn backward(self, ops: Ops<Self::State, 1>, grads: &mut Gradients, _: &mut Checkpointer) {
         let dy = grads.consume::<B>(&ops.node);
         if let [Some(node)] = ops.parents {
-            grads.register::<B>(node.id, B::silu_gate_backward(&ops.state, dy, false).0);
+            grads.register::<B>(node.id, B::silu_gate_backward(&ops.state, dy, false).x);
         }
     }
 }

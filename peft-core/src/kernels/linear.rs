@@ -467,12 +467,14 @@ enum Saved<T> {
     Gated { gate_up: T, h: Option<T> },
 }
 
-/// Gradients of the function in front of the maps.
-struct FrontGradients<T> {
-    /// Of the raw input.
-    raw: T,
-    /// Of the norm's weight, where wanted.
-    norm: Option<T>,
+/// Gradients of a function that may stand in front of maps.
+pub(super) struct FrontGradients<T> {
+    /// Of its input.
+    pub x: T,
+    /// Of a norm's weight, where wanted.
+    pub weight: Option<T>,
+    /// What it makes of its input, where it was asked for again.
+    pub y: Option<T>,
 }
 
 impl<T: Clone> Saved<T> {
@@ -485,28 +487,29 @@ impl<T: Clone> Saved<T> {
         }
     }
 
-    /// Passes the gradient of `h` on, which nobody else has; with `again`, `h` as well, computed on the way if it was not
-    /// kept.
+    /// Passes the gradient of `h` on, which nobody else has; with `again`, `h` comes with it, computed on the way if it was
+    /// not kept.
     fn backward<B: Kernels<FloatTensorPrimitive = T>>(
         &self,
         dh: T,
         passing: Option<&T>,
         wants_norm: bool,
         again: bool,
-    ) -> (FrontGradients<T>, Option<T>) {
-        match self {
-            Saved::Plain(x) => (FrontGradients { raw: dh, norm: None }, again.then(|| x.clone())),
-            Saved::Normed { x, weight, epsilon, h } => {
-                let again = again && h.is_none();
-                let gradients = B::rms_norm_backward(x, weight, *epsilon, dh, passing, wants_norm, again);
-                let of_front = FrontGradients { raw: gradients.x, norm: gradients.weight };
-                (of_front, h.clone().or(gradients.y))
+    ) -> FrontGradients<T> {
+        let kept = match self {
+            Saved::Plain(x) => Some(x),
+            Saved::Normed { h, .. } | Saved::Gated { h, .. } => h.as_ref(),
+        };
+        let kept = kept.filter(|_| again).cloned();
+        let again = again && kept.is_none();
+        let gradients = match self {
+            Saved::Plain(_) => FrontGradients { x: dh, weight: None, y: None },
+            Saved::Normed { x, weight, epsilon, .. } => {
+                B::rms_norm_backward(x, weight, *epsilon, dh, passing, wants_norm, again)
             }
-            Saved::Gated { gate_up, h } => {
-                let (raw, value) = B::silu_gate_backward(gate_up, dh, again && h.is_none());
-                (FrontGradients { raw, norm: None }, h.clone().or(value))
-            }
-        }
+            Saved::Gated { gate_up, .. } => B::silu_gate_backward(gate_up, dh, again),
+        };
+        FrontGradients { y: kept.or(gradients.y), ..gradients }
     }
 
     fn keep(&mut self, value: &T) {
@@ -671,9 +674,10 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
             B::linears_backward(&dy, low.as_ref(), &parts, &wanted, |dh| {
                 let again = wanted.reads_input();
                 let Some(dh) = dh else { return again.then(|| saved.h::<B>()) };
-                let (gradients, h) = saved.backward::<B>(dh, passing.as_ref(), norm.is_some(), again);
-                of_front = Some(gradients);
-                h
+                let FrontGradients { x, weight, y } =
+                    saved.backward::<B>(dh, passing.as_ref(), norm.is_some(), again);
+                of_front = Some((x, weight));
+                y
             })
         });
         let mut register = |node: Option<NodeId>, gradient: Option<FloatTensor<B>>| {
@@ -693,9 +697,9 @@ impl<B: Kernels> Backward<B, INPUTS> for LinearBackward {
                 register(*node, gradient);
             }
         }
-        if let Some(FrontGradients { raw: of_raw, norm: of_norm }) = of_front {
-            register(raw, Some(of_raw));
-            register(norm, of_norm);
+        if let Some((dx, dw)) = of_front {
+            register(raw, Some(dx));
+            register(norm, dw);
         }
     }
 }

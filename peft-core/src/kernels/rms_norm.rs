@@ -5,6 +5,7 @@
 
 use super::as_dtype;
 use super::backend::{Kernels, has_graph, lift, served, with_backend};
+use super::linear::FrontGradients;
 use burn::backend::autodiff::checkpoint::base::Checkpointer;
 use burn::backend::autodiff::checkpoint::strategy::NoCheckpointing;
 use burn::backend::autodiff::grads::Gradients;
@@ -49,16 +50,6 @@ fn fused<B: Kernels>(x: Tensor<2>, weight: Tensor<2>, epsilon: f64) -> Tensor<2>
     })
 }
 
-/// Gradients of a norm.
-pub(super) struct NormGradients<T> {
-    /// Of its input.
-    pub x: T,
-    /// Of its weight, where wanted.
-    pub weight: Option<T>,
-    /// The norm computed again, where wanted.
-    pub y: Option<T>,
-}
-
 #[derive(Debug)]
 struct NormBackward {
     epsilon: f32,
@@ -72,7 +63,7 @@ impl<B: Kernels> Backward<B, 2> for NormBackward {
         let [of_x, of_weight] = ops.parents;
         let (x, weight) = ops.state;
         let wants_weight = of_weight.is_some();
-        let NormGradients { x: dx, weight: dw, .. } =
+        let FrontGradients { x: dx, weight: dw, .. } =
             B::rms_norm_backward(&x, &weight, self.epsilon, dy, None, wants_weight, false);
         if let Some(node) = of_x {
             grads.register::<B>(node.id, dx);

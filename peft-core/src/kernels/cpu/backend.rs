@@ -13,9 +13,8 @@ use crate::kernels::attention::{AttentionInputs, AttentionShape, CachedInputs};
 use crate::kernels::backend::{Kernels, conversions};
 use crate::kernels::cross_entropy::CrossEntropyParts;
 use crate::kernels::dropout::Dropout;
-use crate::kernels::linear::{Factors, LowRankState, Part, PartGradients, Up, Wanted};
+use crate::kernels::linear::{Factors, FrontGradients, LowRankState, Part, PartGradients, Up, Wanted};
 use crate::kernels::norm::clip_factor;
-use crate::kernels::rms_norm::NormGradients;
 use crate::kernels::sparse::{SparseGradients, SparsePattern};
 use burn::backend::Flex;
 use burn::backend::TensorMetadata;
@@ -219,7 +218,7 @@ impl Kernels for Flex {
         added: Option<&FlexTensor>,
         wants_weight: bool,
         again: bool,
-    ) -> NormGradients<FlexTensor> {
+    ) -> FrontGradients<FlexTensor> {
         let (rows, columns) = dims(x);
         let (x, weight, added) = (Values::of(x), Values::of(weight), added.map(Values::of));
         let mut dw = wants_weight.then(|| empty(&[1, columns]));
@@ -233,7 +232,7 @@ impl Kernels for Flex {
             rms_norm::forward(y.storage_mut(), x.get(), weight.get(), epsilon);
             y
         });
-        NormGradients { x: dx, weight: dw, y }
+        FrontGradients { x: dx, weight: dw, y }
     }
 
     fn dropout(x: &FlexTensor, dropout: &Dropout) -> FlexTensor {
@@ -247,22 +246,13 @@ impl Kernels for Flex {
         filled(&[rows, both / 2], |y| gated::forward(y, gate_up.get(), both / 2))
     }
 
-    fn silu_gate_backward(
-        gate_up: &FlexTensor,
-        dy: FlexTensor,
-        again: bool,
-    ) -> (FlexTensor, Option<FlexTensor>) {
+    fn silu_gate_backward(gate_up: &FlexTensor, dy: FlexTensor, again: bool) -> FrontGradients<FlexTensor> {
         let (rows, both) = dims(gate_up);
-        let gate_up = Values::of(gate_up);
-        if !again {
-            let dy = Values::of(&dy);
-            return (filled(&[rows, both], |d| gated::backward(d, gate_up.get(), dy.get(), both / 2)), None);
-        }
-        let mut dy = rows_of(dy);
+        let (gate_up, mut dy) = (Values::of(gate_up), rows_of(dy));
         let d = filled(&[rows, both], |d| {
-            gated::backward_again(d, gate_up.get(), dy.storage_mut(), both / 2);
+            gated::backward(d, gate_up.get(), dy.storage_mut(), both / 2, again);
         });
-        (d, Some(dy))
+        FrontGradients { x: d, weight: None, y: again.then_some(dy) }
     }
 
     fn up_factor(up: &Up<FlexTensor>) -> FlexTensor {

@@ -18,30 +18,18 @@ pub(crate) fn forward(out: &mut [f32], joint: &[f32], width: usize) {
         .for_each(|(out, joint)| forward_rows(out, joint, width));
 }
 
-/// The gradient of `joint` `[rows, 2 width]`, from `dout` `[rows, width]`.
+/// The gradient of `joint` `[rows, 2 width]`, from `dout` `[rows, width]`. With `again`, what [`forward`] makes of `joint`
+/// takes the place of `dout`, which else stays.
 ///
 /// # Panics
 /// When the lengths do not fit.
-pub(crate) fn backward(djoint: &mut [f32], joint: &[f32], dout: &[f32], width: usize) {
-    assert!(djoint.len() == joint.len() && joint.len() == 2 * dout.len());
-    assert!(width > 0 && dout.len().is_multiple_of(width));
-    djoint
-        .par_chunks_mut(2 * ROWS * width)
-        .zip(joint.par_chunks(2 * ROWS * width).zip(dout.par_chunks(ROWS * width)))
-        .for_each(|(djoint, (joint, dout))| backward_rows(djoint, joint, dout, width));
-}
-
-/// [`backward`], with what [`forward`] makes of `joint` in the place of `dout`.
-///
-/// # Panics
-/// When the lengths do not fit.
-pub(crate) fn backward_again(djoint: &mut [f32], joint: &[f32], dout: &mut [f32], width: usize) {
+pub(crate) fn backward(djoint: &mut [f32], joint: &[f32], dout: &mut [f32], width: usize, again: bool) {
     assert!(djoint.len() == joint.len() && joint.len() == 2 * dout.len());
     assert!(width > 0 && dout.len().is_multiple_of(width));
     djoint
         .par_chunks_mut(2 * ROWS * width)
         .zip(joint.par_chunks(2 * ROWS * width).zip(dout.par_chunks_mut(ROWS * width)))
-        .for_each(|(djoint, (joint, dout))| backward_rows_again(djoint, joint, dout, width));
+        .for_each(|(djoint, (joint, dout))| backward_rows(djoint, joint, dout, width, again));
 }
 
 vectorised! {
@@ -54,33 +42,28 @@ vectorised! {
         }
     }
 
-    fn backward_rows(djoint: &mut [f32], joint: &[f32], dout: &[f32], width: usize) {
-        let rows = djoint.chunks_exact_mut(2 * width).zip(joint.chunks_exact(2 * width));
-        for ((djoint, joint), dout) in rows.zip(dout.chunks_exact(width)) {
-            let ((gate, up), (dgate, dup)) = (joint.split_at(width), djoint.split_at_mut(width));
-            for ((((dgate, dup), gate), up), dout) in dgate.iter_mut().zip(dup).zip(gate).zip(up).zip(dout) {
-                (*dgate, *dup) = gradients(*gate, *up, sigmoid(*gate), *dout);
-            }
-        }
-    }
-
-    fn backward_rows_again(djoint: &mut [f32], joint: &[f32], dout: &mut [f32], width: usize) {
-        let rows = djoint.chunks_exact_mut(2 * width).zip(joint.chunks_exact(2 * width));
-        for ((djoint, joint), dout) in rows.zip(dout.chunks_exact_mut(width)) {
-            let ((gate, up), (dgate, dup)) = (joint.split_at(width), djoint.split_at_mut(width));
-            for ((((dgate, dup), gate), up), dout) in dgate.iter_mut().zip(dup).zip(gate).zip(up).zip(dout) {
-                let s = sigmoid(*gate);
-                (*dgate, *dup) = gradients(*gate, *up, s, *dout);
-                *dout = gate * s * up;
-            }
+    fn backward_rows(djoint: &mut [f32], joint: &[f32], dout: &mut [f32], width: usize, again: bool) {
+        match again {
+            true => gradients::<true>(djoint, joint, dout, width),
+            false => gradients::<false>(djoint, joint, dout, width),
         }
     }
 }
 
-/// `dgate` and `dup`.
 #[inline(always)]
-fn gradients(gate: f32, up: f32, s: f32, dout: f32) -> (f32, f32) {
-    (dout * up * (s * (1.0 + gate * (1.0 - s))), dout * (gate * s))
+fn gradients<const AGAIN: bool>(djoint: &mut [f32], joint: &[f32], dout: &mut [f32], width: usize) {
+    let rows = djoint.chunks_exact_mut(2 * width).zip(joint.chunks_exact(2 * width));
+    for ((djoint, joint), dout) in rows.zip(dout.chunks_exact_mut(width)) {
+        let ((gate, up), (dgate, dup)) = (joint.split_at(width), djoint.split_at_mut(width));
+        for ((((dgate, dup), gate), up), dout) in dgate.iter_mut().zip(dup).zip(gate).zip(up).zip(dout) {
+            let s = sigmoid(*gate);
+            *dgate = *dout * up * (s * (1.0 + gate * (1.0 - s)));
+            *dup = *dout * (gate * s);
+            if AGAIN {
+                *dout = gate * s * up;
+            }
+        }
+    }
 }
 
 /// `1/(1 + e^−x)`; far below 0 a number too small to matter instead of 0.
@@ -103,10 +86,12 @@ mod tests {
             let (out, djoint) = on_pools(|| {
                 let (mut out, mut djoint) = (vec![f32::NAN; rows * width], vec![f32::NAN; 2 * rows * width]);
                 forward(&mut out, &joint, width);
-                backward(&mut djoint, &joint, &dout, width);
-                let (mut again, mut gradient) = (dout.clone(), vec![f32::NAN; 2 * rows * width]);
-                backward_again(&mut gradient, &joint, &mut again, width);
-                assert_eq!((&again, &gradient), (&out, &djoint));
+                let mut given = dout.clone();
+                backward(&mut djoint, &joint, &mut given, width, false);
+                assert_eq!(given, dout);
+                let mut gradient = vec![f32::NAN; 2 * rows * width];
+                backward(&mut gradient, &joint, &mut given, width, true);
+                assert_eq!((&given, &gradient), (&out, &djoint));
                 (out, djoint)
             });
             let value = |gate: f64, up: f64| gate / (1.0 + (-gate).exp()) * up;
@@ -131,7 +116,7 @@ mod tests {
         let joint = [-1e4, 1e4, -90.0, 1.0, 1.0, 1.0];
         let (mut out, mut djoint) = ([0.0; 3], [0.0; 6]);
         forward(&mut out, &joint, 3);
-        backward(&mut djoint, &joint, &[1.0; 3], 3);
+        backward(&mut djoint, &joint, &mut [1.0; 3], 3, false);
         assert_eq!(out[1], 1e4);
         assert!(out[0].abs() < 1e-30 && out[2].abs() < 1e-30 && djoint[0].abs() < 1e-30);
         assert_eq!(djoint[1], 1.0);

@@ -83,6 +83,11 @@ fn places(projections: &[Projection]) -> Vec<Places> {
     projections.iter().map(place).collect()
 }
 
+/// Σ out and Σ rank.
+fn widths(places: &[Places]) -> (usize, usize) {
+    places.last().map_or((0, 0), |last| (last.out.end, last.rank.end))
+}
+
 fn check(projections: &[Projection], inputs: usize) {
     for p in projections {
         assert_eq!(p.weight.len(), p.out * inputs, "a weight of another shape");
@@ -115,7 +120,7 @@ fn down_apart(
     projections: &[Projection],
     places: &[Places],
 ) {
-    let ranks = places.last().map_or(0, |last| last.rank.end);
+    let ranks = widths(places).1;
     for (p, place) in projections.iter().zip(places) {
         let Some(term) = p.low_rank.filter(|term| term.rank > 0) else { continue };
         let left = term.dropout.map(|dropout| dropped(x, inputs, &dropout));
@@ -159,7 +164,7 @@ pub(crate) fn forward(
 ) {
     check(projections, inputs);
     let places = places(projections);
-    let (outs, ranks) = places.last().map_or((0, 0), |last| (last.out.end, last.rank.end));
+    let (outs, ranks) = widths(&places);
     assert!(y.len() == rows * outs && xa.len() == rows * ranks && x.len() == rows * inputs);
     assert!(residual.is_none_or(|residual| residual.len() == y.len()));
     if rows == 0 || outs == 0 {
@@ -288,7 +293,7 @@ fn forward_few(
     projections: &[Projection],
     places: &[Places],
 ) {
-    let (outs, ranks) = places.last().map_or((0, 0), |last| (last.out.end, last.rank.end));
+    let (outs, ranks) = widths(places);
     match residual {
         Some(residual) => y.copy_from_slice(residual),
         None => y.fill(0.0),
@@ -330,7 +335,7 @@ pub(crate) fn input_gradient(
 ) {
     check(projections, inputs);
     let places = places(projections);
-    let (outs, ranks) = places.last().map_or((0, 0), |last| (last.out.end, last.rank.end));
+    let (outs, ranks) = widths(&places);
     assert!(dy.len() == rows * outs && dyb.len() == rows * ranks);
     assert!(dx.as_ref().is_none_or(|dx| dx.len() == rows * inputs));
     let mut dx = dx;
@@ -371,7 +376,7 @@ pub(crate) fn parameter_gradients(
 ) {
     check(projections, inputs);
     let places = places(projections);
-    let (outs, ranks) = places.last().map_or((0, 0), |last| (last.out.end, last.rank.end));
+    let (outs, ranks) = widths(&places);
     assert!(dy.len() == rows * outs && xa.len() == rows * ranks && dyb.len() == rows * ranks);
     let reads_x = gradients.iter().any(|g| g.a.is_some() || g.weight.is_some());
     assert!(gradients.len() == projections.len() && (!reads_x || x.len() == rows * inputs));
@@ -430,7 +435,7 @@ fn through_weights(
     projections: &[Projection],
     places: &[Places],
 ) {
-    let (outs, ranks) = places.last().map_or((0, 0), |last| (last.out.end, last.rank.end));
+    let (outs, ranks) = widths(places);
     let dy = Matrix::new(dy, rows, outs);
     let packed_b: Vec<Buffer> = projections
         .iter()

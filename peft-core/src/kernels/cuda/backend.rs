@@ -13,8 +13,7 @@ use crate::kernels::attention::{AttentionInputs, AttentionShape, CachedInputs};
 use crate::kernels::backend::{Kernels, conversions};
 use crate::kernels::cross_entropy::CrossEntropyParts;
 use crate::kernels::dropout::Dropout;
-use crate::kernels::linear::{LowRankState, Part, PartGradients, Up, Wanted};
-use crate::kernels::rms_norm::NormGradients;
+use crate::kernels::linear::{FrontGradients, LowRankState, Part, PartGradients, Up, Wanted};
 use crate::kernels::sparse::{SparseGradients, SparsePattern};
 use burn::backend::Cube;
 use burn::backend::tensor::{FloatTensor, IntTensor};
@@ -158,7 +157,7 @@ impl Kernels for Cube {
         added: Option<&CubeTensor>,
         wants_weight: bool,
         again: bool,
-    ) -> NormGradients<CubeTensor> {
+    ) -> FrontGradients<CubeTensor> {
         let ((rows, columns), dtype) = (dims(x), x.dtype);
         let dy = contiguous(&dy);
         let dx = empty(x, &[rows, columns], dtype);
@@ -190,7 +189,7 @@ impl Kernels for Cube {
             }
             rms_norm(queue, dtype, (rows, columns), [x, weight, dy], epsilon)
         });
-        NormGradients { x: dx, weight: dw, y: again.then_some(dy) }
+        FrontGradients { x: dx, weight: dw, y: again.then_some(dy) }
     }
 
     fn dropout(x: &CubeTensor, dropout: &Dropout) -> CubeTensor {
@@ -216,11 +215,7 @@ impl Kernels for Cube {
         y
     }
 
-    fn silu_gate_backward(
-        gate_up: &CubeTensor,
-        dy: CubeTensor,
-        again: bool,
-    ) -> (CubeTensor, Option<CubeTensor>) {
+    fn silu_gate_backward(gate_up: &CubeTensor, dy: CubeTensor, again: bool) -> FrontGradients<CubeTensor> {
         let (gate_up, dy) = (contiguous(gate_up), contiguous(&dy));
         let ((rows, columns), dtype) = (dims(&dy), dy.dtype);
         let d = empty(&gate_up, &[rows, 2 * columns], dtype);
@@ -230,7 +225,7 @@ impl Kernels for Cube {
             let launch = gate_launch(dtype, rows, columns);
             queue.launch(elementwise(dtype), "silu_gate_backward", launch, arguments)
         });
-        (d, again.then_some(dy))
+        FrontGradients { x: d, weight: None, y: again.then_some(dy) }
     }
 
     fn up_factor(up: &Up<CubeTensor>) -> CubeTensor {

@@ -53,9 +53,18 @@ fn joined(layout: &Layout, weights: &[u64], adjoining: &[bool]) -> Vec<JoinedMap
     runs
 }
 
-/// What the term of each map drops.
-fn dropouts(parts: &[Part<CubeTensor>]) -> Vec<Option<Dropout>> {
-    parts.iter().map(|part| part.factors.as_ref().and_then(|factors| factors.dropout)).collect()
+/// What the term of each map drops, and where so many elements that are left have room, if one drops any.
+fn dropouts(
+    parts: &[Part<CubeTensor>],
+    elements: usize,
+    like: &CubeTensor,
+    buffers: &mut Buffers,
+) -> (Vec<Option<Dropout>>, Option<usize>) {
+    let of = |part: &Part<CubeTensor>| part.factors.as_ref().and_then(|factors| factors.dropout);
+    let dropouts: Vec<_> = parts.iter().map(of).collect();
+    let drops = dropouts.iter().any(Option::is_some);
+    let left = drops.then(|| buffers.add_scratch(&like.client, elements * like.dtype.size()));
+    (dropouts, left)
 }
 
 /// The input of a term: what its dropout leaves of `x`, written to `left`, or `x` itself.
@@ -112,9 +121,7 @@ pub fn forward(
         (LowRankState { down, factors }, (Cast::all(parts, &layout, &mut buffers), at))
     });
     let (low, low_work) = low.unzip();
-    let dropouts = dropouts(parts);
-    let drops = dropouts.iter().any(Option::is_some);
-    let left_at = drops.then(|| buffers.add_scratch(&x.client, rows * inputs * dtype.size()));
+    let (dropouts, left_at) = dropouts(parts, rows * inputs, x, &mut buffers);
     submit("linears", &y.client, buffers, move |queue, buffers| {
         let (x, y) = (buffers[x_at], buffers[y_at]);
         let weights: Vec<u64> = weight_at.iter().map(|weight| buffers[*weight]).collect();
@@ -293,7 +300,7 @@ pub fn backward(
     let gradients = tensors.collect::<Vec<_>>();
 
     through_weights(dy, [dx.as_ref(), ddown.as_ref()], low, parts, &layout, &gradients);
-    if let Some(x) = front(dx).filter(|_| wanted.reads_input()) {
+    if let Some(x) = front(dx) {
         let of_weights: Vec<_> = gradients.chunks_exact(4).map(|gradients| gradients[0].as_ref()).collect();
         through_input([dy, &x], &of_weights, da.as_ref().zip(ddown.as_ref()), parts, &layout);
     }
@@ -340,9 +347,7 @@ fn through_weights(
     });
     let (biases, ups): (Vec<_>, Vec<_>) = to.map(|[bias, first, second]| (bias, [first, second])).unzip();
     let ups = UpGradients::new(parts, layout, &ups, dy, &mut buffers);
-    let dropouts = dropouts(parts);
-    let drops = dropouts.iter().any(Option::is_some);
-    let left_at = drops.then(|| buffers.add_scratch(&dy.client, rows * inputs * dtype.size()));
+    let (dropouts, left_at) = dropouts(parts, rows * inputs, dy, &mut buffers);
     let layout = layout.clone();
     submit("linears_backward", &dy.client, buffers, move |queue, buffers| {
         let places = &layout.places;
@@ -420,9 +425,7 @@ fn through_input(
     let (dy_at, x_at) = (buffers.add_rows(dy), buffers.add_rows(x));
     let weight_at: Vec<_> = of_weights.iter().map(|dw| dw.map(|dw| buffers.add(dw))).collect();
     let of_a_at = of_a.map(|(da, ddown)| (buffers.add(da), buffers.add(ddown)));
-    let dropouts = dropouts(parts);
-    let drops = dropouts.iter().any(Option::is_some);
-    let left_at = drops.then(|| buffers.add_scratch(&x.client, rows * inputs * dtype.size()));
+    let (dropouts, left_at) = dropouts(parts, rows * inputs, x, &mut buffers);
     let places = layout.places.clone();
     submit("linears_parameters", &x.client, buffers, move |queue, buffers| {
         let (dy, x) = (buffers[dy_at], buffers[x_at]);
